@@ -1,0 +1,166 @@
+"""Which layers grow, and when. Plain Python: no tensors, no model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+DEFAULT_INTERVAL_FRACTION = 0.025  # of the run, where it has no warm-up
+MIN_DEFAULT_INTERVAL = 10  # optimizer steps; fewer would score a layer on too few batches
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """The schedule of rounds, fixed before step 1. Steps count completed optimizer steps, from 1."""
+
+    num_layers: int  # n
+    total_steps: int
+    interval: int  # nu
+    start: int
+    top_h: int
+    increment: int
+    initial_total_rank: int
+    target_total_rank: int  # r^final
+    window: int  # scored steps before each round
+
+    @property
+    def rounds(self) -> int:
+        """Number of rounds until the budget is met."""
+        return _rounds_needed(self.target_total_rank - self.initial_total_rank, self.top_h, self.increment)
+
+    @property
+    def first_step(self) -> int:
+        """Step of the first round; 0 where nothing grows."""
+        return self.round_steps[0] if self.rounds else 0
+
+    @property
+    def last_step(self) -> int:
+        """Step of the last round; 0 where nothing grows."""
+        return self.round_steps[-1] if self.rounds else 0
+
+    @property
+    def round_steps(self) -> range:
+        """The steps t > start with t % interval == 0 at which rounds happen."""
+        first = self.interval * (self.start // self.interval + 1)
+        return range(first, first + self.rounds * self.interval, self.interval)
+
+    def is_due(self, step: int) -> bool:
+        """Whether a round happens after this step."""
+        return step in self.round_steps
+
+    def is_scored(self, step: int) -> bool:
+        """Whether this step's sensitivities count: the last ``window`` steps up to and including a round's."""
+        if not 1 <= step <= self.last_step:
+            return False
+        next_round = max(self.first_step, self.interval * math.ceil(step / self.interval))
+        return next_round - step < self.window
+
+
+def scored_window(beta1: float, beta2: float, tolerance: float, total_steps: int) -> int:
+    """The smallest K with max(beta1, beta2)^K <= tolerance; every step where the tolerance is 0."""
+    if tolerance == 0:
+        return max(total_steps, 1)
+    return max(1, math.ceil(math.log(tolerance) / math.log(max(beta1, beta2))))
+
+
+def make_plan(
+    *,
+    num_layers: int,
+    total_steps: int,
+    warmup_steps: int,
+    r_avg: int,
+    init_r: int,
+    increment: int = 1,
+    top_h: int | None = None,
+    interval: int | None = None,
+    start: int | None = None,
+    growth_fraction: float = 0.4,
+    window: int,
+) -> Plan:
+    """The schedule for one run, defaults filled in.
+
+    Raises:
+        ValueError: the budget cannot be met before the run's last step. The message names the step that the last
+            round would need and the nearest valid ``interval`` and ``top_h``.
+    """
+    interval = interval or warmup_steps or max(MIN_DEFAULT_INTERVAL, round(DEFAULT_INTERVAL_FRACTION * total_steps))
+    start = interval if start is None else start
+    needed = num_layers * (r_avg - init_r)
+    if top_h is None:
+        available = int(growth_fraction * total_steps) // interval - start // interval
+        top_h = min(num_layers, math.ceil(needed / (available * increment))) if available > 0 else num_layers
+    plan = Plan(
+        num_layers=num_layers,
+        total_steps=total_steps,
+        interval=interval,
+        start=start,
+        top_h=max(1, min(top_h, num_layers)),
+        increment=increment,
+        initial_total_rank=num_layers * init_r,
+        target_total_rank=num_layers * r_avg,
+        window=window,
+    )
+    if plan.last_step >= total_steps:
+        raise ValueError(_unreachable(plan))
+    return plan
+
+
+def fixed_plan(ranks: Iterable[int], total_steps: int) -> Plan:
+    """The plan of a run whose ranks are given: nothing grows."""
+    ranks = list(ranks)
+    return Plan(
+        num_layers=len(ranks),
+        total_steps=total_steps,
+        interval=1,
+        start=0,
+        top_h=1,
+        increment=1,
+        initial_total_rank=sum(ranks),
+        target_total_rank=sum(ranks),
+        window=1,
+    )
+
+
+def _rounds_needed(components: int, top_h: int, increment: int) -> int:
+    return math.ceil(components / (top_h * increment))
+
+
+def _unreachable(plan: Plan) -> str:
+    needed = plan.target_total_rank - plan.initial_total_rank
+    last = plan.total_steps - 1  # a round after the final update would add components that never train
+    remedies = []
+    for interval in range(min(plan.interval - 1, last), 0, -1):
+        if interval * (min(plan.start, interval) // interval + plan.rounds) <= last:
+            remedies.append(f"interval={interval} with start={min(plan.start, interval)}")
+            break
+    available = last // plan.interval - plan.start // plan.interval
+    if available > 0 and math.ceil(needed / (available * plan.increment)) <= plan.num_layers:
+        remedies.append(f"top_h={math.ceil(needed / (available * plan.increment))}")
+    remedies.append(f"more than {plan.last_step:,} training steps")
+    remedies.append("a smaller r_avg")
+    return (
+        f"The budget of total rank {plan.target_total_rank} cannot be met in {plan.total_steps:,} steps: from "
+        f"{plan.initial_total_rank} it takes {plan.rounds} rounds of top_h={plan.top_h} layers x "
+        f"increment={plan.increment}, every interval={plan.interval} steps after start={plan.start}, so that the last "
+        f"round would come at step {plan.last_step:,}, and a round needs at least one step after it. "
+        f"Nearest valid settings: {', or '.join(remedies)}."
+    )
+
+
+def choose(scores: Mapping[str, float], *, remaining: int, top_h: int, increment: int) -> list[str]:
+    """The layers that grow this round, best first, never more than the remaining budget has components for.
+
+    Ties go to the layer that comes first in ``scores``, which is the order of the model.
+    """
+    affordable = math.ceil(remaining / increment)
+    return sorted(scores, key=lambda name: -scores[name])[: min(top_h, affordable)]
+
+
+def gains(layers: Iterable[str], *, remaining: int, increment: int) -> dict[str, int]:
+    """Components that each chosen layer gains: ``increment``, the last one by what is left of the budget."""
+    gained = {}
+    for name in layers:
+        gained[name] = min(increment, remaining)
+        remaining -= gained[name]
+    return gained

@@ -1,0 +1,222 @@
+"""Every setting of IncreLoRA, validated once; the command-line flags are generated from it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+SCORE_REDUCTIONS = ("mean", "sqrt")
+RANK_SCALINGS = ("constant", "per_rank")
+UNIT_STD = "unit"
+DEFAULT_SEED = 42  # TrainingArguments' own default
+
+
+def _setting(default: Any, text: str, *, flag_type: Any = None) -> Any:
+    """A field with its help; ``flag_type`` is what the flag parses where the setting's own type is a union."""
+    return field(default=default, metadata={"help": text, "flag_type": flag_type})
+
+
+@dataclass(frozen=True, kw_only=True)
+class IncreLoraConfig:
+    """The settings of one IncreLoRA run; only ``r_avg`` needs thought. Source: arXiv 2308.12043.
+
+    Every field is explained in its ``metadata["help"]`` with its symbol in the paper. An instance cannot be changed;
+    use `dataclasses.replace`.
+
+    Raises:
+        ValueError: a setting is out of range; the message names the value, the reason and the remedy.
+    """
+
+    r_avg: int = _setting(2, "Average rank per adapted layer at the end of growth (r^avg); the budget is n * r_avg.")
+    init_r: int = _setting(1, "Rank of every layer at the start.")
+    top_h: int | None = _setting(
+        None, "Layers that grow in one round (h). Default: such that growth ends at growth_fraction of the run."
+    )
+    increment: int = _setting(1, "Components that a chosen layer gains in one round (k).")
+    interval: int | None = _setting(
+        None, "Optimizer steps between rounds (nu). Default: the warm-up steps, else 2.5 % of the run, at least 10."
+    )
+    start: int | None = _setting(None, "Rounds happen only after this optimizer step. Default: interval.")
+    growth_fraction: float = _setting(0.4, "Share of the run by which the last round comes when top_h is not given.")
+    beta1: float = _setting(0.85, "EMA factor of the smoothed sensitivity (beta1), equation (6).")
+    beta2: float = _setting(0.85, "EMA factor of the uncertainty (beta2), equation (7).")
+    score_tolerance: float = _setting(
+        1e-4, "Only the K steps before a round are scored, max(beta1, beta2)^K <= this. 0 scores every step."
+    )
+    score_reduction: str = _setting(
+        "mean", "Sensitivity per layer: 'mean' over the out*in entries (equation 5), or 'sqrt': sum / sqrt(out*in)."
+    )
+    rank_scaling: str = _setting(
+        "constant", "Scale of the update: 'constant' = lora_alpha / r_avg, or 'per_rank' = lora_alpha / r_k."
+    )
+    lora_alpha: float = _setting(16.0, "LoRA alpha.")
+    lora_dropout: float = _setting(0.0, "Dropout on the adapter's input.")
+    target_modules: list[str] | str | None = _setting(
+        None,
+        "Names of the linear layers to adapt, as in peft.LoraConfig. Default: every linear layer of the backbone.",
+        flag_type=list[str] | None,
+    )
+    modules_to_save: list[str] | None = _setting(
+        None, "Modules that are trained fully and saved. Default: everything with parameters outside the backbone."
+    )
+    orth_reg_weight: float = _setting(0.1, "Weight of the orthogonality penalty, equation (4). 0 switches it off.")
+    orth_reg_squared: bool = _setting(False, "Square the norms of the penalty, as the paper writes it.")
+    advance_learning: bool = _setting(True, "Train a reserve ahead of its activation; off: new components start fresh.")
+    restart_warmup: bool = _setting(True, "Each round's parameters restart the learning-rate warm-up.")
+    reserve_lambda: float = _setting(1e-5, "Frozen lambda of the reserve.")
+    init_std: float | str = _setting(
+        0.02, "Standard deviation of new A and B; 'unit' draws with 1/sqrt(d), near norm 1.", flag_type=str
+    )
+    lam_lr_multiplier: float = _setting(1.0, "Factor on the learning rate of the lambdas.")
+    rank_pattern: dict[str, int] | str | None = _setting(
+        None,
+        "Fixed ranks without growth: layer name -> rank, or a JSON file with them (an increlora_history.json does).",
+        flag_type=str | None,
+    )
+    seed: int | None = _setting(None, "Seed of new components. Default: the Trainer's seed.")
+
+    def __post_init__(self) -> None:
+        """Validate, and read ``rank_pattern`` where it is a file."""
+        self._check_counts()
+        self._check_ranges()
+        self._check_choices()
+        if self.rank_pattern is not None:
+            pattern = self.rank_pattern
+            if not isinstance(pattern, Mapping):
+                pattern = _read_rank_pattern(Path(pattern))
+            object.__setattr__(self, "rank_pattern", _checked_rank_pattern(pattern))
+
+    def _check_counts(self) -> None:
+        for name in ("r_avg", "init_r", "top_h", "increment", "interval"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise ValueError(f"{name}={value!r} is not a whole number of at least 1. Give {name}=1 or more.")
+        if self.start is not None and (not isinstance(self.start, int) or self.start < 0):
+            raise ValueError(f"start={self.start!r} is not an optimizer step. Give start=0 or more.")
+        if self.r_avg < self.init_r:
+            raise ValueError(
+                f"r_avg={self.r_avg} is below init_r={self.init_r}: IncreLoRA only adds rank. "
+                "Raise r_avg or lower init_r."
+            )
+
+    def _check_ranges(self) -> None:
+        for name in ("beta1", "beta2"):
+            if not 0 < getattr(self, name) < 1:
+                raise ValueError(
+                    f"{name}={getattr(self, name)} is outside (0, 1), so its moving average has no memory or never "
+                    f"forgets. The paper uses {name}=0.85."
+                )
+        if not 0 < self.growth_fraction <= 1:
+            raise ValueError(f"growth_fraction={self.growth_fraction} is not a share of the run. Give one in (0, 1].")
+        if not 0 <= self.score_tolerance < 1:
+            raise ValueError(
+                f"score_tolerance={self.score_tolerance} is outside [0, 1): nothing would be scored. "
+                "Use 1e-4, or 0 to score every step."
+            )
+        if not 0 <= self.lora_dropout < 1:
+            raise ValueError(f"lora_dropout={self.lora_dropout} is not a probability below 1. Give one in [0, 1).")
+        for name in ("lora_alpha", "reserve_lambda", "lam_lr_multiplier"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}={getattr(self, name)} must be above 0, or the adapter cannot learn.")
+        if not self.orth_reg_weight >= 0:
+            raise ValueError(
+                f"orth_reg_weight={self.orth_reg_weight} rewards dependent components. Use 0 to switch the penalty off."
+            )
+
+    def _check_choices(self) -> None:
+        for name, choices in (("score_reduction", SCORE_REDUCTIONS), ("rank_scaling", RANK_SCALINGS)):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name}={getattr(self, name)!r} is unknown. Choose one of {', '.join(choices)}.")
+        if self.init_std != UNIT_STD and not (isinstance(self.init_std, int | float) and self.init_std > 0):
+            raise ValueError(f"init_std={self.init_std!r} is neither a number above 0 nor {UNIT_STD!r}.")
+
+    @property
+    def grows(self) -> bool:
+        """Whether any rank is ever added."""
+        return self.rank_pattern is None and self.r_avg > self.init_r
+
+    def to_dict(self) -> dict[str, Any]:
+        """All settings as plain values that JSON can hold."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> IncreLoraConfig:
+        """The inverse of `to_dict`; raises ValueError on an unknown name."""
+        known = {f.name for f in fields(cls)}
+        unknown = sorted(set(values) - known)
+        if unknown:
+            raise ValueError(f"Unknown IncreLoRA setting {', '.join(unknown)}. Known: {', '.join(sorted(known))}.")
+        return cls(**values)
+
+    def to_json(self) -> str:
+        """The settings as a JSON document."""
+        return json.dumps(self.to_dict(), indent=2)
+
+    @classmethod
+    def from_json(cls, text: str) -> IncreLoraConfig:
+        """The inverse of `to_json`."""
+        return cls.from_dict(json.loads(text))
+
+
+def _read_rank_pattern(path: Path) -> Any:
+    """The ranks in a JSON file: a plain mapping, or any document with one under ``rank_pattern``."""
+    if not path.is_file():
+        raise ValueError(f"rank_pattern={str(path)!r} is not a file. Give a JSON file or a mapping of name to rank.")
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"rank_pattern={str(path)!r} is not JSON ({error}). Give name -> rank as JSON.") from error
+    return document.get("rank_pattern", document) if isinstance(document, dict) else document
+
+
+def _checked_rank_pattern(pattern: Any) -> dict[str, int]:
+    if not isinstance(pattern, Mapping) or not pattern:
+        raise ValueError(f"rank_pattern={pattern!r} is not a mapping of layer name to rank. Give at least one layer.")
+    for name, rank in pattern.items():
+        if not isinstance(rank, int) or isinstance(rank, bool) or rank < 0:
+            raise ValueError(
+                f"rank_pattern[{name!r}]={rank!r} is not a rank. Give a whole number; 0 leaves the layer unadapted."
+            )
+    return dict(pattern)
+
+
+FLAG_PREFIX = "increlora_"
+
+
+class _Flags:
+    """What the generated `IncreLoraArguments` can do."""
+
+    def to_config(self) -> IncreLoraConfig:
+        """The `IncreLoraConfig` that the flags describe; raises ValueError as that does."""
+        values = {f.name: getattr(self, FLAG_PREFIX + f.name) for f in fields(IncreLoraConfig)}
+        if values["init_std"] != UNIT_STD:
+            try:
+                values["init_std"] = float(values["init_std"])
+            except ValueError:
+                pass  # IncreLoraConfig names the value and what it may be
+        return IncreLoraConfig(**values)
+
+
+def _flag(setting: dataclasses.Field[Any], hints: Mapping[str, Any]) -> tuple[str, Any, Any]:
+    """The (name, type, field) of one generated flag."""
+    flag_type = setting.metadata["flag_type"] or hints[setting.name]
+    default = str(setting.default) if flag_type is str else setting.default
+    return FLAG_PREFIX + setting.name, flag_type, field(default=default, metadata={"help": setting.metadata["help"]})
+
+
+def _make_arguments() -> Any:
+    from typing import get_type_hints
+
+    hints = get_type_hints(IncreLoraConfig)
+    settings = [f for f in fields(IncreLoraConfig) if f.default is not MISSING]
+    made = dataclasses.make_dataclass("IncreLoraArguments", [_flag(f, hints) for f in settings], bases=(_Flags,))
+    made.__module__ = __name__  # so that it pickles by reference
+    made.__doc__ = "The settings of `IncreLoraConfig` as ``--increlora_<name>`` flags for `HfArgumentParser`."
+    return made
+
+
+IncreLoraArguments: Any = _make_arguments()

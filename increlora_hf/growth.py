@@ -1,0 +1,228 @@
+"""One model's growth: who has which rank, how it came about, and the round that gives more."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import MethodType
+from typing import Any
+
+from peft import PeftModel
+from torch import Tensor, nn
+from torch.nn import Parameter
+
+from .adapter import AdaptedLayer, adapted_layers, component_generator, inject, record_ranks
+from .allocator import Plan, choose, fixed_plan, gains, make_plan, scored_window
+from .config import IncreLoraConfig
+from .importance import ImportanceTracker
+
+HISTORY_NAME = "increlora_history.json"
+HISTORY_FORMAT = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Round:
+    """One round of growth."""
+
+    step: int  # optimizer steps completed when it happened
+    birth_step: int  # scheduler step at which its parameter group was born
+    layers: list[str]  # chosen, best first
+    scores: dict[str, float]  # S of all layers
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grown:
+    """What a round did to the model's parameters; the optimizer has to follow."""
+
+    lams: list[Parameter] = field(default_factory=list)  # newly trainable
+    components: list[Parameter] = field(default_factory=list)  # new A and B
+    narrowed: list[Parameter] = field(default_factory=list)  # lost their last rows
+    removed: list[Parameter] = field(default_factory=list)
+
+
+class Growth:
+    """The state of growth of one attached model. Everything but Ī and U is a function of the list of rounds.
+
+    Attributes:
+        config: the settings.
+        layers: the adapted layers by name, in the model's order.
+        plan: the schedule of rounds; None until a Trainer knows how long the run is.
+        rounds: one record per round so far.
+        tracker: Ī and U of all layers.
+    """
+
+    def __init__(self, model: PeftModel, config: IncreLoraConfig) -> None:
+        """For a model that `inject` has just prepared."""
+        self.config = config
+        self.layers: dict[str, AdaptedLayer] = adapted_layers(model)
+        self.plan: Plan | None = None
+        self.rounds: list[Round] = []
+        self.tracker = ImportanceTracker(len(self.layers), config.beta1, config.beta2)
+        self._model = model
+
+    @property
+    def rank_pattern(self) -> dict[str, int]:
+        """Inner module name -> rank r_k now."""
+        return {name: layer.rank for name, layer in self.layers.items()}
+
+    @property
+    def total_rank(self) -> int:
+        """Σ r_k now."""
+        return sum(self.rank_pattern.values())
+
+    @property
+    def target_total_rank(self) -> int:
+        """The budget r^final = n · r_avg; with a fixed rank pattern its sum."""
+        return self.total_rank if self.config.rank_pattern is not None else len(self.layers) * self.config.r_avg
+
+    @property
+    def remaining(self) -> int:
+        """Components that the budget still has."""
+        return self.target_total_rank - self.total_rank
+
+    def plan_run(self, total_steps: int, warmup_steps: int) -> Plan:
+        """Fix the schedule for a run of this length; raises ValueError where the budget is out of its reach."""
+        config = self.config
+        if config.rank_pattern is not None:
+            self.plan = fixed_plan(self.rank_pattern.values(), total_steps)
+        else:
+            self.plan = make_plan(
+                num_layers=len(self.layers),
+                total_steps=total_steps,
+                warmup_steps=warmup_steps,
+                r_avg=config.r_avg,
+                init_r=config.init_r,
+                increment=config.increment,
+                top_h=config.top_h,
+                interval=config.interval,
+                start=config.start,
+                growth_fraction=config.growth_fraction,
+                window=scored_window(config.beta1, config.beta2, config.score_tolerance, total_steps),
+            )
+        return self.plan
+
+    def scores(self) -> dict[str, float]:
+        """S of every layer."""
+        return dict(zip(self.layers, self.tracker.scores().tolist(), strict=True))
+
+    def grow(self, step: int, birth_step: int) -> Grown:
+        """Hold a round: choose layers by their scores and grow them."""
+        assert self.plan is not None
+        scores = self.scores()
+        chosen = choose(
+            scores, remaining=self.remaining, top_h=self.plan.top_h, increment=self.config.increment
+        )
+        return self.apply(Round(step=step, birth_step=birth_step, layers=chosen, scores=scores))
+
+    def apply(self, record: Round) -> Grown:
+        """Grow the layers of one round, decided now or recorded earlier."""
+        config, grown = self.config, Grown()
+        gained = gains(record.layers, remaining=self.remaining, increment=config.increment)
+        self.rounds.append(record)
+        for name, count in gained.items():
+            layer = self.layers[name]
+            if not config.advance_learning:
+                grown.components.extend(self._new_components(layer, count))
+            blocks = [layer.A.blocks()[-1], layer.B.blocks()[-1]]
+            grown.narrowed.extend(block for block in blocks if len(block) > count)
+            grown.lams.append(layer.activate(count, config.reserve_lambda if config.advance_learning else 0.0))
+        if self.remaining == 0:
+            for layer in self.layers.values():
+                grown.removed.extend(layer.drop_reserve())
+        elif config.advance_learning:
+            for name in gained:
+                grown.components.extend(self._new_components(self.layers[name], config.increment))
+        record_ranks(self._model, config)
+        return grown
+
+    def _new_components(self, layer: AdaptedLayer, count: int) -> list[Parameter]:
+        generator = component_generator(self.config.seed, layer.index, len(self.rounds))
+        return layer.add_components(count, generator, self.config.init_std, layer.A.lams()[0])
+
+    def factors(self) -> list[Tensor]:
+        """A and Bᵀ of all layers as rows, reserves included: what the orthogonality penalty sees."""
+        factors = [factor for layer in self.layers.values() for factor in (layer.A, layer.B)]
+        return [factor.rows(with_reserve=True) for factor in factors]
+
+    def history(self) -> dict[str, Any]:
+        """Settings, plan, rounds and final ranks as plain values."""
+        plan = None
+        if self.plan is not None:
+            plan = {**asdict(self.plan), "rounds": self.plan.rounds, "last_step": self.plan.last_step}
+        return {
+            "format_version": HISTORY_FORMAT,
+            "config": self.config.to_dict(),
+            "plan": plan,
+            "rounds": [asdict(record) for record in self.rounds],
+            "rank_pattern": self.rank_pattern,
+            "total_rank": self.total_rank,
+            "target_total_rank": self.target_total_rank,
+        }
+
+
+def attach(model: nn.Module, config: IncreLoraConfig | None = None) -> PeftModel:
+    """Put growing LoRA layers into ``model``: ΔW = s · B diag(λ) A per layer, 0 at the start.
+
+    The result is PEFT's own `PeftModel`: it merges, disables and saves as one, and what it saves is an ordinary LoRA
+    adapter. Its growth is at ``.increlora`` (`Growth`).
+
+    Args:
+        model: any transformers model, or any nn.Module with linear layers. It is changed in place.
+        config: default `IncreLoraConfig()`.
+
+    Raises:
+        ValueError: the settings do not fit the model, or it holds adapters already; the model is left as it was.
+    """
+    if is_attached(model):
+        return _already_attached(model, config)
+    if isinstance(model, PeftModel):
+        raise ValueError(
+            f"The model holds the adapters {sorted(model.peft_config)} already. Merge them with merge_and_unload(), or "
+            "pass the base model."
+        )
+    config = config or IncreLoraConfig()
+    peft_model = inject(model, config)
+    peft_model.increlora = Growth(peft_model, config)
+    # PEFT has no hook for saving a file of one's own beside the adapter.
+    peft_model.save_pretrained = MethodType(_save_with_history, peft_model)  # type: ignore[method-assign]
+    return peft_model
+
+
+def is_attached(model: Any) -> bool:
+    """Whether ``model`` came from `attach`."""
+    return isinstance(getattr(model, "increlora", None), Growth)
+
+
+def _already_attached(model: Any, config: IncreLoraConfig | None) -> PeftModel:
+    trainable = trainable_adapters(model)
+    if len(trainable) > 1:
+        raise ValueError(
+            f"The adapters {trainable} are all trainable, and IncreLoRA grows one. Freeze or delete the others."
+        )
+    if config is not None and config != model.increlora.config:
+        raise ValueError(
+            "The model is attached with other settings than the ones given. Pass the settings to `attach` only, or a "
+            "plain model to the Trainer."
+        )
+    return model
+
+
+def trainable_adapters(model: PeftModel) -> list[str]:
+    """Names of the adapters with trainable parameters."""
+    trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    return [adapter for adapter in model.peft_config if any(adapter in name.split(".") for name in trainable)]
+
+
+def _save_with_history(model: Any, save_directory: str, *args: Any, **kwargs: Any) -> None:
+    type(model).save_pretrained(model, save_directory, *args, **kwargs)
+    if kwargs.get("is_main_process", True):
+        write_json(Path(save_directory) / HISTORY_NAME, model.increlora.history())
+
+
+def write_json(path: Path, document: Any) -> None:
+    """A JSON file, whole or not at all."""
+    draft = path.with_name(path.name + ".tmp")
+    draft.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+    draft.replace(path)

@@ -1,0 +1,79 @@
+"""Growth in words: the plan before step 1 and the ranks at the end."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+
+from .growth import Growth
+
+
+def plan_line(growth: Growth, other_trainable: int) -> str:
+    """What will happen, in a line; ``other_trainable`` counts fully trained parameters outside the adapter."""
+    plan, layers = growth.plan, growth.layers
+    assert plan is not None
+    now = sum(p.numel() for layer in layers.values() for p in (*layer.A.parameters(), *layer.B.parameters()))
+    head = f" plus head {_millions(other_trainable)} M" if other_trainable else ""
+    if not plan.rounds:
+        ranks = f"{plan.target_total_rank}, fixed"
+        return f"IncreLoRA: {len(layers)} layers, total rank {ranks}; trainable {_millions(now)} M{head}"
+    low, high = _final_parameters(growth)
+    return (
+        f"IncreLoRA: {len(layers)} layers, rank {plan.initial_total_rank} → {plan.target_total_rank} in {plan.rounds} "
+        f"rounds of {plan.top_h} every {plan.interval:,} steps from step {plan.first_step:,}, last at "
+        f"{plan.last_step:,} of {plan.total_steps:,} ({plan.last_step / plan.total_steps:.0%}); "
+        f"trainable {_millions(now)} M → {_millions(low)}-{_millions(high)} M{head}"
+    )
+
+
+def _millions(count: int) -> str:
+    return f"{count / 1e6:.2f}"
+
+
+def _final_parameters(growth: Growth) -> tuple[int, int]:
+    """Fewest and most adapter parameters that the budget can end with."""
+    plan, layers = growth.plan, list(growth.layers.values())
+    assert plan is not None
+    start = sum(layer.num_parameters(layer.rank) for layer in layers)
+    per_component = sorted(layer.num_parameters(1) for layer in layers)
+    most_per_layer = plan.rounds * plan.increment
+    return start + _fill(per_component, growth.remaining, most_per_layer), start + _fill(
+        reversed(per_component), growth.remaining, most_per_layer
+    )
+
+
+def _fill(costs: Iterable[int], components: int, most_per_layer: int) -> int:
+    total = 0
+    for cost in costs:
+        taken = min(components, most_per_layer)
+        total += cost * taken
+        components -= taken
+    return total
+
+
+def rank_grid(ranks: Mapping[str, int]) -> tuple[list[str], list[str], dict[tuple[str, str], int]]:
+    """Rows (layers), columns (types of module) and the rank in each cell.
+
+    A name splits after its first number: ``encoder.layer.3.attention.self.query`` is row ``encoder.layer.3``, column
+    ``attention.self.query``.
+    """
+    cells = {}
+    for name, rank in ranks.items():
+        match = re.match(r"(.*?\.\d+)\.(.*)", name)
+        cells[match.groups() if match else ("", name)] = rank
+    rows, columns = (list(dict.fromkeys(cell[axis] for cell in cells)) for axis in (0, 1))
+    return rows, columns, cells  # type: ignore[return-value]
+
+
+def rank_table(ranks: Mapping[str, int]) -> str:
+    """The ranks by layer and type of module, as text; the columns are numbered and named below."""
+    rows, columns, cells = rank_grid(ranks)
+    width = max([len(row) for row in rows] + [len("total")])
+    lines = [" " * width + "".join(f"{i:>5}" for i in range(1, len(columns) + 1)) + "  total"]
+    for row in rows:
+        values = [cells.get((row, column)) for column in columns]
+        shown = "".join(f"{'-' if value is None else value:>5}" for value in values)
+        lines.append(f"{row:<{width}}{shown}{sum(v or 0 for v in values):>7}")
+    totals = [sum(cells.get((row, column), 0) for row in rows) for column in columns]
+    lines.append(f"{'total':<{width}}" + "".join(f"{total:>5}" for total in totals) + f"{sum(totals):>7}")
+    return "\n".join(lines + [f"{i:>5} = {column}" for i, column in enumerate(columns, 1)])

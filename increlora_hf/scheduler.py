@@ -1,0 +1,123 @@
+"""Parameter groups that are born while an optimizer runs, each with a learning-rate clock of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch.nn import Parameter
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import get_scheduler
+from transformers.trainer_utils import SchedulerType
+
+Curve = Callable[[int], float]  # step of a group's own clock -> factor on its peak learning rate
+
+NO_CURVE = (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY)  # these follow a metric, not a clock
+
+
+def restart_curves(
+    name: str, *, warmup_steps: int, total_steps: int, lr: float, kwargs: Mapping[str, Any] | None = None
+) -> Callable[[int], Curve]:
+    """For a birth step t0, the curve f(·; warm-up, T − t0) of transformers' schedule ``name``.
+
+    A group born so late that less than the warm-up is left warms up over what is left, less one step.
+    """
+    settings = dict(kwargs or {})
+
+    def curve(birth_step: int) -> Curve:
+        own_steps = total_steps - birth_step
+        own_warmup = warmup_steps if birth_step == 0 else min(warmup_steps, max(0, own_steps - 1))
+        own = dict(settings)
+        if own.get("num_stable_steps") is not None:
+            own["num_stable_steps"] -= birth_step  # the decay then ends where the first group's does
+        throwaway = torch.optim.SGD([torch.zeros(1)], lr=lr)  # get_scheduler reads the peak from an optimizer
+        return get_scheduler(
+            name,
+            throwaway,
+            num_warmup_steps=own_warmup,
+            num_training_steps=None if "num_stable_steps" in own else own_steps,
+            scheduler_specific_kwargs=own,
+        ).lr_lambdas[0]
+
+    return curve
+
+
+class RestartWarmupLR(LambdaLR):
+    """lr of a group at scheduler step t: peak · f(t − t0; warm-up, T − t0), t0 the group's ``birth_step``.
+
+    Groups without ``birth_step`` exist from the start: t0 = 0. The birth step lives in the group, so that the
+    optimizer's own state carries it through a checkpoint.
+
+    Args:
+        optimizer: groups may be added to it later, see `add_group`.
+        curves: birth step -> curve, see `restart_curves`.
+    """
+
+    def __init__(self, optimizer: Optimizer, curves: Callable[[int], Curve]) -> None:
+        """Start every group at its curve's first value."""
+        self._curves = curves
+        self._by_birth: dict[int, Curve] = {}
+        super().__init__(optimizer, lr_lambda=curves(0))
+
+    def get_lr(self) -> list[float | torch.Tensor]:
+        """The learning rate of every group at this step."""
+        return [group["initial_lr"] * self._factor(group.get("birth_step", 0)) for group in self.optimizer.param_groups]
+
+    def _factor(self, birth_step: int) -> float:
+        if birth_step not in self._by_birth:
+            self._by_birth[birth_step] = self._curves(birth_step)
+        return self._by_birth[birth_step](self.last_epoch - birth_step)
+
+    def state_dict(self) -> dict[str, Any]:
+        """LambdaLR's state without the curves, which are made anew from the run's settings."""
+        return {name: value for name, value in super().state_dict().items() if name not in ("_curves", "_by_birth")}
+
+
+def group_of(optimizer: Optimizer, param: Parameter) -> dict[str, Any]:
+    """The parameter group that holds ``param``."""
+    for group in optimizer.param_groups:
+        if any(param is member for member in group["params"]):
+            return group
+    raise ValueError(
+        "The optimizer does not hold the adapter's parameters. Build it from the model that `attach` returns, or let "
+        "the Trainer build it."
+    )
+
+
+def add_groups(
+    optimizer: Optimizer, params_like: Iterable[tuple[list[Parameter], Parameter]], birth_step: int
+) -> None:
+    """Insert new parameters, one group for each distinct group of their models.
+
+    Args:
+        params_like: (new parameters, an older parameter whose group they follow in everything but time).
+        birth_step: t0 of their curve. Until the scheduler's next step their learning rate is 0.
+    """
+    merged: dict[int, dict[str, Any]] = {}
+    for params, like in params_like:
+        template = group_of(optimizer, like)
+        if id(template) not in merged:
+            settings = {key: value for key, value in template.items() if key not in ("params", "lr", "birth_step")}
+            merged[id(template)] = {**settings, "lr": 0.0, "birth_step": birth_step, "params": []}
+        merged[id(template)]["params"].extend(params)
+    for group in merged.values():
+        if group["params"]:
+            optimizer.add_param_group(group)
+
+
+def remove_params(optimizer: Optimizer, params: Iterable[Parameter]) -> None:
+    """Take parameters out of their groups, with their optimizer state."""
+    gone = {id(param) for param in params}
+    for group in optimizer.param_groups:
+        for param in [p for p in group["params"] if id(p) in gone]:
+            optimizer.state.pop(param, None)
+        group["params"] = [p for p in group["params"] if id(p) not in gone]
+
+
+def narrow_state(optimizer: Optimizer, param: Parameter, rows: int) -> None:
+    """Cut the optimizer state of a parameter that has just lost rows to its first ``rows``."""
+    for name, value in optimizer.state.get(param, {}).items():
+        if isinstance(value, torch.Tensor) and value.dim() == param.dim():
+            optimizer.state[param][name] = value[:rows].clone()

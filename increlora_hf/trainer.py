@@ -1,0 +1,271 @@
+"""The Trainer that grows: glue between transformers' hooks and the parts of IncreLoRA."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import ProgressCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.training_args import ParallelMode
+
+from .config import IncreLoraConfig
+from .growth import Growth, Grown, attach, is_attached
+from .importance import SensitivityProbes
+from .orthogonality import orthogonality
+from .report import plan_line, rank_table
+from .scheduler import NO_CURVE, RestartWarmupLR, add_groups, narrow_state, remove_params, restart_curves
+
+logger = logging.getLogger(__name__)
+
+if TYPE_CHECKING:
+    _Base = Trainer
+else:
+    _Base = object
+
+
+class IncreLoraTrainerMixin(_Base):
+    """IncreLoRA on any Trainer class: ``class MyTrainer(IncreLoraTrainerMixin, SomeTrainer): pass``.
+
+    A plain model is wrapped by `attach` with ``increlora_config``; a model that is already attached is taken as it is.
+    The loss that is logged and evaluated stays the task's own.
+
+    Args:
+        model: plain or attached; or give ``model_init``, as to Trainer.
+        increlora_config: default `IncreLoraConfig()`; ``seed`` defaults to the training arguments' seed.
+
+    Raises:
+        ValueError: a setting that IncreLoRA cannot work with, before anything is trained or written.
+    """
+
+    def __init__(
+        self, model: Any = None, *args: Any, increlora_config: IncreLoraConfig | None = None, **kwargs: Any
+    ) -> None:
+        """As the Trainer's, with one more argument."""
+        self.increlora_config = increlora_config
+        training_args = kwargs.get("args", args[0] if args else None) or TrainingArguments(output_dir="tmp_trainer")
+        _refuse_unsupported(training_args, kwargs.get("optimizers", (None, None)))
+        self._increlora_seed = training_args.seed
+        if model is not None:
+            model = self._attach(model)
+        self._probes: SensitivityProbes | None = None
+        self._sensitivities: Tensor | None = None
+        self._loss_kwargs_checked = False
+        super().__init__(model, *args, **kwargs)
+        self.add_callback(_GrowthCallback(self))
+
+    @property
+    def increlora(self) -> Growth:
+        """Plan, rounds and ranks of the model being trained."""
+        return self.model.increlora  # type: ignore[union-attr, return-value]
+
+    def _attach(self, model: nn.Module) -> PeftModel:
+        if is_attached(model):
+            return attach(model, self.increlora_config)
+        config = self.increlora_config or IncreLoraConfig()
+        if config.seed is None:
+            config = dataclasses.replace(config, seed=self._increlora_seed)
+        return attach(model, config)
+
+    def call_model_init(self, trial: Any = None) -> nn.Module:
+        """The user's fresh model, attached."""
+        return self._attach(super().call_model_init(trial))
+
+    # ---- Set-up, in Trainer's order ----------------------------------------------------------------------------
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        """Trainer's optimizer; the λ apart where they have a learning rate of their own."""
+        fresh = self.optimizer is None
+        optimizer = super().create_optimizer(*args, **kwargs)
+        multiplier = self.increlora.config.lam_lr_multiplier
+        if fresh and multiplier != 1:
+            lams = [lam for layer in self.increlora.layers.values() for lam in layer.A.lams()]
+            learning_rate = optimizer.param_groups[0]["lr"]
+            remove_params(optimizer, lams)
+            optimizer.add_param_group({"params": lams, "lr": learning_rate * multiplier})
+        return optimizer
+
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> torch.optim.lr_scheduler.LRScheduler:
+        """Fix the plan of growth, and give every parameter group its own clock."""
+        if self.lr_scheduler is None:
+            args = self.args
+            warmup_steps = args.get_warmup_steps(num_training_steps)
+            self.increlora.plan_run(num_training_steps, warmup_steps)
+            curves = restart_curves(
+                args.lr_scheduler_type,
+                warmup_steps=warmup_steps,
+                total_steps=num_training_steps,
+                lr=args.learning_rate,
+                kwargs=args.lr_scheduler_kwargs,
+            )
+            self.lr_scheduler = RestartWarmupLR(optimizer or self.optimizer, curves)
+            self._created_lr_scheduler = True
+            logger.info(plan_line(self.increlora, self._other_trainable()))
+        return self.lr_scheduler
+
+    def _other_trainable(self) -> int:
+        layers = self.increlora.layers.values()
+        ours = {id(p) for layer in layers for p in (*layer.A.parameters(), *layer.B.parameters())}
+        return sum(p.numel() for p in self.model.parameters() if p.requires_grad and id(p) not in ours)
+
+    # ---- One optimizer step ------------------------------------------------------------------------------------
+
+    def compute_loss(
+        self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Trainer's, with a correct account of who normalises the loss by ``num_items_in_batch``."""
+        if not self._loss_kwargs_checked and num_items_in_batch is not None:
+            self._loss_kwargs_checked = True
+            self.model_accepts_loss_kwargs &= self._loss_uses_num_items(model, inputs, num_items_in_batch)
+        if not self.model_accepts_loss_kwargs and self.compute_loss_func is None:
+            num_items_in_batch = None
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+    def _loss_uses_num_items(self, model: nn.Module, inputs: Any, num_items: Any) -> bool:
+        """Whether doubling ``num_items_in_batch`` halves the loss.
+
+        Trainer believes it of every model that accepts ``**kwargs``. Encoders' classification heads do and ignore
+        it: their loss and gradients would grow with the number of accumulation steps.
+        """
+        if self.compute_loss_func is not None or getattr(self, "_loss_shifts_labels", False):
+            return True
+        modes = [(module, module.training) for module in model.modules()]
+        model.eval()
+        with torch.no_grad(), torch.random.fork_rng(), self.compute_loss_context_manager():
+            once, twice = (
+                super(IncreLoraTrainerMixin, self).compute_loss(model, dict(inputs), num_items_in_batch=count)
+                for count in (num_items, 2 * num_items)
+            )
+        for module, mode in modes:
+            module.training = mode
+        return not torch.allclose(once, twice)
+
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        """Trainer's, then the sensitivities, and once per update the gradient of the orthogonality penalty."""
+        own_items = self._own_items(inputs) if self._probes is not None else None
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        scale = self._loss_scale()
+        if self._probes is not None:
+            weight = self._micro_batch_weight(own_items, num_items_in_batch) / scale
+            values = self._probes.read() * weight
+            self._sensitivities = values if self._sensitivities is None else self._sensitivities + values
+        config = self.increlora.config
+        if self.accelerator.sync_gradients and config.orth_reg_weight > 0:
+            penalty = orthogonality(self.increlora.factors(), squared=config.orth_reg_squared)
+            (penalty * config.orth_reg_weight * scale).backward()
+        return loss
+
+    def _loss_scale(self) -> float:
+        scaler = getattr(self.accelerator, "scaler", None)
+        return scaler.get_scale() if scaler is not None else 1.0
+
+    def _own_items(self, inputs: Any) -> Any:
+        return self._get_num_items_in_batch([inputs], self.args.device)
+
+    def _micro_batch_weight(self, own_items: Any, num_items_in_batch: Any) -> float:
+        """What turns this micro-batch's gradients into 1/M of those of its own mean loss, M micro-batches a step.
+
+        Trainer divides a mean loss by M itself. A loss that is a sum over N items of the whole step is scaled by
+        N / (own items · M).
+        """
+        if not self.model_accepts_loss_kwargs or num_items_in_batch is None or own_items is None:
+            return 1.0
+        if own_items == 0:
+            return 0.0
+        return float(num_items_in_batch / own_items) / self.current_gradient_accumulation_steps
+
+    def _watch(self, step: int) -> None:
+        """Collect sensitivities in this step if the plan scores it."""
+        assert self.increlora.plan is not None
+        scored = self.increlora.plan.is_scored(step)
+        if scored and self._probes is None:
+            layers = list(self.increlora.layers.values())
+            self._probes = SensitivityProbes(layers, self.increlora.config.score_reduction)
+        elif not scored and self._probes is not None:
+            self._probes.remove()
+            self._probes = None
+
+    def _after_optimizer_step(self) -> None:
+        growth, step = self.increlora, self.state.global_step + 1  # Trainer counts the step a little later
+        assert growth.plan is not None
+        if self._sensitivities is not None:
+            growth.tracker.update(self._sensitivities)
+            self._sensitivities = None
+        if growth.plan.is_due(step):
+            birth_step = self.lr_scheduler.last_epoch + 1 if growth.config.restart_warmup else 0
+            self._follow(growth.grow(step, birth_step), birth_step)
+        self._watch(step + 1)
+
+    def _follow(self, grown: Grown, birth_step: int) -> None:
+        """Make the optimizer hold what the model now holds."""
+        first = next(iter(self.increlora.layers.values()))
+        like_lam, like_component = first.A.lams()[0], first.A.blocks()[0]
+        add_groups(self.optimizer, [(grown.lams, like_lam), (grown.components, like_component)], birth_step)
+        for param in grown.narrowed:
+            narrow_state(self.optimizer, param, len(param))
+        remove_params(self.optimizer, grown.removed)
+
+    # ---- What the user sees ------------------------------------------------------------------------------------
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Trainer's, with ``total_rank`` and ``orth_loss`` in the training logs."""
+        if "loss" in logs:
+            logs["total_rank"] = self.increlora.total_rank
+            with torch.no_grad():
+                squared = self.increlora.config.orth_reg_squared
+                logs["orth_loss"] = orthogonality(self.increlora.factors(), squared=squared).item()
+        super().log(logs, *args, **kwargs)
+
+    def _show_total_rank(self) -> None:
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, ProgressCallback) and callback.training_bar is not None:
+                growth = self.increlora
+                callback.training_bar.set_postfix_str(f"total rank {growth.total_rank}/{growth.target_total_rank}")
+
+
+class _GrowthCallback(TrainerCallback):
+    """Calls the trainer back at the moments that have no method to override."""
+
+    def __init__(self, trainer: IncreLoraTrainerMixin) -> None:
+        self._trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._trainer._watch(state.global_step + 1)
+        self._trainer._show_total_rank()
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        rounds = len(self._trainer.increlora.rounds)
+        self._trainer._after_optimizer_step()
+        if len(self._trainer.increlora.rounds) > rounds:
+            self._trainer._show_total_rank()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        growth = self._trainer.increlora
+        logger.info("IncreLoRA: final ranks, total %d\n%s", growth.total_rank, rank_table(growth.rank_pattern))
+
+
+def _refuse_unsupported(args: TrainingArguments, optimizers: tuple[Any, Any]) -> None:
+    if args.lr_scheduler_type in NO_CURVE:
+        raise ValueError(
+            f"lr_scheduler_type={str(args.lr_scheduler_type.value)!r} follows a metric and has no curve that a new "
+            "parameter group could restart. Choose a schedule of steps, such as linear or cosine."
+        )
+    if optimizers[1] is not None:
+        raise ValueError(
+            f"optimizers holds a finished {type(optimizers[1]).__name__}, and IncreLoRA restarts the curve for every "
+            "round. Give lr_scheduler_type and lr_scheduler_kwargs instead, and None in its place."
+        )
+    if args.parallel_mode is not ParallelMode.NOT_PARALLEL:
+        raise ValueError(
+            f"parallel_mode={args.parallel_mode.value}: several devices would grow apart silently. "
+            "Run on one device, for instance with CUDA_VISIBLE_DEVICES=0."
+        )
+
+
+class IncreLoraTrainer(IncreLoraTrainerMixin, Trainer):
+    """transformers' Trainer with IncreLoRA: swap the class name and train; see `IncreLoraTrainerMixin`."""

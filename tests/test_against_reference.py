@@ -1,0 +1,130 @@
+"""A whole run of the real trainer against the naive form, in float64."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import arguments, tiny_bert, token_rows
+from reference import Naive, Settings, cosine_curve, linear_curve
+from torch import Tensor
+
+from increlora_hf import IncreLoraConfig, IncreLoraTrainer
+from increlora_hf.adapter import component_generator
+
+STEPS = 30
+CASES = {
+    "defaults": {},
+    "per-rank-scale": {"rank_scaling": "per_rank"},
+    "sqrt-reduction": {"score_reduction": "sqrt"},
+    "squared-norms": {"orth_reg_squared": True},
+    "no-penalty": {"orth_reg_weight": 0.0},
+    "no-advance-learning": {"advance_learning": False},
+    "no-restart-warmup": {"restart_warmup": False},
+    "increment-2-clamped": {"increment": 2, "r_avg": 4, "top_h": 5},
+    "clamp-inside-a-layer": {"increment": 3, "r_avg": 2, "top_h": 2},
+    "init-r-2": {"init_r": 2, "r_avg": 3, "top_h": 7},
+    "own-lambda-rate": {"lam_lr_multiplier": 5.0},
+    "other-betas": {"beta1": 0.5, "beta2": 0.9},
+}
+
+
+class RecordingTrainer(IncreLoraTrainer):
+    """Keeps what the naive form has to reproduce."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.batches: list[list[dict[str, Tensor]]] = [[]]
+        self.seen: list[list[float]] = []
+        self.lrs: list[list[float]] = []
+        self.losses: list[float] = []
+
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        self.batches[-1].append(dict(inputs))
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self.losses.append(loss.item())
+        if self.accelerator.sync_gradients:
+            self.batches.append([])
+            self.lrs.append(sorted({float(group["lr"]) for group in self.optimizer.param_groups}))
+            if self._sensitivities is not None:
+                self.seen.append(self._sensitivities.tolist())
+        return loss
+
+
+def draw(layer_index: int, round_index: int, counts: Sequence[int]) -> list[list[tuple[Tensor, Tensor]]]:
+    """The (a, b) of new components of layers of width 16 and 24, as the seed determines them."""
+    generator = component_generator(3, layer_index, round_index)
+    wide_out, wide_in = layer_index % 6 == 4, layer_index % 6 == 5
+    drawn = []
+    for count in counts:
+        a = torch.randn(count, 24 if wide_in else 16, generator=generator) * 0.02
+        b = torch.randn(count, 24 if wide_out else 16, generator=generator) * 0.02
+        drawn.append(list(zip(a.double(), b.double(), strict=True)))
+    return drawn
+
+
+@pytest.mark.parametrize("case", CASES, ids=list(CASES))
+def test_run_equals_the_naive_form(case: str, tmp_path: Path) -> None:
+    _compare(Settings(**CASES[case]), "linear", 1, tmp_path)
+
+
+@pytest.mark.parametrize("case", ["defaults", "no-advance-learning"])
+def test_run_equals_the_naive_form_over_three_micro_batches(case: str, tmp_path: Path) -> None:
+    """64 rows in batches of 4 leave one micro-batch alone in the last step of every epoch."""
+    _compare(Settings(**CASES[case]), "linear", 3, tmp_path)
+
+
+def test_run_equals_the_naive_form_under_a_cosine_schedule(tmp_path: Path) -> None:
+    _compare(Settings(), "cosine", 1, tmp_path)
+
+
+def _compare(settings: Settings, schedule: str, accumulation: int, tmp_path: Path) -> None:
+    model = tiny_bert().double()
+    config = IncreLoraConfig(**vars(settings), score_tolerance=0.0, seed=3)
+    args = arguments(
+        tmp_path,
+        max_steps=STEPS,
+        weight_decay=0.01,
+        gradient_accumulation_steps=accumulation,
+        lr_scheduler_type=schedule,
+        per_device_train_batch_size=4,
+    )
+    naive_base = tiny_bert().double()
+    trainer = RecordingTrainer(model, args, train_dataset=token_rows(), increlora_config=config)
+    names = list(trainer.increlora.layers)
+    naive = Naive(
+        naive_base,
+        names,
+        draw,
+        settings,
+        total_steps=STEPS,
+        warmup=3,
+        lr=1e-2,
+        weight_decay=0.01,
+        curve=cosine_curve if schedule == "cosine" else linear_curve,
+    )
+    trainer.train()
+    losses = [naive.step(t, batches) for t, batches in enumerate(trainer.batches[:STEPS], start=1)]
+
+    growth = trainer.increlora
+    scored = growth.plan.last_step
+    assert len(growth.rounds) >= 2
+    assert [(r.step, r.layers) for r in growth.rounds] == naive.rounds
+    assert growth.total_rank == naive.total_rank() == growth.target_total_rank
+    torch.testing.assert_close(torch.tensor(trainer.seen), torch.tensor(naive.sensitivities[:scored]), rtol=1e-9, atol=0)
+    parts = torch.tensor(trainer.losses).split([len(batches) for batches in trainer.batches[:STEPS]])
+    torch.testing.assert_close(torch.stack([part.sum() for part in parts]), torch.tensor(losses), rtol=1e-9, atol=0)
+    assert len(trainer.lrs) == STEPS
+    for ours, theirs in zip(trainer.lrs, naive.lrs, strict=True):
+        assert ours == pytest.approx(sorted(set(theirs)), rel=1e-12)
+    for name, layer in growth.layers.items():
+        delta = layer.delta_weight().detach()
+        torch.testing.assert_close(delta, naive.deltas()[name], rtol=1e-9, atol=1e-12)
+    live = dict(trainer.model.get_base_model().named_parameters())
+    for name, parameter in naive.heads.items():
+        stem, _, leaf = name.rpartition(".")
+        owner = "bert.pooler" if ".pooler." in name else "classifier"
+        inner = stem.removeprefix(owner).strip(".")
+        key = ".".join(part for part in (owner, "modules_to_save.default", inner, leaf) if part)
+        torch.testing.assert_close(live[key].detach(), parameter.detach(), rtol=1e-9, atol=1e-12)
