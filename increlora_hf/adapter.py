@@ -167,12 +167,12 @@ class AdaptedLayer:
     module: LoraLayer
 
     @property
-    def A(self) -> GrowingA:  # noqa: N802 - the paper's symbol
+    def A(self) -> GrowingA:
         """The growing A with its λ."""
         return self.module.lora_A[ADAPTER]
 
     @property
-    def B(self) -> GrowingB:  # noqa: N802 - the paper's symbol
+    def B(self) -> GrowingB:
         """The growing B."""
         return self.module.lora_B[ADAPTER]
 
@@ -353,8 +353,7 @@ def _check_targets(model: nn.Module, lora_config: LoraConfig, config: IncreLoraC
     idle = [t for t in listed if not isinstance(listed, str) and not any(_names(t, name) for name in wanted)]
     if not wanted or idle:
         raise ValueError(
-            f"target_modules={idle or config.target_modules!r} matches no module of {type(model).__name__} that may be "
-            "adapted. Give names or name endings of its linear layers, or leave it out to adapt every linear layer of "
+            f"target_modules={idle or config.target_modules!r} matches no module of {type(model).__name__}. Give names or name endings of its linear layers, or leave it out to adapt every linear layer of "
             "the backbone."
         )
     for name in wanted:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 SCORE_REDUCTIONS = ("mean", "sqrt")
 RANK_SCALINGS = ("constant", "per_rank")
@@ -65,7 +66,9 @@ class IncreLoraConfig:
     )
     orth_reg_weight: float = _setting(0.1, "Weight of the orthogonality penalty, equation (4). 0 switches it off.")
     orth_reg_squared: bool = _setting(False, "Square the norms of the penalty, as the paper writes it.")
-    advance_learning: bool = _setting(True, "Train a reserve ahead of its activation; off: new components start fresh.")
+    advance_learning: bool = _setting(
+        True, "Train a reserve ahead of its activation; off: new components start fresh."
+    )
     restart_warmup: bool = _setting(True, "Each round's parameters restart the learning-rate warm-up.")
     reserve_lambda: float = _setting(1e-5, "Frozen lambda of the reserve.")
     init_std: float | str = _setting(
@@ -124,7 +127,7 @@ class IncreLoraConfig:
                 raise ValueError(f"{name}={getattr(self, name)} must be above 0, or the adapter cannot learn.")
         if not self.orth_reg_weight >= 0:
             raise ValueError(
-                f"orth_reg_weight={self.orth_reg_weight} rewards dependent components. Use 0 to switch the penalty off."
+                f"orth_reg_weight={self.orth_reg_weight} would reward dependent components. Use 0 to switch it off."
             )
 
     def _check_choices(self) -> None:
@@ -194,10 +197,8 @@ class _Flags:
         """The `IncreLoraConfig` that the flags describe; raises ValueError as that does."""
         values = {f.name: getattr(self, FLAG_PREFIX + f.name) for f in fields(IncreLoraConfig)}
         if values["init_std"] != UNIT_STD:
-            try:
+            with contextlib.suppress(ValueError):  # IncreLoraConfig names the value and what it may be
                 values["init_std"] = float(values["init_std"])
-            except ValueError:
-                pass  # IncreLoraConfig names the value and what it may be
         return IncreLoraConfig(**values)
 
 
@@ -209,8 +210,6 @@ def _flag(setting: dataclasses.Field[Any], hints: Mapping[str, Any]) -> tuple[st
 
 
 def _make_arguments() -> Any:
-    from typing import get_type_hints
-
     hints = get_type_hints(IncreLoraConfig)
     settings = [f for f in fields(IncreLoraConfig) if f.default is not MISSING]
     made = dataclasses.make_dataclass("IncreLoraArguments", [_flag(f, hints) for f in settings], bases=(_Flags,))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import MethodType
@@ -111,9 +110,7 @@ class Growth:
         """Hold a round: choose layers by their scores and grow them."""
         assert self.plan is not None
         scores = self.scores()
-        chosen = choose(
-            scores, remaining=self.remaining, top_h=self.plan.top_h, increment=self.config.increment
-        )
+        chosen = choose(scores, remaining=self.remaining, top_h=self.plan.top_h, increment=self.config.increment)
         return self.apply(Round(step=step, birth_step=birth_step, layers=chosen, scores=scores))
 
     def apply(self, record: Round) -> Grown:
@@ -140,6 +137,11 @@ class Growth:
     def _new_components(self, layer: AdaptedLayer, count: int) -> list[Parameter]:
         generator = component_generator(self.config.seed, layer.index, len(self.rounds))
         return layer.add_components(count, generator, self.config.init_std, layer.A.lams()[0])
+
+    def parameters(self) -> list[Parameter]:
+        """All λ, A and B, reserves included."""
+        layers = self.layers.values()
+        return [p for layer in layers for p in (*layer.A.parameters(), *layer.B.parameters())]
 
     def factors(self) -> list[Tensor]:
         """A and Bᵀ of all layers as rows, reserves included: what the orthogonality penalty sees."""
@@ -179,8 +181,8 @@ def attach(model: nn.Module, config: IncreLoraConfig | None = None) -> PeftModel
         return _already_attached(model, config)
     if isinstance(model, PeftModel):
         raise ValueError(
-            f"The model holds the adapters {sorted(model.peft_config)} already. Merge them with merge_and_unload(), or "
-            "pass the base model."
+            f"The model holds the adapters {sorted(model.peft_config)} already. Merge them with merge_and_unload(), "
+            "or pass the base model."
         )
     config = config or IncreLoraConfig()
     peft_model = inject(model, config)

@@ -12,7 +12,7 @@ def plan_line(growth: Growth, other_trainable: int) -> str:
     """What will happen, in a line; ``other_trainable`` counts fully trained parameters outside the adapter."""
     plan, layers = growth.plan, growth.layers
     assert plan is not None
-    now = sum(p.numel() for layer in layers.values() for p in (*layer.A.parameters(), *layer.B.parameters()))
+    now = sum(p.numel() for p in growth.parameters())
     head = f" plus head {_millions(other_trainable)} M" if other_trainable else ""
     if not plan.rounds:
         ranks = f"{plan.target_total_rank}, fixed"

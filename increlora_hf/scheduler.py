@@ -63,7 +63,9 @@ class RestartWarmupLR(LambdaLR):
 
     def get_lr(self) -> list[float | torch.Tensor]:
         """The learning rate of every group at this step."""
-        return [group["initial_lr"] * self._factor(group.get("birth_step", 0)) for group in self.optimizer.param_groups]
+        return [
+            group["initial_lr"] * self._factor(group.get("birth_step", 0)) for group in self.optimizer.param_groups
+        ]
 
     def _factor(self, birth_step: int) -> float:
         if birth_step not in self._by_birth:

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import ProgressCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import SchedulerType
 from transformers.training_args import ParallelMode
 
 from .config import IncreLoraConfig
-from .growth import Growth, Grown, attach, is_attached
+from .growth import Grown, Growth, attach, is_attached
 from .importance import SensitivityProbes
 from .orthogonality import orthogonality
 from .report import plan_line, rank_table
-from .scheduler import NO_CURVE, RestartWarmupLR, add_groups, narrow_state, remove_params, restart_curves
+from .scheduler import NO_CURVE, RestartWarmupLR, add_groups, group_of, narrow_state, remove_params, restart_curves
 
 logger = logging.getLogger(__name__)
 
@@ -86,6 +88,8 @@ class IncreLoraTrainerMixin(_Base):
             learning_rate = optimizer.param_groups[0]["lr"]
             remove_params(optimizer, lams)
             optimizer.add_param_group({"params": lams, "lr": learning_rate * multiplier})
+        for parameter in self.increlora.parameters():
+            group_of(optimizer, parameter)
         return optimizer
 
     def create_scheduler(
@@ -103,14 +107,16 @@ class IncreLoraTrainerMixin(_Base):
                 lr=args.learning_rate,
                 kwargs=args.lr_scheduler_kwargs,
             )
-            self.lr_scheduler = RestartWarmupLR(optimizer or self.optimizer, curves)
+            optimizer = optimizer or self.optimizer
+            assert optimizer is not None
+            self.lr_scheduler = RestartWarmupLR(optimizer, curves)
             self._created_lr_scheduler = True
             logger.info(plan_line(self.increlora, self._other_trainable()))
         return self.lr_scheduler
 
     def _other_trainable(self) -> int:
-        layers = self.increlora.layers.values()
-        ours = {id(p) for layer in layers for p in (*layer.A.parameters(), *layer.B.parameters())}
+        assert isinstance(self.model, nn.Module)
+        ours = {id(p) for p in self.increlora.parameters()}
         return sum(p.numel() for p in self.model.parameters() if p.requires_grad and id(p) not in ours)
 
     # ---- One optimizer step ------------------------------------------------------------------------------------
@@ -137,13 +143,11 @@ class IncreLoraTrainerMixin(_Base):
         modes = [(module, module.training) for module in model.modules()]
         model.eval()
         with torch.no_grad(), torch.random.fork_rng(), self.compute_loss_context_manager():
-            once, twice = (
-                super(IncreLoraTrainerMixin, self).compute_loss(model, dict(inputs), num_items_in_batch=count)
-                for count in (num_items, 2 * num_items)
-            )
+            loss_with = partial(super().compute_loss, model, return_outputs=False)
+            once, twice = (loss_with(dict(inputs), num_items_in_batch=n) for n in (num_items, 2 * num_items))
         for module, mode in modes:
             module.training = mode
-        return not torch.allclose(once, twice)
+        return not torch.allclose(once, twice)  # type: ignore[arg-type]
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """Trainer's, then the sensitivities, and once per update the gradient of the orthogonality penalty."""
@@ -197,12 +201,14 @@ class IncreLoraTrainerMixin(_Base):
             growth.tracker.update(self._sensitivities)
             self._sensitivities = None
         if growth.plan.is_due(step):
+            assert self.lr_scheduler is not None
             birth_step = self.lr_scheduler.last_epoch + 1 if growth.config.restart_warmup else 0
             self._follow(growth.grow(step, birth_step), birth_step)
         self._watch(step + 1)
 
     def _follow(self, grown: Grown, birth_step: int) -> None:
         """Make the optimizer hold what the model now holds."""
+        assert self.optimizer is not None
         first = next(iter(self.increlora.layers.values()))
         like_lam, like_component = first.A.lams()[0], first.A.blocks()[0]
         add_groups(self.optimizer, [(grown.lams, like_lam), (grown.components, like_component)], birth_step)
@@ -250,9 +256,10 @@ class _GrowthCallback(TrainerCallback):
 
 
 def _refuse_unsupported(args: TrainingArguments, optimizers: tuple[Any, Any]) -> None:
-    if args.lr_scheduler_type in NO_CURVE:
+    schedule = SchedulerType(args.lr_scheduler_type)
+    if schedule in NO_CURVE:
         raise ValueError(
-            f"lr_scheduler_type={str(args.lr_scheduler_type.value)!r} follows a metric and has no curve that a new "
+            f"lr_scheduler_type={schedule.value!r} follows a metric and has no curve that a new "
             "parameter group could restart. Choose a schedule of steps, such as linear or cosine."
         )
     if optimizers[1] is not None:

@@ -21,7 +21,9 @@ def _single_thread() -> None:
     torch.set_num_threads(1)
 
 
-def tiny_bert(layers: int = 2, dropout: float = 0.0, num_labels: int = 2, seed: int = 0) -> BertForSequenceClassification:
+def tiny_bert(
+    layers: int = 2, dropout: float = 0.0, num_labels: int = 2, seed: int = 0
+) -> BertForSequenceClassification:
     """A BERT with random weights: 6 linear layers of width 16 to 24 per block."""
     set_seed(seed)
     config = BertConfig(

@@ -1,4 +1,4 @@
-"""IncreLoRA in its naive form, straight from the method: dense ΔW, explicit loops, one float at a time where it can."""
+"""IncreLoRA in its naive form, straight from the method: dense ΔW and explicit loops."""
 
 from __future__ import annotations
 
@@ -137,7 +137,9 @@ class Naive:
 
     def trainables(self) -> list[tuple[Tensor, int, float, float]]:
         """(tensor, birth step, weight decay, factor on the learning rate)."""
-        found = [(p, 0, 0.0 if n.endswith("bias") else self.weight_decay, 1.0) for n, p in self.heads.items()]
+        found: list[tuple[Tensor, int, float, float]] = [
+            (p, 0, 0.0 if n.endswith("bias") else self.weight_decay, 1.0) for n, p in self.heads.items()
+        ]
         for layer in self.layers:
             for c in layer.components:
                 found += [(c.a, c.ab_birth, self.weight_decay, 1.0), (c.b, c.ab_birth, self.weight_decay, 1.0)]
@@ -259,5 +261,5 @@ class Naive:
         result = {}
         for name, layer in zip(self.names, self.layers, strict=True):
             pieces = [c.lam.detach() * torch.outer(c.b, c.a).detach() for c in layer.components if c.active]
-            result[name] = sum(pieces) * self._scale(layer.rank())
+            result[name] = torch.stack(pieces).sum(dim=0) * self._scale(layer.rank())
         return result

@@ -1,0 +1,408 @@
+"""The growing factors inside PEFT's layers, and which layers get them."""
+
+import copy
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import tiny_bert
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+)
+
+from increlora_hf import IncreLoraConfig, attach
+from increlora_hf.adapter import adapted_layers
+from increlora_hf.growth import Grown, Round
+
+INPUT = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 0]])
+
+
+def logits(model: nn.Module) -> Tensor:
+    model.eval()
+    with torch.no_grad():
+        return model(input_ids=INPUT).logits
+
+
+def grow(model: PeftModel, *layers: str, step: int = 1) -> Grown:
+    scores = dict.fromkeys(model.increlora.layers, 0.0)
+    return model.increlora.apply(Round(step=step, birth_step=step, layers=list(layers), scores=scores))
+
+
+def trained(model: PeftModel, seed: int = 5) -> PeftModel:
+    """The model with random λ and components, as if it had been trained."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for layer in model.increlora.layers.values():
+            for parameter in (*layer.A.lams(), *layer.A.blocks(), *layer.B.blocks()):
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+    return model
+
+
+def unequal(config: IncreLoraConfig | None = None) -> PeftModel:
+    """Ranks 1 to 4 with reserves, trained."""
+    model = attach(tiny_bert(), config or IncreLoraConfig(r_avg=3))
+    names = list(model.increlora.layers)
+    for round_layers in (names[:5], names[:3], names[2:3]):
+        grow(model, *round_layers)
+    return trained(model)
+
+
+def test_attached_model_computes_what_the_base_computes() -> None:
+    base = tiny_bert()
+    before = logits(base)
+    model = attach(base)
+    assert torch.equal(logits(model), before)
+    model.train()  # dropout is 0; the reserve takes part
+    with torch.no_grad():
+        difference = (model(input_ids=INPUT).logits - before).abs().max()
+    assert 0 < difference < 1e-5
+
+
+def test_every_layer_starts_at_init_r_with_a_reserve() -> None:
+    model = attach(tiny_bert(), IncreLoraConfig(r_avg=4, init_r=2, increment=3))
+    assert set(model.increlora.rank_pattern.values()) == {2}
+    layer = next(iter(model.increlora.layers.values()))
+    assert layer.A.rows(with_reserve=True).shape == (5, 16)
+    assert layer.A.rows(with_reserve=False).shape == (2, 16)
+    assert layer.A.lam(with_reserve=True).tolist() == pytest.approx([0, 0, 1e-5, 1e-5, 1e-5])
+    assert not layer.delta_weight().any()
+
+
+@pytest.mark.parametrize(
+    "settings", [{"r_avg": 1}, {"advance_learning": False}, {"rank_pattern": None, "r_avg": 3, "init_r": 3}]
+)
+def test_no_reserve_where_nothing_will_activate_it(settings: dict[str, Any]) -> None:
+    model = attach(tiny_bert(), IncreLoraConfig(**settings))
+    assert all(layer.A.num_blocks == 1 for layer in model.increlora.layers.values())
+
+
+def test_update_is_scale_times_b_lambda_a() -> None:
+    layer = next(iter(unequal().increlora.layers.values()))
+    pieces = [
+        lam * torch.outer(b, a)
+        for lam, a, b in zip(
+            layer.A.lam(with_reserve=True),
+            layer.A.rows(with_reserve=True),
+            layer.B.rows(with_reserve=True),
+            strict=True,
+        )
+    ]
+    torch.testing.assert_close(layer.delta_weight(with_reserve=True), 16 / 3 * sum(pieces))
+    torch.testing.assert_close(layer.delta_weight(), 16 / 3 * sum(pieces[: layer.rank]))
+
+
+def test_forward_applies_the_update_with_the_reserve_in_training_only() -> None:
+    layer = next(iter(unequal().increlora.layers.values()))
+    x = torch.randn(3, 16)
+    base = layer.module.get_base_layer()(x)
+    for training in (True, False):
+        layer.module.train(training)
+        expected = base + x @ layer.delta_weight(with_reserve=training).T
+        torch.testing.assert_close(layer.module(x), expected)
+
+
+def test_round_changes_no_logit_by_more_than_the_share_of_the_reserve() -> None:
+    model = unequal()
+    before = logits(model)
+    grow(model, list(model.increlora.layers)[4])
+    after = logits(model)
+    assert torch.allclose(before, after, atol=1e-4)
+    assert not torch.equal(before, after)
+
+
+def test_per_rank_scale_follows_the_rank() -> None:
+    model = unequal(IncreLoraConfig(r_avg=3, rank_scaling="per_rank"))
+    assert [layer.scale for layer in model.increlora.layers.values()] == [
+        16 / rank for rank in model.increlora.rank_pattern.values()
+    ]
+
+
+def test_reserves_leave_when_the_budget_is_met() -> None:
+    model = attach(tiny_bert(), IncreLoraConfig(r_avg=2, increment=2))
+    names = list(model.increlora.layers)
+    first = grow(model, *names[:5])
+    assert (len(first.lams), len(first.components), first.removed) == (5, 10, [])
+    last = grow(model, names[5])
+    assert model.increlora.remaining == 0
+    assert not last.components
+    assert len(last.removed) == 2 * 11  # of every layer but the one whose reserve was activated
+    assert all(sum(map(len, layer.A.blocks())) == layer.rank for layer in model.increlora.layers.values())
+    assert sum(model.increlora.rank_pattern.values()) == 24
+
+
+def test_last_layer_gets_what_is_left_of_the_budget() -> None:
+    model = attach(tiny_bert(), IncreLoraConfig(r_avg=2, increment=5))
+    names = list(model.increlora.layers)
+    grown = grow(model, *names[:3])
+    assert [model.increlora.rank_pattern[name] for name in names[:4]] == [6, 6, 3, 1]
+    assert [parameter.shape for parameter in grown.narrowed] == [(2, 16), (2, 16)]
+
+
+def test_new_components_depend_on_seed_layer_and_round_alone() -> None:
+    def components(seed: int, noise: int) -> list[Tensor]:
+        torch.manual_seed(noise)
+        model = attach(tiny_bert(seed=noise), IncreLoraConfig(r_avg=3, seed=seed))
+        names = list(model.increlora.layers)
+        grow(model, *names[:2])
+        torch.manual_seed(noise + 1)
+        grow(model, *names[:1])
+        return [block.detach() for name in names[:2] for block in model.increlora.layers[name].A.blocks()]
+
+    one, same, other = components(1, noise=0), components(1, noise=7), components(2, noise=0)
+    assert all(torch.equal(a, b) for a, b in zip(one, same, strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+    assert len({block.sum().item() for block in one}) == len(one) == 7
+
+
+def test_unit_start_values_have_norms_near_one() -> None:
+    model = attach(GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=256, n_head=2)), IncreLoraConfig(init_std="unit"))
+    for factor in model.increlora.factors():
+        assert torch.linalg.vector_norm(factor, dim=1).tolist() == pytest.approx([1, 1], abs=0.3)
+
+
+# ---- Which layers -------------------------------------------------------------------------------------------------
+
+
+def test_default_targets_are_the_linear_layers_of_the_backbone_without_its_pooler() -> None:
+    model = attach(tiny_bert())
+    names = list(model.increlora.layers)
+    assert len(names) == 12
+    assert all(name.startswith("bert.encoder.layer.") for name in names)
+    full = [name for name, parameter in model.named_parameters() if parameter.requires_grad and "lora_" not in name]
+    assert {name.split(".modules_to_save")[0].removeprefix("base_model.model.") for name in full} == {
+        "bert.pooler",
+        "classifier",
+    }
+
+
+def test_language_model_keeps_its_output_embeddings_frozen_and_adapts_conv1d() -> None:
+    model = attach(GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=16, n_head=2, vocab_size=50, n_positions=16)))
+    assert len(model.increlora.layers) == 2 * 4
+    assert model.peft_config["default"].fan_in_fan_out is True
+    trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert all("lora_" in name for name in trainable)
+    before = logits(trained(model))
+    torch.testing.assert_close(logits(model.merge_and_unload()), before, atol=1e-5, rtol=0)
+
+
+def deberta_v3_base_on_meta(config: IncreLoraConfig) -> PeftModel:
+    architecture = AutoConfig.for_model(
+        "deberta-v2", hidden_size=768, num_hidden_layers=12, num_attention_heads=12, intermediate_size=3072
+    )
+    with torch.device("meta"):
+        return attach(AutoModelForSequenceClassification.from_config(architecture), config)
+
+
+@pytest.mark.parametrize("r_avg, total, parameters", [(2, 144, 331_920), (8, 576, 1_327_680)])
+def test_deberta_v3_base_has_72_layers_and_the_published_size(r_avg: int, total: int, parameters: int) -> None:
+    model = deberta_v3_base_on_meta(IncreLoraConfig(r_avg=r_avg))
+    layers = model.increlora.layers
+    assert len(layers) == 72
+    assert model.increlora.target_total_rank == total
+    for _ in range(r_avg - 1):
+        grow(model, *layers)
+    held = sum(p.numel() for layer in layers.values() for p in (*layer.A.parameters(), *layer.B.parameters()))
+    assert held == parameters
+    pooler = [name for name, p in model.named_parameters() if p.requires_grad and ".pooler.modules_to_save" in name]
+    assert len(pooler) == 2
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"target_modules": ["no_such_layer"]}, r"no_such_layer.*matches no module"),
+        ({"target_modules": ["query", "valeu"]}, r"\['valeu'\] matches no module"),
+        ({"target_modules": "xyz.*"}, "'xyz.*' matches no module"),
+        ({"target_modules": ["query", "LayerNorm"]}, r"matches 'bert.embeddings.LayerNorm', a LayerNorm"),
+        ({"target_modules": ["word_embeddings"]}, "an? Embedding"),
+        (
+            {"rank_pattern": {"bert.encoder.layer.9.x": 1}},
+            r"rank_pattern names 'bert.encoder.layer.9.x'.*such as 'bert.",
+        ),
+        ({"rank_pattern": {"bert.encoder.layer.0.attention": 1}}, "'bert.encoder.layer.0.attention', a BertAttention"),
+    ],
+    ids=["nothing", "one-of-two", "regex", "not-linear", "embedding", "unknown-rank", "rank-of-a-block"],
+)
+def test_targets_that_do_not_fit_are_refused_and_the_model_stays_plain(settings: dict[str, Any], message: str) -> None:
+    model = tiny_bert()
+    with pytest.raises(ValueError, match=message):
+        attach(model, IncreLoraConfig(**settings))
+    assert not any("lora" in name for name, _ in model.named_modules())
+
+
+def test_target_modules_may_be_endings_a_regex_or_all_linear() -> None:
+    def adapted(targets: Any) -> list[str]:
+        return list(attach(tiny_bert(), IncreLoraConfig(target_modules=targets)).increlora.layers)
+
+    assert len(adapted(["query", "value"])) == 4
+    assert len(adapted(r".*layer\.1\..*query")) == 1
+    assert adapted("all-linear") == adapted(None)
+
+
+def test_fixed_rank_pattern_adapts_exactly_its_layers() -> None:
+    pattern = {"bert.encoder.layer.0.attention.self.query": 3, "bert.encoder.layer.1.output.dense": 1}
+    model = attach(
+        tiny_bert(), IncreLoraConfig(rank_pattern={**pattern, "bert.encoder.layer.1.intermediate.dense": 0})
+    )
+    assert model.increlora.rank_pattern == pattern
+    assert model.increlora.remaining == 0
+
+
+def test_model_with_another_adapter_is_refused() -> None:
+    from peft import LoraConfig, get_peft_model
+
+    with pytest.raises(ValueError, match=r"holds the adapters \['default'\] already"):
+        attach(get_peft_model(tiny_bert(), LoraConfig(target_modules=["query"])))
+
+
+def test_attached_model_is_taken_as_it_is_unless_settings_contradict() -> None:
+    model = attach(tiny_bert(), IncreLoraConfig(r_avg=3))
+    assert attach(model) is model
+    assert attach(model, IncreLoraConfig(r_avg=3)) is model
+    with pytest.raises(ValueError, match="attached with other settings"):
+        attach(model, IncreLoraConfig(r_avg=4))
+
+
+def test_two_trainable_adapters_are_refused() -> None:
+    model = attach(tiny_bert())
+    model.add_adapter("second", model.peft_config["default"])
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(parameter.requires_grad or ".second." in name)
+    with pytest.raises(ValueError, match=r"\['default', 'second'\] are all trainable"):
+        attach(model)
+
+
+# ---- PEFT's services ----------------------------------------------------------------------------------------------
+
+
+def test_disabled_adapter_is_exactly_the_base_model() -> None:
+    base = logits(tiny_bert())
+    model = unequal()
+    assert not torch.allclose(logits(model), base)
+    with model.disable_adapter():
+        assert torch.equal(logits(model), base)
+
+
+def test_merged_model_computes_the_same() -> None:
+    model = unequal()
+    before = logits(model)
+    torch.testing.assert_close(logits(model.merge_and_unload()), before, atol=1e-6, rtol=0)
+
+
+def test_saved_adapter_is_an_ordinary_lora_adapter(tmp_path: Path) -> None:
+    model = unequal()
+    before = logits(model)
+    model.save_pretrained(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "increlora_history.json",
+    }
+    saved = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert (saved["peft_type"], saved["r"], saved["lora_alpha"], saved["task_type"]) == (
+        "LORA",
+        4,
+        16 / 3 * 4,
+        "SEQ_CLS",
+    )
+    history = json.loads((tmp_path / "increlora_history.json").read_text())
+    assert history["rank_pattern"] == model.increlora.rank_pattern
+    assert [record["layers"] for record in history["rounds"]] == [r.layers for r in model.increlora.rounds]
+    reloaded = PeftModel.from_pretrained(tiny_bert(), tmp_path)
+    torch.testing.assert_close(logits(reloaded), before, atol=1e-6, rtol=0)
+    assert not any("block" in name or "lam" in name for name, _ in reloaded.named_parameters())
+
+
+LOADER = """
+import sys
+sys.modules["increlora_hf"] = None  # importing it fails
+import torch
+from peft import PeftModel
+from transformers import AutoModelForSequenceClassification
+folder, ids = sys.argv[1], torch.tensor([[5, 6, 7, 8], [9, 10, 11, 0]])
+model = PeftModel.from_pretrained(AutoModelForSequenceClassification.from_pretrained(folder + "/base"), folder)
+model.eval()
+with torch.no_grad():
+    plain = model(input_ids=ids).logits
+    merged = model.merge_and_unload()(input_ids=ids).logits
+torch.save([plain, merged], folder + "/logits.pt")
+"""
+
+
+def test_saved_adapter_loads_where_increlora_hf_cannot_be_imported(tmp_path: Path) -> None:
+    tiny_bert().save_pretrained(tmp_path / "base")
+    model = attach(AutoModelForSequenceClassification.from_pretrained(tmp_path / "base"), IncreLoraConfig(r_avg=3))
+    for layers in (list(model.increlora.layers)[:5], list(model.increlora.layers)[2:3]):
+        grow(model, *layers)
+    expected = logits(trained(model))
+    model.save_pretrained(tmp_path)
+    subprocess.run([sys.executable, "-c", LOADER, str(tmp_path)], check=True, capture_output=True, text=True)
+    plain, merged = torch.load(tmp_path / "logits.pt")
+    torch.testing.assert_close(plain, expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(merged, expected, atol=1e-5, rtol=0)
+
+
+def test_rank_patterns_do_not_leak_to_layers_whose_names_end_alike(tmp_path: Path) -> None:
+    """Twelve layers: layer.1 is a prefix of layer.11 and a suffix of nothing else."""
+    model = attach(tiny_bert(layers=12), IncreLoraConfig(r_avg=3, target_modules=["query", "output.dense"]))
+    names = list(model.increlora.layers)
+    for layers in (names[1:4], names[1:2], names[22:23]):
+        grow(model, *layers)
+    expected = logits(trained(model))
+    model.save_pretrained(tmp_path)
+    reloaded = PeftModel.from_pretrained(tiny_bert(layers=12), tmp_path)
+    found = {
+        name.removeprefix("base_model.model."): module.r["default"]
+        for name, module in reloaded.named_modules()
+        if hasattr(module, "lora_A")
+    }
+    assert found == model.increlora.rank_pattern
+    torch.testing.assert_close(logits(reloaded), expected, atol=1e-6, rtol=0)
+
+
+def test_state_dict_round_trip_keeps_the_function() -> None:
+    model = unequal()
+    expected = logits(model)
+    saved = copy.deepcopy(model.state_dict())
+    trained(model, seed=6)
+    assert not torch.allclose(logits(model), expected)
+    model.load_state_dict(saved)
+    torch.testing.assert_close(logits(model), expected, atol=1e-6, rtol=0)
+
+
+def test_state_of_another_stage_of_growth_is_refused_by_name() -> None:
+    model = attach(tiny_bert(), IncreLoraConfig(r_avg=3))
+    with pytest.raises(RuntimeError, match=r"live layer has rank 1.*saved at another stage of growth"):
+        model.load_state_dict(unequal().state_dict(), strict=False)
+
+
+def test_copy_of_an_attached_model_grows_alone() -> None:
+    model = attach(tiny_bert())
+    twin = copy.deepcopy(model)
+    grow(twin, next(iter(twin.increlora.layers)))
+    assert (model.increlora.total_rank, twin.increlora.total_rank) == (12, 13)
+    assert adapted_layers(twin).keys() == twin.increlora.layers.keys()
+    twin_layer = next(iter(twin.increlora.layers.values()))
+    assert any(module is twin_layer.module for module in twin.modules())
+
+
+def test_question_answering_head_is_saved_with_the_adapter(tmp_path: Path) -> None:
+    model = attach(AutoModelForQuestionAnswering.from_config(tiny_bert().config))
+    assert model.peft_config["default"].task_type == "QUESTION_ANS"
+    assert "qa_outputs" in model.peft_config["default"].modules_to_save
+
+
+def test_bfloat16_base_gets_float32_factors() -> None:
+    model = attach(tiny_bert().bfloat16())
+    assert {factor.dtype for factor in model.increlora.factors()} == {torch.float32}

@@ -1,0 +1,147 @@
+"""The schedule of rounds and the choice of layers."""
+
+import math
+
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from increlora_hf.allocator import Plan, choose, fixed_plan, gains, make_plan, scored_window
+
+
+def plan_for(num_layers: int = 36, total_steps: int = 3900, warmup_steps: int = 100, **settings: object) -> Plan:
+    defaults = {"r_avg": 2, "init_r": 1, "window": 57}
+    return make_plan(
+        num_layers=num_layers, total_steps=total_steps, warmup_steps=warmup_steps, **{**defaults, **settings}
+    )
+
+
+@given(
+    layers=st.integers(1, 40),
+    init_r=st.integers(1, 3),
+    extra=st.integers(0, 8),
+    top_h=st.none() | st.integers(1, 45),
+    increment=st.integers(1, 5),
+    total_steps=st.integers(20, 4000),
+    warmup=st.integers(0, 300),
+    data=st.data(),
+)
+def test_total_rank_never_exceeds_and_ends_exactly_at_the_budget(
+    layers: int,
+    init_r: int,
+    extra: int,
+    top_h: int | None,
+    increment: int,
+    total_steps: int,
+    warmup: int,
+    data: st.DataObject,
+) -> None:
+    try:
+        plan = plan_for(
+            layers, total_steps, warmup, r_avg=init_r + extra, init_r=init_r, top_h=top_h, increment=increment
+        )
+    except ValueError:
+        assume(False)
+    ranks = {f"layer{i}": init_r for i in range(layers)}
+    budget = layers * (init_r + extra)
+    assert plan.target_total_rank == budget
+    held = 0
+    for step in range(1, total_steps):
+        if not plan.is_due(step):
+            continue
+        held += 1
+        scores = {name: data.draw(st.sampled_from([0.0, 1.0, 2.0])) for name in ranks} if held < 4 else ranks
+        remaining = budget - sum(ranks.values())
+        chosen = choose(scores, remaining=remaining, top_h=plan.top_h, increment=increment)
+        assert len(set(chosen)) == len(chosen) <= plan.top_h
+        for name, count in gains(chosen, remaining=remaining, increment=increment).items():
+            assert 1 <= count <= increment
+            ranks[name] += count
+        assert sum(ranks.values()) <= budget
+    assert sum(ranks.values()) == budget
+    assert held == plan.rounds
+
+
+@pytest.mark.parametrize(
+    "remaining, expected",
+    [(10, {"b": 2, "a": 2, "d": 2}), (5, {"b": 2, "a": 2, "d": 1}), (2, {"b": 2}), (1, {"b": 1}), (0, {})],
+    ids=["plenty", "last-layer-gets-less", "left-for-one-layer", "left-for-one-component", "nothing-left"],
+)
+def test_round_is_clamped_to_the_budget(remaining: int, expected: dict[str, int]) -> None:
+    scores = {"a": 2.0, "b": 3.0, "c": 1.0, "d": 2.0}
+    chosen = choose(scores, remaining=remaining, top_h=3, increment=2)
+    assert gains(chosen, remaining=remaining, increment=2) == expected
+
+
+def test_ties_go_to_the_layer_that_comes_first() -> None:
+    assert choose({"z": 1.0, "a": 1.0, "m": 2.0}, remaining=9, top_h=2, increment=1) == ["m", "z"]
+
+
+def test_published_cola_settings_give_the_published_rounds() -> None:
+    """72 layers, top_h 3, interval 100: 24 rounds, the last at 100 + 24 * 100."""
+    plan = plan_for(72, 6700, 100, top_h=3)
+    assert (plan.rounds, plan.first_step, plan.last_step) == (24, 200, 2500)
+
+
+def test_defaults_come_from_the_warm_up_and_the_growth_fraction() -> None:
+    plan = plan_for(36, 3900, 100)
+    assert (plan.interval, plan.start, plan.top_h) == (100, 100, 3)
+    assert plan.last_step == 1300 <= 0.4 * 3900
+
+
+def test_default_interval_without_warm_up_is_a_fortieth_of_the_run_and_at_least_ten() -> None:
+    assert plan_for(warmup_steps=0, total_steps=4000).interval == 100
+    assert plan_for(warmup_steps=0, total_steps=100).interval == 10
+
+
+@given(interval=st.integers(1, 30), start=st.integers(0, 90), rounds=st.integers(1, 6), window=st.integers(1, 70))
+def test_scored_steps_are_the_last_window_before_each_round(
+    interval: int, start: int, rounds: int, window: int
+) -> None:
+    plan = plan_for(rounds, 2000, 0, top_h=1, interval=interval, start=start, window=window)
+    expected = {s - back for s in plan.round_steps for back in range(window) if s - back >= 1}
+    assert {step for step in range(0, 2000) if plan.is_scored(step)} == expected
+
+
+def test_window_is_the_smallest_power_below_the_tolerance() -> None:
+    window = scored_window(0.85, 0.8, 1e-4, 1000)
+    assert window == 57
+    assert 0.85**57 <= 1e-4 < 0.85**56
+    assert scored_window(0.85, 0.85, 0.0, 1000) == 1000
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"top_h": 1}, {"top_h": 2, "interval": 100}, {"r_avg": 16}, {"interval": 300, "start": 300}],
+    ids=["few-layers", "rare-rounds", "large-budget", "late-rounds"],
+)
+def test_unreachable_budget_names_settings_that_work(settings: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match=r"cannot be met in 400 steps.*Nearest valid settings") as caught:
+        plan_for(36, 400, 40, **settings)
+    text = str(caught.value).split("Nearest valid settings: ")[1]
+    offers = [dict(pair.split("=") for pair in offer.split(" with ") if "=" in pair) for offer in text.split(", or ")]
+    for offer in offers:
+        values = {name: int(value.rstrip(".")) for name, value in offer.items()}
+        if values:
+            assert plan_for(36, 400, 40, **{**settings, **values}).last_step < 400
+
+
+def test_round_on_the_last_step_is_too_late() -> None:
+    assert plan_for(1, 21, 10).last_step == 20
+    with pytest.raises(ValueError, match="would come at step 20"):
+        plan_for(1, 20, 10)
+
+
+def test_nothing_to_grow_has_no_rounds() -> None:
+    plan = plan_for(r_avg=1)
+    assert (plan.rounds, plan.last_step, plan.target_total_rank) == (0, 0, 36)
+    assert not any(plan.is_due(step) or plan.is_scored(step) for step in range(100))
+    fixed = fixed_plan([1, 4], 100)
+    assert (fixed.rounds, fixed.target_total_rank) == (0, 5)
+
+
+def test_default_top_h_is_the_smallest_that_fits() -> None:
+    plan = plan_for(72, 3000, 60, r_avg=8)
+    smaller = plan_for(72, 3000, 60, r_avg=8, top_h=plan.top_h - 1)
+    assert plan.last_step <= 0.4 * 3000 < smaller.last_step
+    assert plan.top_h == math.ceil(72 * 7 / (1200 // 60 - 1))

@@ -1,0 +1,120 @@
+"""Settings: validation, JSON, and the flags that are generated from them."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import HfArgumentParser
+
+from increlora_hf import IncreLoraArguments, IncreLoraConfig
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"r_avg": 1, "init_r": 2}, "r_avg=1 is below init_r=2.*Raise r_avg or lower init_r"),
+        ({"r_avg": 0}, "r_avg=0"),
+        ({"r_avg": 2.5}, "r_avg=2.5"),
+        ({"top_h": 0}, "top_h=0"),
+        ({"increment": 0}, "increment=0"),
+        ({"interval": 0}, "interval=0"),
+        ({"start": -1}, "start=-1"),
+        ({"beta1": 1.0}, r"beta1=1.0 is outside \(0, 1\)"),
+        ({"beta2": 0.0}, r"beta2=0.0 is outside \(0, 1\)"),
+        ({"growth_fraction": 0}, "growth_fraction=0"),
+        ({"score_tolerance": 1}, "score_tolerance=1"),
+        ({"score_reduction": "max"}, "score_reduction='max' is unknown. Choose one of mean, sqrt"),
+        ({"rank_scaling": "none"}, "rank_scaling='none' is unknown"),
+        ({"lora_alpha": 0}, "lora_alpha=0"),
+        ({"lora_dropout": 1.0}, "lora_dropout=1.0"),
+        ({"reserve_lambda": 0}, "reserve_lambda=0"),
+        ({"lam_lr_multiplier": -1}, "lam_lr_multiplier=-1"),
+        ({"orth_reg_weight": -0.1}, "orth_reg_weight=-0.1"),
+        ({"init_std": "small"}, "init_std='small'"),
+        ({"init_std": 0.0}, "init_std=0.0"),
+        ({"rank_pattern": {}}, "rank_pattern"),
+        ({"rank_pattern": {"query": -1}}, "'query'.*=-1"),
+        ({"rank_pattern": {"query": 1.5}}, "1.5"),
+        ({"rank_pattern": "no/such/file.json"}, "is not a file"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_bad_setting_is_refused_with_value_and_remedy(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        IncreLoraConfig(**settings)
+
+
+def test_json_round_trip_keeps_every_setting() -> None:
+    config = IncreLoraConfig(
+        r_avg=8, top_h=3, target_modules=["query"], rank_pattern={"a.b": 3}, init_std="unit", seed=7
+    )
+    assert IncreLoraConfig.from_json(config.to_json()) == config
+
+
+def test_unknown_setting_in_json_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"Unknown IncreLoRA setting r_average. Known:.*r_avg"):
+        IncreLoraConfig.from_dict({"r_average": 2})
+
+
+def test_config_is_frozen_and_keyword_only() -> None:
+    config = IncreLoraConfig()
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.r_avg = 3
+    with pytest.raises(TypeError):
+        IncreLoraConfig(4)
+
+
+def test_every_setting_has_a_flag_and_a_help_text() -> None:
+    flags = {f.name for f in dataclasses.fields(IncreLoraArguments)}
+    assert flags == {f"increlora_{f.name}" for f in dataclasses.fields(IncreLoraConfig)}
+    assert all(f.metadata["help"] for f in dataclasses.fields(IncreLoraConfig))
+
+
+def parse(*flags: str) -> IncreLoraConfig:
+    (arguments,) = HfArgumentParser(IncreLoraArguments).parse_args_into_dataclasses(list(flags))
+    return arguments.to_config()
+
+
+def test_flags_without_values_are_the_defaults() -> None:
+    assert parse() == IncreLoraConfig()
+
+
+def test_flags_parse_every_kind_of_value(tmp_path: Path) -> None:
+    (tmp_path / "history.json").write_text(json.dumps({"rank_pattern": {"x.query": 3}, "rounds": []}))
+    config = parse(
+        "--increlora_r_avg=4",
+        "--increlora_beta1=0.9",
+        "--increlora_advance_learning=false",
+        "--increlora_orth_reg_squared",
+        "--increlora_init_std=unit",
+        "--increlora_target_modules",
+        "query",
+        "value",
+        "--increlora_rank_scaling=per_rank",
+        f"--increlora_rank_pattern={tmp_path / 'history.json'}",
+    )
+    assert config == IncreLoraConfig(
+        r_avg=4,
+        beta1=0.9,
+        advance_learning=False,
+        orth_reg_squared=True,
+        init_std="unit",
+        target_modules=["query", "value"],
+        rank_scaling="per_rank",
+        rank_pattern={"x.query": 3},
+    )
+    assert parse("--increlora_init_std=0.1").init_std == 0.1
+
+
+def test_bad_flag_is_refused_as_the_setting_is() -> None:
+    with pytest.raises(ValueError, match="init_std='big'"):
+        parse("--increlora_init_std=big")
+
+
+@pytest.mark.parametrize("text, message", [("{", "is not JSON"), ("[1]", "is not a mapping")])
+def test_rank_pattern_file_that_is_no_pattern_is_refused(text: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "ranks.json").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        IncreLoraConfig(rank_pattern=str(tmp_path / "ranks.json"))

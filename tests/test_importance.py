@@ -1,0 +1,132 @@
+"""Sensitivities out of the backward pass, their averages, and the orthogonality penalty."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from conftest import tiny_bert
+from test_adapter import grow, trained
+from torch import Tensor, nn
+
+from increlora_hf import IncreLoraConfig, attach
+from increlora_hf.importance import ImportanceTracker, SensitivityProbes, sensitivity
+from increlora_hf.orthogonality import orthogonality
+
+ROWS = torch.randint(5, 60, (6, 8), generator=torch.Generator().manual_seed(0))
+LABELS = torch.tensor([0, 1, 1, 0, 1, 0])
+
+
+def ready(reduction: str = "mean") -> tuple[nn.Module, SensitivityProbes]:
+    model = attach(tiny_bert().double(), IncreLoraConfig(r_avg=3))
+    grow(model, *list(model.increlora.layers)[:4])
+    trained(model).train()
+    return model, SensitivityProbes(list(model.increlora.layers.values()), reduction)
+
+
+def dense_sensitivities(model: nn.Module, rows: Tensor, labels: Tensor, reduction: str) -> Tensor:
+    """mean |ΔW ∘ ∂L/∂ΔW| with ΔW dense in the graph."""
+    twin = tiny_bert().double().train()
+    deltas = {}
+    for name, layer in model.increlora.layers.items():
+        deltas[name] = layer.delta_weight(with_reserve=True).detach().requires_grad_()
+        linear = twin.get_submodule(name)
+        weight = linear.weight.detach() + deltas[name]
+        linear.forward = lambda x, w=weight, b=linear.bias: nn.functional.linear(x, w, b)
+    twin(input_ids=rows, labels=labels).loss.backward()
+    sums = torch.stack([(delta * delta.grad).abs().sum() for delta in deltas.values()])
+    sizes = torch.tensor([delta.numel() for delta in deltas.values()], dtype=torch.float64)
+    return sums / (sizes if reduction == "mean" else sizes.sqrt())
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sqrt"])
+def test_probes_deliver_the_dense_definition(reduction: str) -> None:
+    model, probes = ready(reduction)
+    model(input_ids=ROWS, labels=LABELS).loss.backward()
+    expected = dense_sensitivities(model, ROWS, LABELS, reduction)
+    torch.testing.assert_close(probes.read(), expected, rtol=1e-9, atol=0)
+
+
+def test_probes_add_up_over_micro_batches_and_reset_when_read() -> None:
+    model, probes = ready()
+    for part in (slice(0, 2), slice(2, 6)):
+        model(input_ids=ROWS[part], labels=LABELS[part]).loss.backward()
+    expected = sum(dense_sensitivities(model, ROWS[part], LABELS[part], "mean") for part in (slice(0, 2), slice(2, 6)))
+    torch.testing.assert_close(probes.read(), expected, rtol=1e-9, atol=0)
+    assert not probes.read().any()
+
+
+def test_probes_change_neither_outputs_nor_gradients_nor_the_state() -> None:
+    def run(model: nn.Module) -> list[Tensor]:
+        loss = model(input_ids=ROWS, labels=LABELS).loss
+        loss.backward()
+        return [loss.detach()] + [p.grad for p in model.parameters() if p.grad is not None]
+
+    model, probes = ready()
+    keys = list(model.state_dict())
+    with_probes = run(model)
+    model.zero_grad()
+    probes.remove()
+    without = run(model)
+    assert all(torch.equal(a, b) for a, b in zip(with_probes, without, strict=True))
+    assert list(model.state_dict()) == keys
+    assert not probes.read().any() or probes.read().sum() == 0
+
+
+@pytest.mark.parametrize("reentrant", [False, True], ids=["non-reentrant", "reentrant"])
+def test_probes_work_under_activation_checkpointing(reentrant: bool) -> None:
+    model, probes = ready()
+    inner = model.get_base_model()
+    inner.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": reentrant})
+    if reentrant:
+        inner.enable_input_require_grads()
+    model(input_ids=ROWS, labels=LABELS).loss.backward()
+    expected = dense_sensitivities(model, ROWS, LABELS, "mean")
+    torch.testing.assert_close(probes.read(), expected, rtol=1e-9, atol=0)
+
+
+def test_sensitivity_is_a_mean_or_a_sum_over_the_root_of_the_size() -> None:
+    delta, gradient = torch.tensor([[1.0, -2.0], [3.0, 0.0]]), torch.tensor([[1.0, 1.0], [-1.0, 5.0]])
+    assert sensitivity(delta, gradient).item() == 6 / 4
+    assert sensitivity(delta, gradient, "sqrt").item() == 6 / 2
+
+
+def test_tracker_follows_equations_6_to_8() -> None:
+    tracker = ImportanceTracker(2, beta1=0.5, beta2=0.75)
+    tracker.update(torch.tensor([4.0, 1.0]))
+    assert tracker.smoothed.tolist() == [2.0, 0.5]
+    assert tracker.uncertainty.tolist() == [0.5, 0.125]  # 0.25 * |I - the new average|
+    tracker.update(torch.tensor([0.0, 1.0]))
+    assert tracker.smoothed.tolist() == [1.0, 0.75]
+    assert tracker.uncertainty.tolist() == [0.625, 0.15625]
+    assert tracker.scores().tolist() == [0.625, 0.1171875]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_step_that_is_not_finite_leaves_the_averages_alone(bad: float) -> None:
+    tracker = ImportanceTracker(2, 0.85, 0.85)
+    tracker.update(torch.tensor([1.0, 2.0]))
+    before = tracker.smoothed.clone(), tracker.uncertainty.clone()
+    tracker.update(torch.tensor([1.0, bad]))
+    assert torch.equal(tracker.smoothed, before[0])
+    assert torch.equal(tracker.uncertainty, before[1])
+
+
+def _norm(matrix: Tensor) -> float:
+    off = matrix @ matrix.T - torch.eye(len(matrix))
+    return sum(value.item() ** 2 for value in off.flatten()) ** 0.5
+
+
+@pytest.mark.parametrize("squared, entry", [(False, lambda x: x), (True, lambda x: x * x)], ids=["norm", "squared"])
+def test_penalty_is_the_mean_over_matrices_of_any_shapes(squared: bool, entry: Callable[[float], float]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    matrices = [torch.randn(r, d, generator=generator) for r, d in [(2, 5), (3, 5), (2, 5), (1, 7)]]
+    expected = sum(entry(_norm(matrix)) for matrix in matrices) / 4
+    assert orthogonality(matrices, squared=squared).item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_penalty_of_orthonormal_rows_is_zero_with_a_finite_gradient() -> None:
+    matrix = torch.eye(3, 5).requires_grad_()
+    penalty = orthogonality([matrix])
+    penalty.backward()
+    assert penalty.item() == 0
+    assert torch.isfinite(matrix.grad).all()

@@ -1,0 +1,386 @@
+"""IncreLoraTrainer as a user meets it."""
+
+import logging
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import arguments, tiny_bert, token_rows
+from datasets import Dataset
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, set_seed
+
+from increlora_hf import IncreLoraConfig, IncreLoraTrainer, IncreLoraTrainerMixin, attach
+
+QUICK = IncreLoraConfig(r_avg=2, top_h=3, interval=4, start=4)
+
+
+class WatchedTrainer(IncreLoraTrainer):
+    """Keeps the sensitivities of every optimizer step and checks the optimizer's books."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.seen: list[Tensor] = []
+        self.norms: list[float] = []
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        held = [id(p) for group in self.optimizer.param_groups for p in group["params"]]
+        assert sorted(held) == sorted(id(p) for p in self.model.parameters() if p.requires_grad)
+        assert {id(p) for p in self.optimizer.state} <= set(held)
+        loss = super().training_step(*args, **kwargs)
+        if self.accelerator.sync_gradients and self._sensitivities is not None:
+            self.seen.append(self._sensitivities.clone())
+        return loss
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if "grad_norm" in logs:
+            self.norms.append(logs["grad_norm"])
+        super().log(logs, *args, **kwargs)
+
+
+def run(tmp_path: Path, config: IncreLoraConfig = QUICK, **settings: Any) -> WatchedTrainer:
+    trainer = WatchedTrainer(
+        tiny_bert(),
+        arguments(tmp_path, **settings),
+        train_dataset=token_rows(),
+        eval_dataset=token_rows(seed=9),
+        increlora_config=config,
+    )
+    trainer.train()
+    return trainer
+
+
+def history(trainer: Trainer, name: str) -> list[float]:
+    return [entry[name] for entry in trainer.state.log_history if name in entry]
+
+
+def deltas(trainer: IncreLoraTrainer) -> dict[str, Tensor]:
+    return {name: layer.delta_weight().detach() for name, layer in trainer.increlora.layers.items()}
+
+
+# ---- The swap -----------------------------------------------------------------------------------------------------
+
+
+def test_swapping_the_class_is_enough(tmp_path: Path) -> None:
+    trainer = IncreLoraTrainer(tiny_bert(), arguments(tmp_path, max_steps=40), train_dataset=token_rows())
+    trainer.train()
+    growth = trainer.increlora
+    assert growth.total_rank == growth.target_total_rank == 24
+    assert growth.plan.rounds == len(growth.rounds) > 1
+    assert [record.step for record in growth.rounds] == list(growth.plan.round_steps)
+    assert growth.rank_pattern.keys() == growth.rounds[0].scores.keys()
+    assert all(record.birth_step == record.step for record in growth.rounds)
+    assert growth.config.seed == trainer.args.seed
+
+
+def test_model_init_is_attached_anew_for_every_training(tmp_path: Path) -> None:
+    trainer = IncreLoraTrainer(
+        args=arguments(tmp_path), train_dataset=token_rows(), model_init=lambda: tiny_bert(), increlora_config=QUICK
+    )
+    trainer.train()
+    first = deltas(trainer)
+    trainer.train()
+    assert trainer.increlora.total_rank == 24
+    assert all(torch.equal(first[name], delta) for name, delta in deltas(trainer).items())
+
+
+def test_attached_model_is_trained_as_it_is(tmp_path: Path) -> None:
+    model = attach(tiny_bert(), QUICK)
+    trainer = IncreLoraTrainer(model=model, args=arguments(tmp_path), train_dataset=token_rows())
+    assert trainer.model is model
+    trainer.train()
+    assert model.increlora.total_rank == 24
+
+
+def test_mixin_works_on_another_trainer_class(tmp_path: Path) -> None:
+    class WeightedTrainer(Trainer):
+        def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+            return super().compute_loss(*args, **kwargs) * 2
+
+    class Mixed(IncreLoraTrainerMixin, WeightedTrainer):
+        pass
+
+    trainer = Mixed(tiny_bert(), arguments(tmp_path), train_dataset=token_rows(), increlora_config=QUICK)
+    trainer.train()
+    assert trainer.increlora.total_rank == 24
+    assert history(trainer, "loss")[0] == pytest.approx(2 * math.log(2), rel=0.05)
+
+
+def test_default_arguments_need_not_be_given() -> None:
+    assert IncreLoraTrainer(tiny_bert()).increlora.total_rank == 12
+
+
+def test_optimizer_of_the_user_is_followed(tmp_path: Path) -> None:
+    model = attach(tiny_bert(), QUICK)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1, momentum=0.9)
+    trainer = WatchedTrainer(
+        model, arguments(tmp_path), train_dataset=token_rows(), optimizers=(optimizer, None), increlora_config=QUICK
+    )
+    trainer.train()
+    assert trainer.increlora.total_rank == 24
+    assert len(optimizer.param_groups) == 1 + len(trainer.increlora.rounds)
+
+
+# ---- The run ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"increment": 3}, {"advance_learning": False}, {"lam_lr_multiplier": 3.0}, {"orth_reg_weight": 0.0}],
+    ids=str,
+)
+def test_optimizer_holds_exactly_what_the_model_trains(settings: dict[str, Any], tmp_path: Path) -> None:
+    trainer = run(tmp_path, IncreLoraConfig(r_avg=2, top_h=3, interval=4, start=4, **settings))
+    growth = trainer.increlora
+    groups = 2 if settings.get("lam_lr_multiplier") else 1
+    expected = 2 + (groups - 1) + groups * len(growth.rounds)
+    assert growth.total_rank == 24
+    if settings.get("lam_lr_multiplier"):
+        expected -= 1  # the last round inserts λ's alone
+    assert len(trainer.optimizer.param_groups) == expected
+
+
+def test_fixed_ranks_never_grow_and_are_never_scored(tmp_path: Path) -> None:
+    pattern = {name: 1 + i % 3 for i, name in enumerate(attach(tiny_bert()).increlora.layers)}
+    trainer = run(tmp_path, IncreLoraConfig(rank_pattern=pattern))
+    assert trainer.increlora.rank_pattern == pattern
+    assert trainer.increlora.rounds == trainer.seen == []
+
+
+def test_only_the_window_before_a_round_is_scored_and_nothing_after_the_last(tmp_path: Path) -> None:
+    config = IncreLoraConfig(r_avg=2, top_h=6, interval=10, start=0, beta1=0.1, beta2=0.2, score_tolerance=0.01)
+    trainer = run(tmp_path, config)
+    assert [record.step for record in trainer.increlora.rounds] == [10, 20]
+    assert trainer.increlora.plan.window == 3
+    assert len(trainer.seen) == 2 * 3
+    assert trainer._probes is None
+
+
+def test_windowed_choice_equals_the_every_step_choice(tmp_path: Path) -> None:
+    windowed, whole = (
+        run(tmp_path, IncreLoraConfig(top_h=2, interval=8, start=8, score_tolerance=tolerance), max_steps=70)
+        for tolerance in (1e-4, 0.0)
+    )
+    assert [r.layers for r in windowed.increlora.rounds] == [r.layers for r in whole.increlora.rounds]
+
+
+def test_evaluated_loss_is_the_task_loss_of_what_is_saved(tmp_path: Path) -> None:
+    """Rounds come at 8, 12, 16 and 20, so that at step 14 reserves are in place."""
+    trainer = run(tmp_path, eval_strategy="steps", eval_steps=14, save_strategy="steps", save_steps=14)
+    reported = history(trainer, "eval_loss")[0]
+    reloaded = PeftModel.from_pretrained(tiny_bert(), tmp_path / "checkpoint-14").eval()
+    assert sum(module.r["default"] for module in reloaded.modules() if hasattr(module, "lora_A")) == 18
+    rows = token_rows(seed=9)
+    with torch.no_grad():
+        logits = reloaded(input_ids=torch.tensor(rows["input_ids"])).logits.double()
+    picked = logits[range(len(rows)), rows["labels"]]
+    expected = (torch.logsumexp(logits, dim=1) - picked).mean().item()
+    assert reported == pytest.approx(expected, abs=1e-6)
+
+
+def test_loss_is_logged_without_the_penalty(tmp_path: Path) -> None:
+    heavy = run(tmp_path, IncreLoraConfig(r_avg=2, top_h=3, interval=4, start=4, orth_reg_weight=100.0))
+    assert max(history(heavy, "loss")) < 1
+
+
+def test_logs_carry_total_rank_and_orthogonality(tmp_path: Path) -> None:
+    trainer = run(tmp_path)
+    assert history(trainer, "total_rank") == [12, 15, 18, 24, 24, 24]
+    losses = history(trainer, "orth_loss")
+    assert losses[-1] < losses[0]
+    from increlora_hf.orthogonality import orthogonality
+
+    assert losses[-1] == pytest.approx(orthogonality(trainer.increlora.factors()).item())
+
+
+def test_plan_and_final_table_are_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, logger="increlora_hf"):
+        run(tmp_path)
+    plan, table = (record.getMessage() for record in caplog.records)
+    assert plan.startswith(
+        "IncreLoRA: 12 layers, rank 12 → 24 in 4 rounds of 3 every 4 steps from step 8, last at 20 of"
+    )
+    assert "(67%); trainable 0.00 M → 0.00-0.00 M plus head 0.00 M" in plan
+    assert table.startswith("IncreLoRA: final ranks, total 24")
+    assert "bert.encoder.layer.1" in table
+    assert "= attention.self.query" in table
+
+
+def test_progress_bar_shows_the_total_rank(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(tmp_path, disable_tqdm=False, max_steps=21)
+    shown = capsys.readouterr().err
+    assert "total rank 12/24" in shown
+    assert "total rank 24/24" in shown
+
+
+# ---- Accumulation -------------------------------------------------------------------------------------------------
+
+ALL_GROW = IncreLoraConfig(r_avg=2, top_h=12, interval=4, start=4)
+
+
+def test_accumulation_changes_neither_loss_nor_gradient_norm_nor_weights(tmp_path: Path) -> None:
+    def split(batch: int, accumulation: int) -> WatchedTrainer:
+        return run(
+            tmp_path,
+            ALL_GROW,
+            per_device_train_batch_size=batch,
+            gradient_accumulation_steps=accumulation,
+            max_steps=16,
+            logging_steps=1,
+        )
+
+    whole = split(8, 1)
+    for batch, accumulation in ((4, 2), (1, 8)):
+        parts = split(batch, accumulation)
+        assert history(parts, "loss") == pytest.approx(history(whole, "loss"), abs=2e-6)
+        assert parts.norms == pytest.approx(whole.norms, rel=1e-3)
+        for name, delta in deltas(parts).items():
+            torch.testing.assert_close(delta, deltas(whole)[name], atol=2e-5, rtol=0)
+
+
+def test_sensitivity_does_not_depend_on_how_often_a_micro_batch_is_repeated(tmp_path: Path) -> None:
+    """Micro-batches with the same rows have the same gradient, so their mean sensitivity is that of one."""
+    rows = token_rows(rows=4)
+
+    def repeated(accumulation: int) -> WatchedTrainer:
+        data = Dataset.from_dict({name: list(rows[name]) * accumulation for name in rows.column_names})
+        trainer = WatchedTrainer(
+            tiny_bert(),
+            arguments(
+                tmp_path,
+                per_device_train_batch_size=4,
+                gradient_accumulation_steps=accumulation,
+                max_steps=22,
+                train_sampling_strategy="sequential",
+            ),
+            train_dataset=data,
+            increlora_config=QUICK,
+        )
+        trainer.train()
+        return trainer
+
+    once = repeated(1)
+    for accumulation in (2, 8):
+        often = repeated(accumulation)
+        assert [r.layers for r in often.increlora.rounds] == [r.layers for r in once.increlora.rounds]
+        for a, b in zip(often.seen, once.seen, strict=True):
+            torch.testing.assert_close(a, b, rtol=2e-3, atol=1e-12)
+
+
+def tiny_llama() -> LlamaForCausalLM:
+    set_seed(0)
+    return LlamaForCausalLM(
+        LlamaConfig(vocab_size=60, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2)
+    )
+
+
+def test_sensitivity_of_a_loss_over_all_tokens_is_that_of_each_micro_batch_alone(tmp_path: Path) -> None:
+    """A causal LM divides by the tokens of the whole step; the micro-batches here hold 7 and 2 of them."""
+    tokens = torch.tensor(token_rows(rows=2)["input_ids"])
+    labels = tokens.clone()
+    labels[1, :6] = -100
+    both = Dataset.from_dict({"input_ids": tokens.tolist(), "labels": labels.tolist()})
+
+    def first_sensitivities(data: Dataset, accumulation: int) -> Tensor:
+        trainer = WatchedTrainer(
+            tiny_llama(),
+            arguments(
+                tmp_path,
+                per_device_train_batch_size=1,
+                gradient_accumulation_steps=accumulation,
+                max_steps=3,
+                train_sampling_strategy="sequential",
+            ),
+            train_dataset=data,
+            increlora_config=IncreLoraConfig(interval=2, start=0, top_h=14),
+        )
+        trainer.train()
+        return trainer.seen[0]
+
+    together = first_sensitivities(both, 2)
+    alone = [first_sensitivities(both.select([i]), 1) for i in (0, 1)]
+    torch.testing.assert_close(together, sum(alone) / 2, rtol=1e-5, atol=0)
+    assert not torch.allclose(alone[0], alone[1], rtol=1e-2, atol=0)
+
+
+def test_head_that_ignores_the_item_count_is_found_out_once(tmp_path: Path) -> None:
+    encoder = run(tmp_path, gradient_accumulation_steps=4, per_device_train_batch_size=2, max_steps=22)
+    assert encoder.model_accepts_loss_kwargs is False
+    assert history(encoder, "loss")[0] == pytest.approx(math.log(2), rel=0.05)
+    decoder = IncreLoraTrainer(
+        tiny_llama(), arguments(tmp_path, gradient_accumulation_steps=4), train_dataset=token_rows()
+    )
+    assert decoder.model_accepts_loss_kwargs is True
+
+
+# ---- Refusals -----------------------------------------------------------------------------------------------------
+
+
+def test_budget_out_of_reach_is_refused_before_step_1(tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    trainer = IncreLoraTrainer(
+        tiny_bert(),
+        arguments(folder, max_steps=30),
+        train_dataset=token_rows(),
+        increlora_config=IncreLoraConfig(r_avg=9, interval=10),
+    )
+    with pytest.raises(
+        ValueError, match=r"cannot be met in 30 steps.*Nearest valid settings: interval=3 with start=3"
+    ):
+        trainer.train()
+    assert trainer.state.global_step == 0
+    assert not list(folder.iterdir())
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "epoch"}, "'reduce_lr_on_plateau' follows a"),
+        ({"lr_scheduler_type": "greedy", "eval_strategy": "epoch"}, "'greedy' follows a metric"),
+    ],
+    ids=["plateau", "greedy"],
+)
+def test_schedule_without_a_curve_is_refused(settings: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        IncreLoraTrainer(
+            tiny_bert(), arguments(tmp_path, **settings), train_dataset=token_rows(), eval_dataset=token_rows()
+        )
+
+
+def test_finished_scheduler_is_refused(tmp_path: Path) -> None:
+    model = attach(tiny_bert())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+    with pytest.raises(ValueError, match=r"finished LambdaLR.*lr_scheduler_type"):
+        IncreLoraTrainer(model, arguments(tmp_path), optimizers=(optimizer, scheduler))
+
+
+def test_optimizer_of_another_model_is_refused(tmp_path: Path) -> None:
+    model = tiny_bert()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    trainer = IncreLoraTrainer(
+        model, arguments(tmp_path), train_dataset=token_rows(), optimizers=(optimizer, None), increlora_config=QUICK
+    )
+    with pytest.raises(ValueError, match="does not hold the adapter's parameters"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
+def test_plain_module_without_a_backbone_is_adapted_whole(tmp_path: Path) -> None:
+    class Plain(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = nn.Linear(8, 8), nn.Linear(8, 2)
+
+        def forward(self, x: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
+            logits = self.two(torch.relu(self.one(x)))
+            return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
+
+    data = Dataset.from_dict({"x": torch.randn(32, 8).tolist(), "labels": [0, 1] * 16})
+    trainer = IncreLoraTrainer(Plain(), arguments(tmp_path, max_steps=40), train_dataset=data)
+    trainer.train()
+    assert trainer.increlora.rank_pattern.keys() == {"one", "two"}
+    assert trainer.increlora.total_rank == 4
