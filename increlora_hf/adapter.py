@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -34,7 +34,7 @@ class _GrowingFactor(nn.Module):
         self.rank = 0  # rows of active components
         self.num_blocks = 0
 
-    def blocks(self) -> list[Parameter]:
+    def blocks(self) -> list[Tensor]:
         return [self.get_parameter(f"block_{i}") for i in range(self.num_blocks)]
 
     def add_block(self, rows: Tensor) -> Parameter:
@@ -169,12 +169,12 @@ class AdaptedLayer:
     @property
     def A(self) -> GrowingA:
         """The growing A with its λ."""
-        return self.module.lora_A[ADAPTER]
+        return cast(GrowingA, self.module.lora_A[ADAPTER])
 
     @property
     def B(self) -> GrowingB:
         """The growing B."""
-        return self.module.lora_B[ADAPTER]
+        return cast(GrowingB, self.module.lora_B[ADAPTER])
 
     @property
     def rank(self) -> int:
@@ -272,13 +272,14 @@ def inject(model: nn.Module, config: IncreLoraConfig) -> PeftModel:
 
 
 def _make_growing(layer: AdaptedLayer, config: IncreLoraConfig) -> None:
-    stock_a, stock_b = layer.module.lora_A[ADAPTER], layer.module.lora_B[ADAPTER]
+    stock_a = cast(nn.Linear, layer.module.lora_A[ADAPTER])
+    stock_b = cast(nn.Linear, layer.module.lora_B[ADAPTER])
     growing_a = GrowingA(stock_a.in_features, config.reserve_lambda)
     growing_b = GrowingB(stock_b.out_features)
     layer.module.lora_A[ADAPTER] = growing_a.train(stock_a.training)
     layer.module.lora_B[ADAPTER] = growing_b.train(stock_b.training)
     generator = component_generator(config.seed, layer.index, round_index=0)
-    rank = config.init_r if config.rank_pattern is None else config.rank_pattern[layer.name]  # type: ignore[index]
+    rank = config.init_r if config.fixed_ranks is None else config.fixed_ranks[layer.name]
     layer.add_components(rank, generator, config.init_std, stock_a.weight)
     layer.activate(rank, lam=0.0)
     if config.advance_learning and config.grows:
@@ -300,7 +301,7 @@ def record_ranks(peft_model: PeftModel, config: IncreLoraConfig) -> None:
         layer.module.lora_alpha[ADAPTER] = _plain(alphas[layer.name])
         layer.module.scaling[ADAPTER] = config.lora_alpha / (layer.rank if per_rank else config.r_avg)
     largest = max(layers, key=lambda layer: layer.rank)
-    saved = peft_model.peft_config[ADAPTER]
+    saved = cast(LoraConfig, peft_model.peft_config[ADAPTER])
     saved.r, saved.lora_alpha = largest.rank, _plain(alphas[largest.name])
     others = [layer for layer in layers if layer.rank != largest.rank]
     saved.rank_pattern = {_exactly(layer.name): layer.rank for layer in others}
@@ -324,8 +325,8 @@ def _lora_config(model: nn.Module, config: IncreLoraConfig) -> LoraConfig:
     targets = config.target_modules
     if targets is None or targets == ALL_LINEAR:
         targets = _backbone_linears(model, outside)
-    if config.rank_pattern is not None:
-        targets = [name for name, rank in config.rank_pattern.items() if rank > 0]  # type: ignore[union-attr]
+    if config.fixed_ranks is not None:
+        targets = [name for name, rank in config.fixed_ranks.items() if rank > 0]
     linears = [module for name, module in model.named_modules() if name in targets]
     return LoraConfig(
         r=config.init_r,
@@ -341,20 +342,20 @@ def _lora_config(model: nn.Module, config: IncreLoraConfig) -> LoraConfig:
 def _check_targets(model: nn.Module, lora_config: LoraConfig, config: IncreLoraConfig) -> list[str]:
     """The full names that PEFT will adapt, in the model's order."""
     modules = dict(model.named_modules())
-    if config.rank_pattern is not None:
-        unknown = [name for name in config.rank_pattern if name not in modules]  # type: ignore[union-attr]
+    if config.fixed_ranks is not None:
+        unknown = [name for name in config.fixed_ranks if name not in modules]
         if unknown:
             raise ValueError(
                 f"rank_pattern names {unknown[0]!r}, which is no layer of {type(model).__name__}. Use the names that "
                 f"model.named_modules() gives, such as {next(iter(_backbone_linears(model, [])), 'none here')!r}."
             )
     wanted = [name for name in modules if name and check_target_module_exists(lora_config, name)]
-    listed = lora_config.target_modules if config.target_modules is not None else []
-    idle = [t for t in listed if not isinstance(listed, str) and not any(_names(t, name) for name in wanted)]
+    listed = config.target_modules if isinstance(config.target_modules, list) else []
+    idle = [target for target in listed if not any(_names(target, name) for name in wanted)]
     if not wanted or idle:
         raise ValueError(
-            f"target_modules={idle or config.target_modules!r} matches no module of {type(model).__name__}. Give names or name endings of its linear layers, or leave it out to adapt every linear layer of "
-            "the backbone."
+            f"target_modules={idle or config.target_modules!r} matches no module of {type(model).__name__}. Give "
+            "names or name endings of its linear layers, or leave it out to adapt every linear layer of the backbone."
         )
     for name in wanted:
         if not _is_linear(modules[name]):

@@ -8,7 +8,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, cast, get_type_hints
 
 SCORE_REDUCTIONS = ("mean", "sqrt")
 RANK_SCALINGS = ("constant", "per_rank")
@@ -136,6 +136,11 @@ class IncreLoraConfig:
                 raise ValueError(f"{name}={getattr(self, name)!r} is unknown. Choose one of {', '.join(choices)}.")
         if self.init_std != UNIT_STD and not (isinstance(self.init_std, int | float) and self.init_std > 0):
             raise ValueError(f"init_std={self.init_std!r} is neither a number above 0 nor {UNIT_STD!r}.")
+
+    @property
+    def fixed_ranks(self) -> dict[str, int] | None:
+        """``rank_pattern``, read from its file where it was one."""
+        return cast("dict[str, int] | None", self.rank_pattern)
 
     @property
     def grows(self) -> bool:

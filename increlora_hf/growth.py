@@ -74,7 +74,7 @@ class Growth:
     @property
     def target_total_rank(self) -> int:
         """The budget r^final = n · r_avg; with a fixed rank pattern its sum."""
-        return self.total_rank if self.config.rank_pattern is not None else len(self.layers) * self.config.r_avg
+        return self.total_rank if self.config.fixed_ranks is not None else len(self.layers) * self.config.r_avg
 
     @property
     def remaining(self) -> int:
@@ -84,7 +84,7 @@ class Growth:
     def plan_run(self, total_steps: int, warmup_steps: int) -> Plan:
         """Fix the schedule for a run of this length; raises ValueError where the budget is out of its reach."""
         config = self.config
-        if config.rank_pattern is not None:
+        if config.fixed_ranks is not None:
             self.plan = fixed_plan(self.rank_pattern.values(), total_steps)
         else:
             self.plan = make_plan(
@@ -186,7 +186,7 @@ def attach(model: nn.Module, config: IncreLoraConfig | None = None) -> PeftModel
         )
     config = config or IncreLoraConfig()
     peft_model = inject(model, config)
-    peft_model.increlora = Growth(peft_model, config)
+    peft_model.increlora = Growth(peft_model, config)  # type: ignore[assignment]
     # PEFT has no hook for saving a file of one's own beside the adapter.
     peft_model.save_pretrained = MethodType(_save_with_history, peft_model)  # type: ignore[method-assign]
     return peft_model

@@ -105,7 +105,7 @@ class IncreLoraTrainerMixin(_Base):
                 warmup_steps=warmup_steps,
                 total_steps=num_training_steps,
                 lr=args.learning_rate,
-                kwargs=args.lr_scheduler_kwargs,
+                kwargs=args.lr_scheduler_kwargs,  # type: ignore[arg-type]
             )
             optimizer = optimizer or self.optimizer
             assert optimizer is not None
