@@ -34,7 +34,7 @@ class _GrowingFactor(nn.Module):
         self.rank = 0  # rows of active components
         self.num_blocks = 0
 
-    def blocks(self) -> list[Tensor]:
+    def blocks(self) -> list[Parameter]:
         return [self.get_parameter(f"block_{i}") for i in range(self.num_blocks)]
 
     def add_block(self, rows: Tensor) -> Parameter:
@@ -51,7 +51,7 @@ class _GrowingFactor(nn.Module):
 
     def rows(self, *, with_reserve: bool) -> Tensor:
         """The components as rows, shape (r, features); the reserve's last."""
-        blocks = self.blocks()
+        blocks: list[Tensor] = list(self.blocks())
         rows = blocks[0] if len(blocks) == 1 else torch.cat(blocks)
         return rows if with_reserve else rows[: self.rank]
 
@@ -302,7 +302,7 @@ def record_ranks(peft_model: PeftModel, config: IncreLoraConfig) -> None:
         layer.module.scaling[ADAPTER] = config.lora_alpha / (layer.rank if per_rank else config.r_avg)
     largest = max(layers, key=lambda layer: layer.rank)
     saved = cast(LoraConfig, peft_model.peft_config[ADAPTER])
-    saved.r, saved.lora_alpha = largest.rank, _plain(alphas[largest.name])
+    saved.r, saved.lora_alpha = largest.rank, _plain(alphas[largest.name])  # type: ignore[assignment]
     others = [layer for layer in layers if layer.rank != largest.rank]
     saved.rank_pattern = {_exactly(layer.name): layer.rank for layer in others}
     saved.alpha_pattern = {
