@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -247,43 +247,52 @@ def adapted_layers(model: nn.Module) -> dict[str, AdaptedLayer]:
     return {name: AdaptedLayer(name, index, module) for index, (name, module) in enumerate(grown)}
 
 
-def inject(model: nn.Module, config: IncreLoraConfig) -> PeftModel:
+def budget(config: IncreLoraConfig, ranks: Mapping[str, int]) -> int:
+    """r^final = n · r_avg for these first ranks; their own sum where they are fixed."""
+    return sum(ranks.values()) if config.fixed_ranks is not None else len(ranks) * config.r_avg
+
+
+def inject(model: nn.Module, config: IncreLoraConfig, ranks: Mapping[str, int] | None = None) -> PeftModel:
     """PEFT's model around ``model``, its LoRA layers holding growing factors at their first rank.
 
+    Args:
+        ranks: adapt exactly these layers, starting at these ranks. Default: what the settings say.
+
     Raises:
-        ValueError: ``target_modules`` or ``rank_pattern`` do not fit the model; the model is left as it was.
+        ValueError: the settings do not fit the model; it is left as it was.
     """
-    lora_config = _lora_config(model, config)
+    if ranks is None and config.fixed_ranks is not None:
+        ranks = {name: rank for name, rank in config.fixed_ranks.items() if rank > 0}
+    lora_config = _lora_config(model, config, ranks)
     wanted = _check_targets(model, lora_config, config)
     peft_model = get_peft_model(model, lora_config)
-    layers = {
-        name: module for name, module in peft_model.get_base_model().named_modules() if isinstance(module, LoraLayer)
-    }
+    inner = peft_model.get_base_model()
+    layers = {name: module for name, module in inner.named_modules() if isinstance(module, LoraLayer)}
     if list(layers) != wanted:
         peft_model.unload()
         raise ValueError(
             f"PEFT adapted {sorted(set(layers) ^ set(wanted))} differently from what was asked. Name the layers more "
             "fully in target_modules."
         )
-    for index, (name, module) in enumerate(layers.items()):
-        _make_growing(AdaptedLayer(name, index, module), config)
+    handles = {name: AdaptedLayer(name, index, module) for index, (name, module) in enumerate(layers.items())}
+    start_components(handles, {name: ranks[name] if ranks else config.init_r for name in handles}, config)
     record_ranks(peft_model, config)
     return peft_model
 
 
-def _make_growing(layer: AdaptedLayer, config: IncreLoraConfig) -> None:
-    stock_a = cast(nn.Linear, layer.module.lora_A[ADAPTER])
-    stock_b = cast(nn.Linear, layer.module.lora_B[ADAPTER])
-    growing_a = GrowingA(stock_a.in_features, config.reserve_lambda)
-    growing_b = GrowingB(stock_b.out_features)
-    layer.module.lora_A[ADAPTER] = growing_a.train(stock_a.training)
-    layer.module.lora_B[ADAPTER] = growing_b.train(stock_b.training)
-    generator = component_generator(config.seed, layer.index, round_index=0)
-    rank = config.init_r if config.fixed_ranks is None else config.fixed_ranks[layer.name]
-    layer.add_components(rank, generator, config.init_std, stock_a.weight)
-    layer.activate(rank, lam=0.0)
-    if config.advance_learning and config.grows:
-        layer.add_components(config.increment, generator, config.init_std, stock_a.weight)
+def start_components(layers: Mapping[str, AdaptedLayer], ranks: Mapping[str, int], config: IncreLoraConfig) -> None:
+    """Put fresh growing factors into the layers: λ = 0, and a reserve where ranks will grow."""
+    grows = sum(ranks.values()) < budget(config, ranks)
+    for layer in layers.values():
+        module = layer.module
+        like = next(module.lora_A[ADAPTER].parameters())  # of PEFT's factor, or of the growing one that was there
+        module.lora_A[ADAPTER] = GrowingA(module.in_features, config.reserve_lambda).train(module.training)
+        module.lora_B[ADAPTER] = GrowingB(module.out_features).train(module.training)
+        generator = component_generator(config.seed, layer.index, round_index=0)
+        layer.add_components(ranks[layer.name], generator, config.init_std, like)
+        layer.activate(ranks[layer.name], lam=0.0)
+        if config.advance_learning and grows:
+            layer.add_components(config.increment, generator, config.init_std, like)
 
 
 def record_ranks(peft_model: PeftModel, config: IncreLoraConfig) -> None:
@@ -320,13 +329,13 @@ def _plain(alpha: float) -> int | float:
     return int(alpha) if float(alpha).is_integer() else float(alpha)
 
 
-def _lora_config(model: nn.Module, config: IncreLoraConfig) -> LoraConfig:
+def _lora_config(model: nn.Module, config: IncreLoraConfig, ranks: Mapping[str, int] | None) -> LoraConfig:
     outside = _outside_backbone(model)
     targets = config.target_modules
     if targets is None or targets == ALL_LINEAR:
         targets = _backbone_linears(model, outside)
-    if config.fixed_ranks is not None:
-        targets = [name for name, rank in config.fixed_ranks.items() if rank > 0]
+    if ranks is not None:
+        targets = list(ranks)
     linears = [module for name, module in model.named_modules() if name in targets]
     return LoraConfig(
         r=config.init_r,
@@ -358,7 +367,7 @@ def _check_targets(model: nn.Module, lora_config: LoraConfig, config: IncreLoraC
             "names or name endings of its linear layers, or leave it out to adapt every linear layer of the backbone."
         )
     for name in wanted:
-        if not _is_linear(modules[name]):
+        if not is_linear(modules[name]):
             raise ValueError(
                 f"target_modules={config.target_modules!r} matches {name!r}, a {type(modules[name]).__name__}, and "
                 "IncreLoRA grows linear layers only. Name the linear layers inside it, or leave it out."
@@ -370,7 +379,7 @@ def _names(target: str, name: str) -> bool:
     return name == target or name.endswith("." + target)
 
 
-def _is_linear(module: nn.Module) -> bool:
+def is_linear(module: nn.Module) -> bool:
     """nn.Linear (the quantised ones derive from it) or transformers' Conv1D."""
     return isinstance(module, nn.Linear | Conv1D)
 
@@ -384,7 +393,7 @@ def _backbone_linears(model: nn.Module, outside: Iterable[str]) -> list[str]:
     backbone = _backbone(model)
     heads = {id(part) for name in outside for part in model.get_submodule(name).modules()}
     inside = {id(part) for part in backbone.modules()} - heads
-    return [name for name, module in model.named_modules() if id(module) in inside and _is_linear(module)]
+    return [name for name, module in model.named_modules() if id(module) in inside and is_linear(module)]
 
 
 def _outside_backbone(model: nn.Module) -> list[str]:

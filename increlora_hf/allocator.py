@@ -69,8 +69,8 @@ def make_plan(
     num_layers: int,
     total_steps: int,
     warmup_steps: int,
-    r_avg: int,
-    init_r: int,
+    initial_total_rank: int,
+    target_total_rank: int,
     increment: int = 1,
     top_h: int | None = None,
     interval: int | None = None,
@@ -86,7 +86,7 @@ def make_plan(
     """
     interval = interval or warmup_steps or max(MIN_DEFAULT_INTERVAL, round(DEFAULT_INTERVAL_FRACTION * total_steps))
     start = interval if start is None else start
-    needed = num_layers * (r_avg - init_r)
+    needed = target_total_rank - initial_total_rank
     if top_h is None:
         available = int(growth_fraction * total_steps) // interval - start // interval
         top_h = min(num_layers, math.ceil(needed / (available * increment))) if available > 0 else num_layers
@@ -97,29 +97,13 @@ def make_plan(
         start=start,
         top_h=max(1, min(top_h, num_layers)),
         increment=increment,
-        initial_total_rank=num_layers * init_r,
-        target_total_rank=num_layers * r_avg,
+        initial_total_rank=initial_total_rank,
+        target_total_rank=target_total_rank,
         window=window,
     )
     if plan.last_step >= total_steps:
         raise ValueError(_unreachable(plan))
     return plan
-
-
-def fixed_plan(ranks: Iterable[int], total_steps: int) -> Plan:
-    """The plan of a run whose ranks are given: nothing grows."""
-    ranks = list(ranks)
-    return Plan(
-        num_layers=len(ranks),
-        total_steps=total_steps,
-        interval=1,
-        start=0,
-        top_h=1,
-        increment=1,
-        initial_total_rank=sum(ranks),
-        target_total_rank=sum(ranks),
-        window=1,
-    )
 
 
 def _rounds_needed(components: int, top_h: int, increment: int) -> int:

@@ -142,11 +142,6 @@ class IncreLoraConfig:
         """``rank_pattern``, read from its file where it was one."""
         return cast("dict[str, int] | None", self.rank_pattern)
 
-    @property
-    def grows(self) -> bool:
-        """Whether any rank is ever added."""
-        return self.rank_pattern is None and self.r_avg > self.init_r
-
     def to_dict(self) -> dict[str, Any]:
         """All settings as plain values that JSON can hold."""
         return dataclasses.asdict(self)

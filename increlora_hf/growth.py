@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import MethodType
 from typing import Any
@@ -12,10 +12,19 @@ from peft import PeftModel
 from torch import Tensor, nn
 from torch.nn import Parameter
 
-from .adapter import AdaptedLayer, adapted_layers, component_generator, inject, record_ranks
-from .allocator import Plan, choose, fixed_plan, gains, make_plan, scored_window
+from .adapter import (
+    AdaptedLayer,
+    adapted_layers,
+    budget,
+    component_generator,
+    inject,
+    record_ranks,
+    start_components,
+)
+from .allocator import Plan, choose, gains, make_plan, scored_window
 from .config import IncreLoraConfig
 from .importance import ImportanceTracker
+from .warmstart import trainable_adapters, warm_start
 
 HISTORY_NAME = "increlora_history.json"
 HISTORY_FORMAT = 1
@@ -59,6 +68,8 @@ class Growth:
         self.plan: Plan | None = None
         self.rounds: list[Round] = []
         self.tracker = ImportanceTracker(len(self.layers), config.beta1, config.beta2)
+        self.initial_ranks = self.rank_pattern
+        self.run_start_rank = self.total_rank  # Σ r_k when the current training began
         self._model = model
 
     @property
@@ -74,7 +85,7 @@ class Growth:
     @property
     def target_total_rank(self) -> int:
         """The budget r^final = n · r_avg; with a fixed rank pattern its sum."""
-        return self.total_rank if self.config.fixed_ranks is not None else len(self.layers) * self.config.r_avg
+        return budget(self.config, self.initial_ranks)
 
     @property
     def remaining(self) -> int:
@@ -84,23 +95,32 @@ class Growth:
     def plan_run(self, total_steps: int, warmup_steps: int) -> Plan:
         """Fix the schedule for a run of this length; raises ValueError where the budget is out of its reach."""
         config = self.config
-        if config.fixed_ranks is not None:
-            self.plan = fixed_plan(self.rank_pattern.values(), total_steps)
-        else:
-            self.plan = make_plan(
-                num_layers=len(self.layers),
-                total_steps=total_steps,
-                warmup_steps=warmup_steps,
-                r_avg=config.r_avg,
-                init_r=config.init_r,
-                increment=config.increment,
-                top_h=config.top_h,
-                interval=config.interval,
-                start=config.start,
-                growth_fraction=config.growth_fraction,
-                window=scored_window(config.beta1, config.beta2, config.score_tolerance, total_steps),
-            )
+        self.plan = make_plan(
+            num_layers=len(self.layers),
+            total_steps=total_steps,
+            warmup_steps=warmup_steps,
+            initial_total_rank=self.run_start_rank,
+            target_total_rank=self.target_total_rank,
+            increment=config.increment,
+            top_h=config.top_h,
+            interval=config.interval,
+            start=config.start,
+            growth_fraction=config.growth_fraction,
+            window=scored_window(config.beta1, config.beta2, config.score_tolerance, total_steps),
+        )
         return self.plan
+
+    def begin_run(self) -> None:
+        """A new training starts from the ranks as they are: what was born before it is there from its start."""
+        self.run_start_rank = self.total_rank
+        self.rounds = [replace(record, birth_step=0) for record in self.rounds]
+
+    def rewind(self) -> None:
+        """Back to the first ranks, with fresh components and no rounds."""
+        start_components(self.layers, self.initial_ranks, self.config)
+        self.rounds = []
+        self.tracker = ImportanceTracker(len(self.layers), self.config.beta1, self.config.beta2)
+        record_ranks(self._model, self.config)
 
     def scores(self) -> dict[str, float]:
         """S of every layer."""
@@ -143,6 +163,10 @@ class Growth:
         layers = self.layers.values()
         return [p for layer in layers for p in (*layer.A.parameters(), *layer.B.parameters())]
 
+    def num_parameters(self) -> int:
+        """Adapter parameters that are saved: active components only."""
+        return sum(layer.num_parameters(layer.rank) for layer in self.layers.values())
+
     def factors(self) -> list[Tensor]:
         """A and Bᵀ of all layers as rows, reserves included: what the orthogonality penalty sees."""
         factors = [factor for layer in self.layers.values() for factor in (layer.A, layer.B)]
@@ -170,22 +194,26 @@ def attach(model: nn.Module, config: IncreLoraConfig | None = None) -> PeftModel
     The result is PEFT's own `PeftModel`: it merges, disables and saves as one, and what it saves is an ordinary LoRA
     adapter. Its growth is at ``.increlora`` (`Growth`).
 
+    A model that holds a trained LoRA adapter continues from it: the same function, growth on top.
+
     Args:
-        model: any transformers model, or any nn.Module with linear layers. It is changed in place.
+        model: any transformers model, or any nn.Module with linear layers, or a `PeftModel` with one LoRA adapter. It
+            is changed in place.
         config: default `IncreLoraConfig()`.
 
     Raises:
-        ValueError: the settings do not fit the model, or it holds adapters already; the model is left as it was.
+        ValueError: the settings do not fit the model, or it holds adapters that cannot grow; the model is
+            left as it was.
     """
     if is_attached(model):
         return _already_attached(model, config)
-    if isinstance(model, PeftModel):
-        raise ValueError(
-            f"The model holds the adapters {sorted(model.peft_config)} already. Merge them with merge_and_unload(), "
-            "or pass the base model."
-        )
     config = config or IncreLoraConfig()
-    peft_model = inject(model, config)
+    if isinstance(model, PeftModel):
+        return _hold(warm_start(model, config), config)
+    return _hold(inject(model, config), config)
+
+
+def _hold(peft_model: PeftModel, config: IncreLoraConfig) -> PeftModel:
     peft_model.increlora = Growth(peft_model, config)  # type: ignore[assignment]
     # PEFT has no hook for saving a file of one's own beside the adapter.
     peft_model.save_pretrained = MethodType(_save_with_history, peft_model)  # type: ignore[method-assign]
@@ -209,12 +237,6 @@ def _already_attached(model: Any, config: IncreLoraConfig | None) -> PeftModel:
             "plain model to the Trainer."
         )
     return model
-
-
-def trainable_adapters(model: PeftModel) -> list[str]:
-    """Names of the adapters with trainable parameters."""
-    trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-    return [adapter for adapter in model.peft_config if any(adapter in name.split(".") for name in trainable)]
 
 
 def _save_with_history(model: Any, save_directory: str, *args: Any, **kwargs: Any) -> None:

@@ -53,7 +53,7 @@ class SensitivityProbes:
     values add up over micro-batches.
 
     Args:
-        layers: objects with ``A``, ``B`` (the two factors' modules) and ``delta_weight(with_reserve=...)``.
+        layers: objects with ``A`` and ``B``, the two factors' modules, whose ``rows`` and ``lam`` give B Λ A.
         reduction: see `sensitivity`.
     """
 
@@ -79,7 +79,9 @@ class SensitivityProbes:
 class _LayerProbe:
     def __init__(self, layer: Any, reduction: str) -> None:
         self._layer, self._reduction = layer, reduction
-        self._probe: Tensor | None = None
+        like = layer.A.rows(with_reserve=False)
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        self._probe = torch.zeros((), dtype=dtype, device=like.device, requires_grad=True)
         self._x: Tensor | None = None
         self._handles = [
             layer.A.register_forward_pre_hook(self._keep_input),
@@ -92,14 +94,12 @@ class _LayerProbe:
     def _add_probe(self, _module: Any, _args: Any, output: Tensor) -> Tensor:
         x, self._x = self._x, None
         assert x is not None
-        if self._probe is None:
-            dtype = torch.promote_types(x.dtype, torch.float32)
-            self._probe = torch.zeros((), dtype=dtype, device=x.device, requires_grad=True)
-        return _Probe.apply(output, x.detach(), self._probe, self._layer, self._reduction)
+        # The output is ΔW x / s; in ΔW ∘ ∂L/∂ΔW the scale s cancels, so that B Λ A and gᵀ x serve as they are.
+        lam_a = self._layer.A.lam(with_reserve=True)[:, None] * self._layer.A.rows(with_reserve=True)
+        rows_b = self._layer.B.rows(with_reserve=True)
+        return _Probe.apply(output, x.detach(), self._probe, lam_a.detach(), rows_b.detach(), self._reduction)
 
     def read(self) -> Tensor | None:
-        if self._probe is None:
-            return None
         grad, self._probe.grad = self._probe.grad, None
         return grad
 
@@ -109,18 +109,19 @@ class _LayerProbe:
 
 
 class _Probe(torch.autograd.Function):
-    """Identity in ``output``; the gradient of ``probe`` is the layer's sensitivity."""
+    """Identity in ``output``, shape (..., out); the gradient of the scalar ``probe`` is the layer's sensitivity."""
 
     @staticmethod
-    def forward(ctx: Any, output: Tensor, x: Tensor, probe: Tensor, layer: Any, reduction: str) -> Tensor:
-        ctx.save_for_backward(x, probe)
-        ctx.layer, ctx.reduction = layer, reduction
+    def forward(
+        ctx: Any, output: Tensor, x: Tensor, probe: Tensor, lam_a: Tensor, rows_b: Tensor, reduction: str
+    ) -> Tensor:
+        ctx.save_for_backward(x, probe, lam_a, rows_b)
+        ctx.reduction = reduction
         return output.view_as(output)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, Tensor, None, None]:
-        x, probe = ctx.saved_tensors
-        # The output is ΔW x / s: with G = (grad ᵀ x) / s the scale s cancels in ΔW ∘ ∂L/∂ΔW.
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, Tensor, None, None, None]:
+        x, probe, lam_a, rows_b = ctx.saved_tensors
         gradient = grad.flatten(0, -2).to(probe.dtype).T @ x.flatten(0, -2).to(probe.dtype)  # (out, in)
-        unscaled = ctx.layer.delta_weight(with_reserve=True).to(probe.dtype) / ctx.layer.scale
-        return grad, None, sensitivity(unscaled, gradient, ctx.reduction), None, None
+        update = rows_b.to(probe.dtype).T @ lam_a.to(probe.dtype)  # (out, r) @ (r, in)
+        return grad, None, sensitivity(update, gradient, ctx.reduction), None, None, None

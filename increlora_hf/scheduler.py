@@ -73,8 +73,10 @@ class RestartWarmupLR(LambdaLR):
         return self._by_birth[birth_step](self.last_epoch - birth_step)
 
     def state_dict(self) -> dict[str, Any]:
-        """LambdaLR's state without the curves, which are made anew from the run's settings."""
-        return {name: value for name, value in super().state_dict().items() if name not in ("_curves", "_by_birth")}
+        """LambdaLR's state without what is made anew from the run's settings and the groups."""
+        derived = ("_curves", "_by_birth", "base_lrs")
+        kept = {name: value for name, value in super().state_dict().items() if name not in derived}
+        return {**kept, "lr_lambdas": []}
 
 
 def group_of(optimizer: Optimizer, param: Parameter) -> dict[str, Any]:
@@ -102,7 +104,8 @@ def add_groups(
         template = group_of(optimizer, like)
         if id(template) not in merged:
             settings = {key: value for key, value in template.items() if key not in ("params", "lr", "birth_step")}
-            merged[id(template)] = {**settings, "lr": 0.0, "birth_step": birth_step, "params": []}
+            peak = template.get("initial_lr", template["lr"])
+            merged[id(template)] = {**settings, "initial_lr": peak, "lr": 0.0, "birth_step": birth_step, "params": []}
         merged[id(template)]["params"].extend(params)
     for group in merged.values():
         if group["params"]:

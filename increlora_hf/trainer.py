@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from contextlib import nullcontext
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import ProgressCallback, Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_utils import SchedulerType
+from transformers.trainer import TRAINING_ARGS_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SchedulerType, TrainOutput, rotate_checkpoints
 from transformers.training_args import ParallelMode
 
 from .config import IncreLoraConfig
 from .growth import Grown, Growth, attach, is_attached
 from .importance import SensitivityProbes
+from .manifest import check_manifest, new_checkpoint, remove_incomplete, resolve_checkpoint
 from .orthogonality import orthogonality
 from .report import plan_line, rank_table
 from .scheduler import NO_CURVE, RestartWarmupLR, add_groups, group_of, narrow_state, remove_params, restart_curves
+from .state import SavedState, check_same_plan, check_same_run, read_state, restore, write_state
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +61,7 @@ class IncreLoraTrainerMixin(_Base):
         self._probes: SensitivityProbes | None = None
         self._sensitivities: Tensor | None = None
         self._loss_kwargs_checked = False
+        self._resuming: SavedState | None = None
         super().__init__(model, *args, **kwargs)
         self.add_callback(_GrowthCallback(self))
 
@@ -78,6 +84,44 @@ class IncreLoraTrainerMixin(_Base):
 
     # ---- Set-up, in Trainer's order ----------------------------------------------------------------------------
 
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
+        """Trainer's; resuming takes the newest complete checkpoint and continues bit for bit.
+
+        Args:
+            resume_from_checkpoint: True for the newest complete checkpoint in output_dir, or a checkpoint's path.
+
+        Raises:
+            AdapterFormatError: the checkpoint that was named is damaged.
+            ValueError: there is no checkpoint to resume, or it was written under other settings.
+        """
+        folder = None
+        if resume_from_checkpoint:
+            folder = resolve_checkpoint(resume_from_checkpoint, str(self.args.output_dir))
+            self._resuming = read_state(folder)
+            check_same_run(self._resuming, self.increlora)
+        try:
+            result = super().train(str(folder) if folder else None, *args, **kwargs)
+        finally:
+            self._resuming = None
+        if folder is not None and self.state.global_step == self._initial_global_step:
+            self._load_rng_state(str(folder))  # nothing was left to do, and Trainer restores it at the first batch
+        return result
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """Trainer's; but where a run had ended when it was saved, Trainer would take one step more."""
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(*args, **kwargs)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """Bring the model back to its first ranks; `create_optimizer` then replays the rounds on both."""
+        self._start_over()
+
+    def _start_over(self) -> None:
+        """Fresh components at the first ranks, if the model has grown, and so an optimizer that is made anew."""
+        if self.increlora.rounds:
+            self.increlora.rewind()
+            self.optimizer, self.lr_scheduler = None, None
+
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """Trainer's optimizer; the λ apart where they have a learning rate of their own."""
         fresh = self.optimizer is None
@@ -90,7 +134,15 @@ class IncreLoraTrainerMixin(_Base):
             optimizer.add_param_group({"params": lams, "lr": learning_rate * multiplier})
         for parameter in self.increlora.parameters():
             group_of(optimizer, parameter)
+        for group in optimizer.param_groups:  # of an earlier training: there from the start of this one
+            group.pop("birth_step", None)
+        self._restore_growth() if self._resuming else self.increlora.begin_run()
         return optimizer
+
+    def _restore_growth(self) -> None:
+        """Replay the recorded rounds on model and optimizer, then load the values."""
+        assert self._resuming is not None
+        restore(self._resuming, self.model, follow=self._follow)  # type: ignore[arg-type]
 
     def create_scheduler(
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
@@ -100,6 +152,8 @@ class IncreLoraTrainerMixin(_Base):
             args = self.args
             warmup_steps = args.get_warmup_steps(num_training_steps)
             self.increlora.plan_run(num_training_steps, warmup_steps)
+            if self._resuming is not None:
+                check_same_plan(self._resuming, self.increlora)
             curves = restart_curves(
                 args.lr_scheduler_type,
                 warmup_steps=warmup_steps,
@@ -187,12 +241,20 @@ class IncreLoraTrainerMixin(_Base):
         """Collect sensitivities in this step if the plan scores it."""
         assert self.increlora.plan is not None
         scored = self.increlora.plan.is_scored(step)
-        if scored and self._probes is None:
+        if scored == (self._probes is not None):
+            return
+        if scored:
             layers = list(self.increlora.layers.values())
             self._probes = SensitivityProbes(layers, self.increlora.config.score_reduction)
-        elif not scored and self._probes is not None:
+        elif self._probes is not None:
             self._probes.remove()
             self._probes = None
+        self._recompile()
+
+    def _recompile(self) -> None:
+        """Compiled code does not notice hooks that come and go, and gives up after a few changes of shape."""
+        if self.args.torch_compile:
+            torch.compiler.reset()
 
     def _after_optimizer_step(self) -> None:
         growth, step = self.increlora, self.state.global_step + 1  # Trainer counts the step a little later
@@ -204,6 +266,7 @@ class IncreLoraTrainerMixin(_Base):
             assert self.lr_scheduler is not None
             birth_step = self.lr_scheduler.last_epoch + 1 if growth.config.restart_warmup else 0
             self._follow(growth.grow(step, birth_step), birth_step)
+            self._recompile()
         self._watch(step + 1)
 
     def _follow(self, grown: Grown, birth_step: int) -> None:
@@ -215,6 +278,38 @@ class IncreLoraTrainerMixin(_Base):
         for param in grown.narrowed:
             narrow_state(self.optimizer, param, len(param))
         remove_params(self.optimizer, grown.removed)
+
+    # ---- Checkpoints ---------------------------------------------------------------------------------------------
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Trainer's checkpoint, the state of growth, then the manifest; only then are older checkpoints rotated."""
+        output_dir = self._get_output_dir(trial)
+        folder = Path(output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        with new_checkpoint(folder) if self.args.should_save else nullcontext():
+            limit, self.args.save_total_limit = self.args.save_total_limit, None  # Trainer would rotate too early
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                self.args.save_total_limit = limit
+            if self.args.should_save:
+                torch.save(self.args, folder / TRAINING_ARGS_NAME)  # again, with the limit in place
+                write_state(folder, self.model)  # type: ignore[arg-type]
+        if self.args.should_save and limit is not None:
+            remove_incomplete(output_dir)
+            rotate_checkpoints(output_dir, limit, self.state.best_model_checkpoint)
+
+    def _load_best_model(self) -> None:
+        """The best checkpoint's own ranks and values. A further training makes its own optimizer."""
+        folder = Path(str(self.state.best_model_checkpoint))
+        check_manifest(folder)
+        saved = read_state(folder)
+        at_end = self.increlora.num_parameters()
+        self._start_over()
+        restore(saved, self.model)  # type: ignore[arg-type]
+        self.optimizer, self.lr_scheduler = None, None
+        counts = {"adapter_parameters_at_best": self.increlora.num_parameters(), "adapter_parameters_at_end": at_end}
+        logger.info("IncreLoRA: best model from %s (score %s): %s", folder, self.state.best_metric, counts)
+        self.log(dict(counts))
 
     # ---- What the user sees ------------------------------------------------------------------------------------
 

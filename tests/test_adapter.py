@@ -258,13 +258,6 @@ def test_fixed_rank_pattern_adapts_exactly_its_layers() -> None:
     assert model.increlora.remaining == 0
 
 
-def test_model_with_another_adapter_is_refused() -> None:
-    from peft import LoraConfig, get_peft_model
-
-    with pytest.raises(ValueError, match=r"holds the adapters \['default'\] already"):
-        attach(get_peft_model(tiny_bert(), LoraConfig(target_modules=["query"])))
-
-
 def test_attached_model_is_taken_as_it_is_unless_settings_contradict() -> None:
     model = attach(tiny_bert(), IncreLoraConfig(r_avg=3))
     assert attach(model) is model

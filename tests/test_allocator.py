@@ -1,18 +1,24 @@
 """The schedule of rounds and the choice of layers."""
 
 import math
+from typing import Any
 
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from increlora_hf.allocator import Plan, choose, fixed_plan, gains, make_plan, scored_window
+from increlora_hf.allocator import Plan, choose, gains, make_plan, scored_window
 
 
-def plan_for(num_layers: int = 36, total_steps: int = 3900, warmup_steps: int = 100, **settings: object) -> Plan:
-    defaults = {"r_avg": 2, "init_r": 1, "window": 57}
+def plan_for(num_layers: int = 36, total_steps: int = 3900, warmup_steps: int = 100, **settings: Any) -> Plan:
+    init_r, r_avg = settings.pop("init_r", 1), settings.pop("r_avg", 2)
     return make_plan(
-        num_layers=num_layers, total_steps=total_steps, warmup_steps=warmup_steps, **{**defaults, **settings}
+        num_layers=num_layers,
+        total_steps=total_steps,
+        warmup_steps=warmup_steps,
+        initial_total_rank=num_layers * init_r,
+        target_total_rank=num_layers * r_avg,
+        **{"window": 57, **settings},
     )
 
 
@@ -136,8 +142,6 @@ def test_nothing_to_grow_has_no_rounds() -> None:
     plan = plan_for(r_avg=1)
     assert (plan.rounds, plan.last_step, plan.target_total_rank) == (0, 0, 36)
     assert not any(plan.is_due(step) or plan.is_scored(step) for step in range(100))
-    fixed = fixed_plan([1, 4], 100)
-    assert (fixed.rounds, fixed.target_total_rank) == (0, 5)
 
 
 def test_default_top_h_is_the_smallest_that_fits() -> None:

@@ -1,0 +1,163 @@
+"""Loading an adapter that nobody vouches for: safetensors only, and every tensor checked before the model is touched."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from huggingface_hub import snapshot_download
+from peft import LoraConfig, PeftModel
+from peft.tuners.tuners_utils import check_target_module_exists
+from peft.utils.other import get_pattern_key
+from torch import nn
+
+from .adapter import is_linear
+from .manifest import MANIFEST_NAME, AdapterFormatError, check_manifest, read_json_object
+from .state import check_tensors, read_tensors
+
+CONFIG_NAME = "adapter_config.json"
+WEIGHTS_NAME = "adapter_model.safetensors"
+PREFIX = "base_model.model."  # PEFT's, of every key
+UNSUPPORTED = ("use_dora", "lora_bias", "target_parameters", "trainable_token_indices", "layer_replication", "bias")
+
+Shape = tuple[int, ...]
+
+
+def load_adapter(model: nn.Module, path_or_repo: str | Path, *, trainable: bool = False) -> PeftModel:
+    """Put the LoRA adapter in a folder or Hub repository on ``model``; refuse whatever does not fit exactly.
+
+    Only ``adapter_config.json`` and ``adapter_model.safetensors`` are read: no pickle is ever opened, no code is run.
+    Where the folder has a manifest, its files have to match it.
+
+    Args:
+        model: the base model, without adapters.
+        path_or_repo: a local folder, or else a Hub repository.
+        trainable: whether training may go on; see `attach` for growing on.
+
+    Raises:
+        AdapterFormatError: a key, shape, dtype, rank or value is not what the model and the configuration demand. The
+            model is left as it was.
+        ValueError: ``model`` holds an adapter already.
+    """
+    if isinstance(model, PeftModel):
+        raise ValueError("The model holds an adapter already. Pass the base model, or unload() it first.")
+    folder = _local_folder(path_or_repo)
+    if (folder / MANIFEST_NAME).exists():
+        check_manifest(folder)
+    config = _read_config(folder)
+    try:
+        expected = _expected(folder, model, config)
+    except re.error as error:
+        raise AdapterFormatError(folder / CONFIG_NAME, "patterns", "regular expressions", str(error)) from None
+    check_tensors(folder / WEIGHTS_NAME, read_tensors(_own_file(folder, WEIGHTS_NAME)), expected)
+    return PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
+
+
+def _local_folder(path_or_repo: str | Path) -> Path:
+    folder = Path(path_or_repo)
+    if folder.is_dir():
+        return folder
+    if folder.is_absolute() or str(path_or_repo).startswith("."):
+        raise AdapterFormatError(folder, "folder", "a folder with an adapter", "no such folder")
+    return Path(snapshot_download(str(path_or_repo), allow_patterns=[CONFIG_NAME, WEIGHTS_NAME]))
+
+
+def _own_file(folder: Path, name: str) -> Path:
+    """A file of the folder; a link that leaves it is refused, and so is a pickle in its place."""
+    path = folder / name
+    if path.is_symlink() and not (path.resolve().is_relative_to(folder.resolve()) or _is_hub_cache(folder, path)):
+        raise AdapterFormatError(path, "file", "a file inside the folder", f"a link to {path.resolve()}")
+    pickles = sorted(p.name for p in folder.glob("adapter_model.*") if p.suffix in (".bin", ".pt", ".pth", ".pkl"))
+    if not path.is_file() and pickles and name == WEIGHTS_NAME:
+        raise AdapterFormatError(folder / pickles[0], "file", name, "a pickle, which is never opened")
+    if not path.is_file():
+        raise AdapterFormatError(path, "file", name, "no such file")
+    return path
+
+
+def _is_hub_cache(folder: Path, path: Path) -> bool:
+    """The Hub's cache keeps files as links from snapshots/<commit>/ into blobs/ beside it."""
+    return folder.parent.name == "snapshots" and path.resolve().parent == folder.resolve().parent.parent / "blobs"
+
+
+def _read_config(folder: Path) -> LoraConfig:
+    path = _own_file(folder, CONFIG_NAME)
+    document = read_json_object(path)
+    if document.get("peft_type") != "LORA":
+        raise AdapterFormatError(path, "peft_type", "'LORA'", repr(document.get("peft_type")))
+    for key in UNSUPPORTED:
+        if document.get(key) not in (None, False, "none", [], {}):
+            raise AdapterFormatError(path, key, "plain LoRA", repr(document[key]))
+    _rank(path, "r", document.get("r"))
+    _scale(path, "lora_alpha", document.get("lora_alpha"))
+    for key, check in (("rank_pattern", _rank), ("alpha_pattern", _scale)):
+        pattern = document.get(key) or {}
+        if not isinstance(pattern, dict):
+            raise AdapterFormatError(path, key, "an object", repr(pattern)[:80])
+        for name, value in pattern.items():
+            check(path, f"{key}[{name!r}]", value)
+    _names(path, "target_modules", document.get("target_modules"), required=True)
+    _names(path, "modules_to_save", document.get("modules_to_save"), required=False)
+    try:
+        return cast(LoraConfig, LoraConfig.from_pretrained(str(folder)))
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        raise AdapterFormatError(path, "content", "a LoRA configuration", str(error)) from None
+
+
+def _rank(path: Path, key: str, value: Any) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise AdapterFormatError(path, key, "a rank of at least 1", repr(value))
+
+
+def _scale(path: Path, key: str, value: Any) -> None:
+    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+        raise AdapterFormatError(path, key, "a finite number", repr(value))
+
+
+def _names(path: Path, key: str, value: Any, *, required: bool) -> None:
+    if value is None and not required:
+        return
+    listed = isinstance(value, list) and all(isinstance(name, str) for name in value)
+    if not (listed or (required and isinstance(value, str))) or (required and not value):
+        raise AdapterFormatError(path, key, "module names", repr(value)[:80])
+
+
+def _expected(folder: Path, model: nn.Module, config: LoraConfig) -> dict[str, tuple[Shape, torch.dtype | None]]:
+    """Key -> (shape, dtype; None for any floating one) of every tensor that the file has to hold, and no other."""
+    path = folder / CONFIG_NAME
+    adapted = {name: m for name, m in model.named_modules() if name and check_target_module_exists(config, name)}
+    if not adapted:
+        found = repr(config.target_modules)[:80]
+        raise AdapterFormatError(path, "target_modules", f"layers of {type(model).__name__}", found)
+    for key in ("rank_pattern", "alpha_pattern"):
+        for pattern in cast("Mapping[str, Any]", getattr(config, key)):
+            if not any(get_pattern_key([pattern], name) == pattern for name in adapted):
+                raise AdapterFormatError(path, key, "adapted layers of the model", repr(pattern))
+    expected: dict[str, tuple[Shape, torch.dtype | None]] = {}
+    for name, module in adapted.items():
+        if not is_linear(module):
+            raise AdapterFormatError(path, "target_modules", "linear layers", f"{name!r}, a {type(module).__name__}")
+        expected.update(_factors(name, module, config))
+    for name, module in model.named_modules():
+        if name and any(f"{PREFIX}{name}".endswith(saved) for saved in config.modules_to_save or []):
+            for key, tensor in module.state_dict().items():
+                expected[f"{PREFIX}{name}.{key}"] = (tuple(tensor.shape), _free(tensor.dtype))
+    return expected
+
+
+def _factors(name: str, module: Any, config: LoraConfig) -> dict[str, tuple[Shape, torch.dtype | None]]:
+    pattern = cast("Mapping[str, int]", config.rank_pattern)
+    rank = pattern.get(get_pattern_key(list(pattern), name), config.r)
+    conv1d = not isinstance(module, nn.Linear)
+    features = (module.nx, module.nf) if conv1d else (module.in_features, module.out_features)
+    key = f"{PREFIX}{name}.lora_"
+    return {f"{key}A.weight": ((rank, features[0]), None), f"{key}B.weight": ((features[1], rank), None)}
+
+
+def _free(dtype: torch.dtype) -> torch.dtype | None:
+    """A head may be saved in any floating dtype; what is no float has to stay what it is."""
+    return None if dtype.is_floating_point else dtype

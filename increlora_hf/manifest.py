@@ -1,0 +1,186 @@
+"""The manifest that makes a checkpoint complete: written last, checked before anything else is believed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+MANIFEST_NAME = "increlora_manifest.json"
+MANIFEST_FORMAT = 1
+OPTIMIZER_NAME = "optimizer.pt"  # as transformers names it
+CHUNK = 1 << 20  # bytes hashed at a time
+
+logger = logging.getLogger(__name__)
+
+
+class AdapterFormatError(ValueError):
+    """A file of an adapter or checkpoint is not what it has to be; names file, key, expected and found."""
+
+    def __init__(self, file: Path | str, key: str, expected: str, found: str) -> None:
+        """Say it in one sentence."""
+        self.file, self.key, self.expected, self.found = str(file), key, expected, found
+        super().__init__(f"{file}: {key}: expected {expected}, found {found}. Nothing was loaded.")
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; anything else is an AdapterFormatError."""
+    if not path.is_file():
+        raise AdapterFormatError(path, "file", "a JSON file", "nothing")
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_constant)
+    except (ValueError, RecursionError) as error:
+        raise AdapterFormatError(path, "content", "JSON", str(error) or "broken text") from None
+    if not isinstance(document, dict):
+        raise AdapterFormatError(path, "content", "an object", f"a {type(document).__name__}")
+    return document
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"the constant {name}")
+
+
+def check_format(path: Path, document: Mapping[str, Any], supported: int) -> None:
+    """Refuse a document of a later format, or of none."""
+    version = document.get("format_version")
+    if not isinstance(version, int) or isinstance(version, bool) or not 1 <= version <= supported:
+        raise AdapterFormatError(path, "format_version", f"1 to {supported}", repr(version))
+
+
+def write_manifest(folder: Path) -> None:
+    """List size and SHA-256 of every file in ``folder``, everything on disk before the manifest appears."""
+    entries = {}
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        name = path.relative_to(folder).as_posix()
+        entries[name] = {"size": path.stat().st_size, "sha256": _sha256(path)}
+        _sync(path)
+    draft = folder / (MANIFEST_NAME + ".tmp")
+    draft.write_text(json.dumps({"format_version": MANIFEST_FORMAT, "files": entries}, indent=2) + "\n")
+    _sync(draft)
+    draft.replace(folder / MANIFEST_NAME)
+    _sync(folder)
+    _sync(folder.parent)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def check_manifest(folder: Path, *, hashes: bool = True) -> None:
+    """Raise AdapterFormatError unless every listed file is there, whole and unchanged.
+
+    Args:
+        folder: a checkpoint.
+        hashes: also read the files; without, sizes alone are compared.
+    """
+    path = folder / MANIFEST_NAME
+    document = read_json_object(path)
+    check_format(path, document, MANIFEST_FORMAT)
+    files = document.get("files")
+    if not isinstance(files, dict) or not files:
+        raise AdapterFormatError(path, "files", "an object of file names", repr(files))
+    for name, entry in files.items():
+        _check_entry(folder, name, entry, hashes)
+
+
+def _check_entry(folder: Path, name: str, entry: Any, hashes: bool) -> None:
+    manifest = folder / MANIFEST_NAME
+    listed = folder / name
+    if os.path.isabs(name) or ".." in Path(name).parts or not listed.resolve().is_relative_to(folder.resolve()):
+        raise AdapterFormatError(manifest, name, "a file inside the folder", "a path that leaves it")
+    if not isinstance(entry, dict) or not isinstance(entry.get("size"), int):
+        raise AdapterFormatError(manifest, name, "size and sha256", repr(entry))
+    if not listed.is_file():
+        raise AdapterFormatError(listed, "file", f"{entry['size']} bytes", "no such file")
+    if listed.stat().st_size != entry["size"]:
+        raise AdapterFormatError(listed, "size", f"{entry['size']} bytes", f"{listed.stat().st_size}")
+    if hashes and _sha256(listed) != entry.get("sha256"):
+        raise AdapterFormatError(listed, "sha256", str(entry.get("sha256")), "another content")
+
+
+def checkpoints(output_dir: str | Path) -> list[Path]:
+    """The folders checkpoint-N in ``output_dir``, newest first."""
+    found = {}
+    for path in Path(output_dir).glob("checkpoint-*"):
+        match = re.fullmatch(r"checkpoint-(\d+)", path.name)
+        if match and path.is_dir():
+            found[int(match[1])] = path
+    return [found[step] for step in sorted(found, reverse=True)]
+
+
+@contextmanager
+def new_checkpoint(folder: Path) -> Iterator[None]:
+    """Everything written inside becomes one complete checkpoint, or nothing of it stays."""
+    shutil.rmtree(folder, ignore_errors=True)  # what an attempt left that was killed here
+    try:
+        yield
+        write_manifest(folder)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def resolve_checkpoint(wanted: str | Path | bool, output_dir: str) -> Path:
+    """The checkpoint to resume: the one named, or for True the newest complete one in ``output_dir``.
+
+    Raises:
+        AdapterFormatError: the one named is not complete.
+        ValueError: there is none, or it holds no optimizer state.
+    """
+    if wanted is True:
+        folder, skipped = newest_complete(output_dir)
+        for name, reason in skipped.items():
+            logger.warning("IncreLoRA: skipped %s, which is not complete: %s", name, reason)
+        if folder is None:
+            reasons = "; ".join(skipped.values()) or "there is no checkpoint-N folder"
+            raise ValueError(f"No valid checkpoint found in output directory ({output_dir}): {reasons}.")
+    else:
+        folder = Path(wanted)
+        check_manifest(folder)
+    if not (folder / OPTIMIZER_NAME).is_file():
+        raise ValueError(
+            f"{folder} holds no {OPTIMIZER_NAME} (save_only_model), so that training cannot continue from it bit for "
+            "bit. Resume from a checkpoint with optimizer state, or attach its adapter to start a new run."
+        )
+    return folder
+
+
+def newest_complete(output_dir: str | Path) -> tuple[Path | None, dict[str, str]]:
+    """The newest checkpoint whose manifest checks out, and why each newer one was skipped."""
+    skipped: dict[str, str] = {}
+    for folder in checkpoints(output_dir):
+        try:
+            check_manifest(folder)
+        except AdapterFormatError as error:
+            skipped[folder.name] = str(error)
+        else:
+            return folder, skipped
+    return None, skipped
+
+
+def remove_incomplete(output_dir: str | Path) -> None:
+    """Delete the checkpoints that a kill left behind without a valid manifest."""
+    for folder in checkpoints(output_dir):
+        try:
+            check_manifest(folder, hashes=False)
+        except AdapterFormatError:
+            shutil.rmtree(folder, ignore_errors=True)

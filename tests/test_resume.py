@@ -1,0 +1,387 @@
+"""A run that is interrupted anywhere and resumed ends with the same bits."""
+
+import random
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import arguments, tiny_bert, token_rows
+from transformers import Trainer, TrainerCallback
+
+from increlora_hf import IncreLoraConfig, IncreLoraTrainer
+from increlora_hf.manifest import AdapterFormatError
+
+STEPS = 24
+CONFIG = IncreLoraConfig(r_avg=2, top_h=4, interval=5, start=4, increment=1, lora_dropout=0.1)  # rounds at 5, 10, 15
+POSITIONS = {
+    "before-the-first-round": 3,
+    "on-a-round": 10,
+    "between-rounds": 12,
+    "after-the-budget": 18,
+    "last-step": 24,
+}
+
+
+class SaveAt(TrainerCallback):
+    """Saves after the given steps."""
+
+    def __init__(self, steps: set[int]) -> None:
+        self.steps = steps
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_save = state.global_step in self.steps
+
+
+def make(folder: Path, config: IncreLoraConfig = CONFIG, save_at: set[int] | None = None, **settings: Any) -> Any:
+    model = settings.pop("model", None) or tiny_bert(dropout=0.1)
+    defaults = {"max_steps": STEPS, "per_device_train_batch_size": 2, "weight_decay": 0.01}
+    return IncreLoraTrainer(
+        model,
+        arguments(folder, **{**defaults, **settings}),
+        train_dataset=token_rows(),
+        eval_dataset=token_rows(seed=9),
+        increlora_config=config,
+        callbacks=[SaveAt(save_at)] if save_at else None,
+    )
+
+
+def bits(trainer: Any) -> dict[str, Any]:
+    """Everything that decides how a run goes on."""
+    growth = trainer.increlora
+    optimizer = trainer.optimizer.state_dict()
+    return {
+        "weights": {n: p.detach().clone() for n, p in trainer.model.named_parameters() if p.requires_grad},
+        "moments": optimizer["state"],
+        "groups": optimizer["param_groups"],
+        "lrs": trainer.lr_scheduler.get_last_lr(),
+        "scheduler": trainer.lr_scheduler.state_dict(),
+        "smoothed": growth.tracker.smoothed,
+        "uncertainty": growth.tracker.uncertainty,
+        "ranks": growth.rank_pattern,
+        "rounds": growth.rounds,
+        "torch_rng": torch.get_rng_state(),
+        "numpy_rng": np.random.get_state()[1].tolist(),
+        "python_rng": random.getstate(),
+    }
+
+
+def assert_same_bits(found: Any, expected: Any, where: str = "") -> None:
+    if isinstance(expected, torch.Tensor):
+        assert torch.equal(found, expected), where
+    elif isinstance(expected, dict):
+        assert list(found) == list(expected), where
+        for key in expected:
+            assert_same_bits(found[key], expected[key], f"{where}.{key}")
+    elif isinstance(expected, list | tuple):
+        assert len(found) == len(expected), where
+        for i, value in enumerate(expected):
+            assert_same_bits(found[i], value, f"{where}[{i}]")
+    else:
+        assert found == expected, where
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("accumulation", [1, 4])
+def test_resumed_run_ends_with_the_same_bits(schedule: str, precision: str, accumulation: int, tmp_path: Path) -> None:
+    settings = {
+        "lr_scheduler_type": schedule,
+        "bf16": precision == "bf16",
+        "gradient_accumulation_steps": accumulation,
+    }
+    whole = make(tmp_path, save_at=set(POSITIONS.values()), **settings)
+    whole.train()
+    assert [record.step for record in whole.increlora.rounds] == [5, 10, 15]
+    expected = bits(whole)
+    for position, step in POSITIONS.items():
+        resumed = make(tmp_path, **settings)
+        resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
+        assert resumed.state.global_step == STEPS
+        assert_same_bits(bits(resumed), expected, position)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        IncreLoraConfig(top_h=3, interval=4, start=4, advance_learning=False),
+        IncreLoraConfig(top_h=2, interval=4, start=0, increment=5, restart_warmup=False),
+        IncreLoraConfig(top_h=3, interval=4, start=4, lam_lr_multiplier=4.0, rank_scaling="per_rank"),
+        IncreLoraConfig(rank_pattern={"bert.encoder.layer.0.attention.self.query": 2}),
+    ],
+    ids=["no-reserve", "narrowed-reserve", "own-lambda-groups", "fixed-ranks"],
+)
+def test_resume_holds_for_every_kind_of_growth(config: IncreLoraConfig, tmp_path: Path) -> None:
+    whole = make(tmp_path, config, save_at={6, 13, 22})
+    whole.train()
+    for step in (6, 13, 22):
+        resumed = make(tmp_path, config)
+        resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
+        assert_same_bits(bits(resumed), bits(whole), str(step))
+
+
+def test_resume_in_the_same_process_rewinds_the_grown_model(tmp_path: Path) -> None:
+    trainer = make(tmp_path, save_at={7})
+    trainer.train()
+    expected = bits(trainer)
+    trainer.train(resume_from_checkpoint=True)
+    assert_same_bits(bits(trainer), expected)
+
+
+def test_resume_with_an_optimizer_of_the_user(tmp_path: Path) -> None:
+    def with_sgd(save_at: set[int] | None = None) -> Any:
+        from increlora_hf import attach
+
+        model = attach(tiny_bert(dropout=0.1), CONFIG)
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1, momentum=0.9)
+        return IncreLoraTrainer(
+            model,
+            arguments(tmp_path, max_steps=STEPS),
+            train_dataset=token_rows(),
+            optimizers=(optimizer, None),
+            callbacks=[SaveAt(save_at)] if save_at else None,
+        )
+
+    whole, resumed = with_sgd({12}), with_sgd()
+    whole.train()
+    resumed.train(resume_from_checkpoint=True)
+    assert_same_bits(bits(resumed), bits(whole))
+
+
+def test_resume_with_model_init(tmp_path: Path) -> None:
+    def trainer() -> Any:
+        return IncreLoraTrainer(
+            args=arguments(tmp_path, max_steps=STEPS, save_strategy="steps", save_steps=12),
+            train_dataset=token_rows(),
+            model_init=lambda: tiny_bert(dropout=0.1),
+            increlora_config=CONFIG,
+        )
+
+    whole, resumed = trainer(), trainer()
+    whole.train()
+    shutil.rmtree(tmp_path / "checkpoint-24")
+    resumed.train(resume_from_checkpoint=True)
+    assert_same_bits(bits(resumed), bits(whole))
+
+
+# ---- Which checkpoint ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run with checkpoints 6, 12 and 18."""
+    folder = tmp_path_factory.mktemp("run")
+    make(folder, save_at={6, 12, 18}).train()
+    return folder
+
+
+@pytest.fixture
+def run(finished: Path, tmp_path: Path) -> Path:
+    shutil.copytree(finished, tmp_path / "run")
+    return tmp_path / "run"
+
+
+def test_checkpoint_holds_adapter_state_and_manifest(run: Path) -> None:
+    names = {path.name for path in (run / "checkpoint-12").iterdir()}
+    assert names >= {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "increlora_history.json",
+        "increlora_state.json",
+        "increlora_state.safetensors",
+        "increlora_manifest.json",
+        "optimizer.pt",
+        "scheduler.pt",
+        "rng_state.pth",
+        "trainer_state.json",
+    }
+
+
+def test_incomplete_checkpoints_are_skipped_with_their_reason(run: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (run / "checkpoint-18" / "increlora_manifest.json").unlink()
+    with (run / "checkpoint-12" / "optimizer.pt").open("r+b") as file:
+        file.seek(100)
+        file.write(b"x")
+    trainer = make(run)
+    with caplog.at_level("WARNING", logger="increlora_hf"):
+        trainer.train(resume_from_checkpoint=True)
+    warnings = [record.getMessage() for record in caplog.records if "skipped" in record.getMessage()]
+    assert len(warnings) == 2
+    assert "checkpoint-18" in warnings[0]
+    assert "increlora_manifest.json: file: expected a JSON file, found nothing" in warnings[0]
+    assert "checkpoint-12" in warnings[1]
+    assert "optimizer.pt: sha256" in warnings[1]
+    assert trainer._initial_global_step == 6
+
+
+def test_named_checkpoint_that_is_damaged_is_refused(run: Path) -> None:
+    (run / "checkpoint-18" / "scheduler.pt").unlink()
+    with pytest.raises(AdapterFormatError, match=r"scheduler.pt: file: expected \d+ bytes, found no such file"):
+        make(run).train(resume_from_checkpoint=str(run / "checkpoint-18"))
+
+
+def test_nothing_to_resume_is_an_error_with_the_reasons(run: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"No valid checkpoint found.*there is no checkpoint-N folder"):
+        make(tmp_path / "empty").train(resume_from_checkpoint=True)
+    for step in (6, 12, 18):
+        (run / f"checkpoint-{step}" / "increlora_state.json").unlink()
+    with pytest.raises(ValueError, match=r"No valid checkpoint.*increlora_state.json"):
+        make(run).train(resume_from_checkpoint=True)
+
+
+def test_checkpoint_without_optimizer_is_refused(tmp_path: Path) -> None:
+    make(tmp_path, save_at={6}, save_only_model=True).train()
+    with pytest.raises(ValueError, match=r"holds no optimizer.pt \(save_only_model\)"):
+        make(tmp_path).train(resume_from_checkpoint=True)
+
+
+@pytest.mark.parametrize(
+    "config, settings, message",
+    [
+        (IncreLoraConfig(**{**CONFIG.to_dict(), "r_avg": 3}), {}, r"r_avg: 2 → 3"),
+        (
+            IncreLoraConfig(**{**CONFIG.to_dict(), "beta1": 0.9, "lora_alpha": 8.0}),
+            {},
+            r"beta1: 0.85 → 0.9; lora_alpha: 16.0 → 8.0",
+        ),
+        (
+            IncreLoraConfig(**{**CONFIG.to_dict(), "target_modules": ["query"]}),
+            {},
+            r"adapted layers: .* only in the ch",
+        ),
+        (CONFIG, {"max_steps": 40}, r"total_steps: 24 → 40"),
+        (CONFIG, {"seed": 5}, r"seed: 42 → 5"),
+    ],
+    ids=["budget", "two-settings", "targets", "length", "seed"],
+)
+def test_other_settings_are_refused_with_both_values(
+    config: IncreLoraConfig, settings: dict[str, Any], message: str, run: Path
+) -> None:
+    trainer = make(run, config, **settings)
+    with pytest.raises(ValueError, match=message):
+        trainer.train(resume_from_checkpoint=True)
+    assert trainer.state.global_step <= 18
+
+
+def test_logging_may_change(run: Path) -> None:
+    make(run, logging_steps=3, save_at={20}).train(resume_from_checkpoint=True)
+
+
+# ---- The best checkpoint ------------------------------------------------------------------------------------------
+
+
+class LogitsAt(TrainerCallback):
+    """Keeps the evaluation logits at every save."""
+
+    def __init__(self) -> None:
+        self.logits: dict[int, torch.Tensor] = {}
+
+    def on_save(self, args: Any, state: Any, control: Any, model: Any, **kwargs: Any) -> None:
+        self.logits[state.global_step] = logits(model)
+
+
+def logits(model: Any) -> torch.Tensor:
+    training = model.training
+    model.eval()
+    with torch.no_grad():
+        result = model(input_ids=torch.tensor(token_rows(seed=9)["input_ids"])).logits
+    model.train(training)
+    return result
+
+
+class Scripted(IncreLoraTrainer):
+    """Reports a given step as the best."""
+
+    best = 0
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        metrics = super().evaluate(*args, **kwargs)
+        metrics["eval_score"] = float(self.state.global_step == self.best)
+        return metrics
+
+
+@pytest.mark.parametrize("best", [4, 8, 12, 20], ids=["no-round-yet", "one-round", "two-rounds", "all-rounds"])
+def test_best_model_comes_back_with_its_own_ranks(best: int, tmp_path: Path) -> None:
+    kept = LogitsAt()
+    trainer = Scripted(
+        tiny_bert(dropout=0.1),
+        arguments(
+            tmp_path,
+            max_steps=STEPS,
+            eval_strategy="steps",
+            eval_steps=4,
+            save_strategy="steps",
+            save_steps=4,
+            load_best_model_at_end=True,
+            metric_for_best_model="score",
+        ),
+        train_dataset=token_rows(),
+        eval_dataset=token_rows(seed=9),
+        increlora_config=CONFIG,
+        callbacks=[kept],
+    )
+    trainer.best = best
+    trainer.train()
+    torch.testing.assert_close(logits(trainer.model), kept.logits[best], atol=1e-6, rtol=0)
+    assert trainer.increlora.total_rank == 12 + 4 * sum(step <= best for step in (5, 10, 15))
+    counts = trainer.state.log_history[-1]
+    assert counts["adapter_parameters_at_best"] <= counts["adapter_parameters_at_end"]
+    assert (counts["adapter_parameters_at_best"] == counts["adapter_parameters_at_end"]) == (best == 20)
+
+    trainer.save_model(str(tmp_path / "saved"))
+    from peft import PeftModel
+
+    reloaded = PeftModel.from_pretrained(tiny_bert(dropout=0.1), tmp_path / "saved")
+    torch.testing.assert_close(logits(reloaded), kept.logits[best], atol=1e-6, rtol=0)
+    trainer.args.load_best_model_at_end = False
+    trainer.train()
+    assert trainer.increlora.total_rank == 24
+    assert all(torch.isfinite(p).all() for p in trainer.model.parameters())
+
+
+def test_second_training_goes_on_from_the_first(tmp_path: Path) -> None:
+    trainer = make(tmp_path)
+    trainer.train()
+    before = {name: layer.delta_weight().detach() for name, layer in trainer.increlora.layers.items()}
+    rates = []
+
+    class Rates(TrainerCallback):
+        def on_optimizer_step(self, args: Any, state: Any, control: Any, optimizer: Any, **kwargs: Any) -> None:
+            rates.append({group["lr"] for group in optimizer.param_groups})
+
+    trainer.add_callback(Rates())
+    trainer.train()
+    assert trainer.increlora.total_rank == 24
+    assert any(not torch.equal(before[n], layer.delta_weight()) for n, layer in trainer.increlora.layers.items())
+    assert all(len(step) == 1 for step in rates)  # all groups are there from the start of the second training
+    assert rates[3] == {0.01}
+
+
+def test_rotation_keeps_the_newest_complete_checkpoint(tmp_path: Path) -> None:
+    trainer = make(tmp_path, save_strategy="steps", save_steps=4, save_total_limit=1)
+    leftover = tmp_path / "checkpoint-99"  # of a run that was killed while saving
+    leftover.mkdir(parents=True)
+    (leftover / "optimizer.pt").write_bytes(b"half")
+    trainer.train()
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-24"]
+    assert Trainer(tiny_bert(), arguments(tmp_path)) is not None
+
+
+def test_failed_save_leaves_nothing_and_keeps_the_previous(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import increlora_hf.trainer as module
+
+    trainer = make(tmp_path, save_strategy="steps", save_steps=6)
+    real = module.write_state
+
+    def full(folder: Path, model: Any) -> None:
+        if folder.name == "checkpoint-12":
+            raise OSError(28, "No space left on device")
+        real(folder, model)
+
+    monkeypatch.setattr(module, "write_state", full)
+    with pytest.raises(OSError, match="No space left"):
+        trainer.train()
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-6"]
+    assert trainer.args.save_total_limit is None
