@@ -284,7 +284,7 @@ def start_components(layers: Mapping[str, AdaptedLayer], ranks: Mapping[str, int
     """Put fresh growing factors into the layers: λ = 0, and a reserve where ranks will grow."""
     grows = sum(ranks.values()) < budget(config, ranks)
     for layer in layers.values():
-        module = layer.module
+        module: Any = layer.module
         like = next(module.lora_A[ADAPTER].parameters())  # of PEFT's factor, or of the growing one that was there
         module.lora_A[ADAPTER] = GrowingA(module.in_features, config.reserve_lambda).train(module.training)
         module.lora_B[ADAPTER] = GrowingB(module.out_features).train(module.training)

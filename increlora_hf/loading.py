@@ -1,4 +1,4 @@
-"""Loading an adapter that nobody vouches for: safetensors only, and every tensor checked before the model is touched."""
+"""Loading an adapter that nobody vouches for: safetensors only, all checked before the model is touched."""
 
 from __future__ import annotations
 

@@ -154,7 +154,7 @@ def resolve_checkpoint(wanted: str | Path | bool, output_dir: str) -> Path:
             reasons = "; ".join(skipped.values()) or "there is no checkpoint-N folder"
             raise ValueError(f"No valid checkpoint found in output directory ({output_dir}): {reasons}.")
     else:
-        folder = Path(wanted)
+        folder = Path(str(wanted))
         check_manifest(folder)
     if not (folder / OPTIMIZER_NAME).is_file():
         raise ValueError(

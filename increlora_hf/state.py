@@ -49,7 +49,7 @@ def training_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 def write_state(folder: Path, model: PeftModel) -> None:
     """Write `STATE_TENSORS` and `STATE_JSON`: raw A, B and λ with reserves, heads, rounds, Ī and U."""
-    growth: Growth = model.increlora  # type: ignore[assignment]
+    growth: Growth = model.increlora
     tensors = {name: tensor.contiguous() for name, tensor in training_tensors(model).items()}
     save_file(tensors, folder / STATE_TENSORS, metadata={"format": "pt"})
     document = {
@@ -179,7 +179,7 @@ def restore(
     Args:
         follow: is told what each replayed round did, for an optimizer to follow.
     """
-    growth: Growth = model.increlora  # type: ignore[assignment]
+    growth: Growth = model.increlora
     path = saved.folder / STATE_TENSORS
     loaded = read_tensors(path)
     for record in saved.rounds:

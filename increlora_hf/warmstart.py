@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any, cast
 
 import torch
 from peft import LoraConfig, PeftModel
@@ -61,7 +62,7 @@ def _only_adapter(model: PeftModel) -> str:
     plain = type(config) is LoraConfig and not (config.use_dora or config.lora_bias or config.bias != "none")
     if not plain:
         raise ValueError(
-            f"The adapter {names[0]!r} is a {config.peft_type.value} with settings beyond plain LoRA (DoRA, biases), "
+            f"The adapter {names[0]!r} has a {type(config).__name__} with settings beyond plain LoRA (DoRA, biases), "
             "and only plain LoRA can grow. Merge it with merge_and_unload(), and pass the result."
         )
     return names[0]
@@ -70,7 +71,8 @@ def _only_adapter(model: PeftModel) -> str:
 def _factors(model: PeftModel, adapter: str) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
     """Bᵀ as rows (r, out), singular values (r,) and A as rows (r, in) of every layer's ΔW."""
     found = {}
-    for name, module in model.get_base_model().named_modules():
+    base: Any = model.get_base_model()
+    for name, module in base.named_modules():
         if not isinstance(module, BaseTunerLayer):
             continue
         if not isinstance(module, LoraLayer) or adapter not in module.lora_A or adapter in module.lora_variant:
@@ -81,7 +83,9 @@ def _factors(model: PeftModel, adapter: str) -> dict[str, tuple[Tensor, Tensor, 
         if module.merged:
             raise ValueError("The adapter is merged into its base. Call unmerge_adapter() first.")
         found[name] = decompose(
-            module.lora_B[adapter].weight.detach(), module.lora_A[adapter].weight.detach(), module.scaling[adapter]
+            cast(Tensor, module.lora_B[adapter].weight).detach(),
+            cast(Tensor, module.lora_A[adapter].weight).detach(),
+            module.scaling[adapter],
         )
     return found
 

@@ -19,7 +19,7 @@ def lora(**settings: Any) -> PeftModel:
     model = get_peft_model(tiny_bert(), LoraConfig(**{**defaults, **settings}))
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
     return model
@@ -109,7 +109,7 @@ def test_own_adapter_grows_on_after_a_reload(tmp_path: Path) -> None:
             {"r_avg": 4},
             "is no plain LoRA on a linear layer|plain LoRA",
         ),
-        (lambda: get_peft_model(tiny_bert(), IA3Config(task_type="SEQ_CLS")), {"r_avg": 4}, "is a IA3"),
+        (lambda: get_peft_model(tiny_bert(), IA3Config(task_type="SEQ_CLS")), {"r_avg": 4}, "has a IA3Config"),
     ],
     ids=["no-room", "fixed-ranks", "dora", "embedding", "other-method"],
 )
