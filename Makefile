@@ -18,8 +18,8 @@ demo: $(VENV)/.ready
 test: lint types fast slow
 
 lint: $(VENV)/.ready
-	$(VENV)/bin/ruff format --check .
-	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check increlora_hf demo tests run_glue.py
+	$(VENV)/bin/ruff check increlora_hf demo tests run_glue.py
 
 types: $(VENV)/.ready
 	$(VENV)/bin/mypy

@@ -1,28 +1,24 @@
-"""The growing A and B inside PEFT's stock LoRA layers, and which layers get them."""
+"""The growing A and B inside PEFT's stock LoRA layers."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
 import torch
-from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
-from peft.tuners.tuners_utils import check_target_module_exists
 from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.nn import functional as F
-from transformers import PreTrainedModel
-from transformers.models.auto import modeling_auto
-from transformers.pytorch_utils import Conv1D
 
 from .config import DEFAULT_SEED, UNIT_STD, IncreLoraConfig
+from .targets import plain_alpha, resolve_targets
 
 ADAPTER = "default"  # PEFT's own name for the adapter of get_peft_model
-ALL_LINEAR = "all-linear"  # PEFT's word for our default
 
 
 class _GrowingFactor(nn.Module):
@@ -263,8 +259,7 @@ def inject(model: nn.Module, config: IncreLoraConfig, ranks: Mapping[str, int] |
     """
     if ranks is None and config.fixed_ranks is not None:
         ranks = {name: rank for name, rank in config.fixed_ranks.items() if rank > 0}
-    lora_config = _lora_config(model, config, ranks)
-    wanted = _check_targets(model, lora_config, config)
+    lora_config, wanted = resolve_targets(model, config, ranks)
     peft_model = get_peft_model(model, lora_config)
     inner = peft_model.get_base_model()
     layers = {name: module for name, module in inner.named_modules() if isinstance(module, LoraLayer)}
@@ -307,136 +302,20 @@ def record_ranks(peft_model: PeftModel, config: IncreLoraConfig) -> None:
         per_rank = config.rank_scaling == "per_rank"
         alphas[layer.name] = config.lora_alpha if per_rank else config.lora_alpha / config.r_avg * layer.rank
         layer.module.r[ADAPTER] = layer.rank
-        layer.module.lora_alpha[ADAPTER] = _plain(alphas[layer.name])
+        layer.module.lora_alpha[ADAPTER] = plain_alpha(alphas[layer.name])
         layer.module.scaling[ADAPTER] = config.lora_alpha / (layer.rank if per_rank else config.r_avg)
     largest = max(layers, key=lambda layer: layer.rank)
     saved = cast(LoraConfig, peft_model.peft_config[ADAPTER])
-    saved.r, saved.lora_alpha = largest.rank, _plain(alphas[largest.name])  # type: ignore[assignment]
+    saved.r, saved.lora_alpha = largest.rank, plain_alpha(alphas[largest.name])  # type: ignore[assignment]
     others = [layer for layer in layers if layer.rank != largest.rank]
     saved.rank_pattern = {_exactly(layer.name): layer.rank for layer in others}
     saved.alpha_pattern = {
-        _exactly(layer.name): _plain(alphas[layer.name]) for layer in others if alphas[layer.name] != saved.lora_alpha
+        _exactly(layer.name): plain_alpha(alphas[layer.name])
+        for layer in others
+        if alphas[layer.name] != saved.lora_alpha
     }
 
 
 def _exactly(name: str) -> str:
     """The pattern that PEFT matches to this full name and to no other: a plain name also matches as a suffix."""
     return "^" + re.escape(name)
-
-
-def _plain(alpha: float) -> int | float:
-    """An int where it is one, as readers of adapter_config.json expect."""
-    return int(alpha) if float(alpha).is_integer() else float(alpha)
-
-
-def _lora_config(model: nn.Module, config: IncreLoraConfig, ranks: Mapping[str, int] | None) -> LoraConfig:
-    outside = _outside_backbone(model)
-    targets = config.target_modules
-    if targets is None or targets == ALL_LINEAR:
-        targets = _backbone_linears(model, outside)
-    if ranks is not None:
-        targets = list(ranks)
-    linears = [module for name, module in model.named_modules() if name in targets]
-    return LoraConfig(
-        r=config.init_r,
-        lora_alpha=_plain(config.lora_alpha),  # type: ignore[arg-type]
-        lora_dropout=config.lora_dropout,
-        target_modules=targets,
-        modules_to_save=outside if config.modules_to_save is None else list(config.modules_to_save),
-        task_type=_task_type(model),
-        fan_in_fan_out=bool(linears) and all(isinstance(module, Conv1D) for module in linears),
-    )
-
-
-def _check_targets(model: nn.Module, lora_config: LoraConfig, config: IncreLoraConfig) -> list[str]:
-    """The full names that PEFT will adapt, in the model's order."""
-    modules = dict(model.named_modules())
-    if config.fixed_ranks is not None:
-        unknown = [name for name in config.fixed_ranks if name not in modules]
-        if unknown:
-            raise ValueError(
-                f"rank_pattern names {unknown[0]!r}, which is no layer of {type(model).__name__}. Use the names that "
-                f"model.named_modules() gives, such as {next(iter(_backbone_linears(model, [])), 'none here')!r}."
-            )
-    wanted = [name for name in modules if name and check_target_module_exists(lora_config, name)]
-    listed = config.target_modules if isinstance(config.target_modules, list) else []
-    idle = [target for target in listed if not any(_names(target, name) for name in wanted)]
-    if not wanted or idle:
-        raise ValueError(
-            f"target_modules={idle or config.target_modules!r} matches no module of {type(model).__name__}. Give "
-            "names or name endings of its linear layers, or leave it out to adapt every linear layer of the backbone."
-        )
-    for name in wanted:
-        if not is_linear(modules[name]):
-            raise ValueError(
-                f"target_modules={config.target_modules!r} matches {name!r}, a {type(modules[name]).__name__}, and "
-                "IncreLoRA grows linear layers only. Name the linear layers inside it, or leave it out."
-            )
-    return wanted
-
-
-def _names(target: str, name: str) -> bool:
-    return name == target or name.endswith("." + target)
-
-
-def is_linear(module: nn.Module) -> bool:
-    """nn.Linear (the quantised ones derive from it) or transformers' Conv1D."""
-    return isinstance(module, nn.Linear | Conv1D)
-
-
-def _backbone(model: nn.Module) -> nn.Module:
-    """transformers' model without its head, or the whole of any other model."""
-    return model.base_model if isinstance(model, PreTrainedModel) else model
-
-
-def _backbone_linears(model: nn.Module, outside: Iterable[str]) -> list[str]:
-    backbone = _backbone(model)
-    heads = {id(part) for name in outside for part in model.get_submodule(name).modules()}
-    inside = {id(part) for part in backbone.modules()} - heads
-    return [name for name, module in model.named_modules() if id(module) in inside and is_linear(module)]
-
-
-def _outside_backbone(model: nn.Module) -> list[str]:
-    """Names of what is trained fully: everything with parameters outside the backbone, and the backbone's pooler.
-
-    The pooler belongs to the head by what it does, wherever the model class keeps it. The output embeddings of a
-    language model are tied to its input embeddings or as large, and stay frozen.
-    """
-    backbone = _backbone(model)
-    if backbone is model:
-        return []
-    kept_frozen = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
-    names = {id(module): name for name, module in model.named_modules()}
-    outside = []
-
-    def collect(module: nn.Module) -> None:
-        for child in module.children():
-            if child is backbone or child is kept_frozen or not any(True for _ in child.parameters()):
-                continue
-            holds = {id(part) for part in child.modules()}
-            # PEFT trains modules that have a forward of their own; a container's children are taken one by one
-            if id(backbone) in holds or id(kept_frozen) in holds or isinstance(child, nn.ModuleList | nn.ModuleDict):
-                collect(child)
-            else:
-                outside.append(names[id(child)])
-
-    collect(model)
-    pooler = getattr(backbone, "pooler", None)
-    if isinstance(pooler, nn.Module) and any(True for _ in pooler.parameters()):
-        outside.append(names[id(pooler)])
-    return outside
-
-
-_TASK_TYPES = {
-    TaskType.SEQ_CLS: modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
-    TaskType.TOKEN_CLS: modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
-    TaskType.QUESTION_ANS: modeling_auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES,
-    TaskType.CAUSAL_LM: modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-    TaskType.SEQ_2_SEQ_LM: modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
-}
-
-
-def _task_type(model: nn.Module) -> TaskType | None:
-    """PEFT's word for the model's task, by its class; None where PEFT has none."""
-    name = type(model).__name__
-    return next((task for task, classes in _TASK_TYPES.items() if name in classes.values()), None)

@@ -206,7 +206,8 @@ def _flag(setting: dataclasses.Field[Any], hints: Mapping[str, Any]) -> tuple[st
     """The (name, type, field) of one generated flag."""
     flag_type = setting.metadata["flag_type"] or hints[setting.name]
     default = str(setting.default) if flag_type is str else setting.default
-    return FLAG_PREFIX + setting.name, flag_type, field(default=default, metadata={"help": setting.metadata["help"]})
+    text = setting.metadata["help"].replace("%", "%%")  # argparse formats it
+    return FLAG_PREFIX + setting.name, flag_type, field(default=default, metadata={"help": text})
 
 
 def _make_arguments() -> Any:

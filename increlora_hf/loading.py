@@ -15,9 +15,9 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
 from torch import nn
 
-from .adapter import is_linear
 from .manifest import MANIFEST_NAME, AdapterFormatError, check_manifest, read_json_object
 from .state import check_tensors, read_tensors
+from .targets import is_linear
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"

@@ -68,10 +68,10 @@ def attempt(folder: Path, result: Path, dies: Callable[[int], float | None], fil
     """One process; killed after the seconds that ``dies`` gives. Whether it came to its end."""
     process = FORK.Process(target=train, args=(folder, result, file_limit))
     process.start()
-    patience = dies(process.pid)  # type: ignore[arg-type]
+    patience = dies(process.pid)
     process.join(patience)
     if process.is_alive():
-        os.kill(process.pid, signal.SIGKILL)  # type: ignore[arg-type]
+        os.kill(process.pid, signal.SIGKILL)
         process.join()
     return process.exitcode == 0
 

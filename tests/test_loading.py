@@ -327,9 +327,13 @@ DAMAGE: dict[str, Mutation] = {
     "optimizer-half": truncated("optimizer.pt", 0.5),
     "file-gone": removed("trainer_state.json"),
     "byte-flipped": lambda folder: flip(folder / RAW, 200),
-    "manifest-of-another": lambda folder: shutil.copy(folder.parent / "checkpoint-8" / MANIFEST, folder / MANIFEST),
+    "manifest-of-another": lambda folder: copy_manifest(folder.parent / "checkpoint-8", folder),
     "manifest-future": document(put("format_version", 2), MANIFEST),
 }
+
+
+def copy_manifest(source: Path, folder: Path) -> None:
+    shutil.copy(source / MANIFEST, folder / MANIFEST)
 
 
 def flip(path: Path, position: int) -> None:
@@ -388,7 +392,7 @@ def test_random_damage_never_loads_changed_tensors(adapter: Path, tmp_path: Path
 
 def write_manifest_quickly(folder: Path) -> None:
     """As `write_manifest`, without waiting for the disk."""
-    sync, os.fsync = os.fsync, lambda handle: None
+    sync, os.fsync = os.fsync, lambda fd: None
     try:
         write_manifest(folder)
     finally:

@@ -1,0 +1,160 @@
+"""The nine GLUE tasks, and data of one's own as such a task: text columns, and a class or a value to predict."""
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+from datasets import ClassLabel, Dataset, Value
+
+from increlora_hf.tasks.tables import LABEL
+
+ROW_NUMBERS = ("idx", "id")  # columns that are no text even where they hold strings
+
+SENTENCES = ("sentence1", "sentence2")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextTask:
+    """What a task reads and predicts: one or two text columns, and a class, or a value where there are no classes."""
+
+    name: str
+    columns: tuple[str, ...]
+    labels: tuple[str, ...] = ()
+    eval_splits: tuple[str, ...] = ("validation",)
+    test_splits: tuple[str, ...] = ("test",)
+
+    @property
+    def is_regression(self) -> bool:
+        """Whether a value is predicted, not a class."""
+        return not self.labels
+
+    @property
+    def num_labels(self) -> int:
+        """How many outputs the model's head has."""
+        return len(self.labels) or 1
+
+    def splits(self, *, train: bool, evaluate: bool, predict: bool) -> tuple[str, ...]:
+        """The splits that training, evaluation and prediction read."""
+        return ("train",) * train + self.eval_splits * evaluate + self.test_splits * predict
+
+    @cached_property
+    def class_numbers(self) -> Mapping[str, int]:
+        """Class name → number; GLUE's classes also go by their numbers."""
+        numbers = {str(i): i for i in range(len(self.labels))} if self.name in TASKS else {}
+        return numbers | {name: i for i, name in enumerate(self.labels)}
+
+
+ENTAILMENT = ("entailment", "not_entailment")
+
+TASKS: Mapping[str, TextTask] = {
+    task.name: task
+    for task in (
+        TextTask(name="cola", columns=("sentence",), labels=("unacceptable", "acceptable")),
+        TextTask(
+            name="mnli",
+            columns=("premise", "hypothesis"),
+            labels=("entailment", "neutral", "contradiction"),
+            eval_splits=("validation_matched", "validation_mismatched"),
+            test_splits=("test_matched", "test_mismatched"),
+        ),
+        TextTask(name="mrpc", columns=SENTENCES, labels=("not_equivalent", "equivalent")),
+        TextTask(name="qnli", columns=("question", "sentence"), labels=ENTAILMENT),
+        TextTask(name="qqp", columns=("question1", "question2"), labels=("not_duplicate", "duplicate")),
+        TextTask(name="rte", columns=SENTENCES, labels=ENTAILMENT),
+        TextTask(name="sst2", columns=("sentence",), labels=("negative", "positive")),
+        TextTask(name="stsb", columns=SENTENCES),
+        TextTask(name="wnli", columns=SENTENCES, labels=("not_entailment", "entailment")),
+    )
+}
+
+
+def glue_task(name: str) -> TextTask:
+    """The GLUE task of that name, in any case."""
+    if name.lower() not in TASKS:
+        raise ValueError(f"--task_name {name!r} is no GLUE task. Choose one of {', '.join(TASKS)}.")
+    return TASKS[name.lower()]
+
+
+def detect_task(rows: Dataset, where: str) -> TextTask:
+    """The task that training rows pose: their text columns, and the classes or values of their label column."""
+    _require_columns(rows, (LABEL,), where)
+    columns = _text_columns(rows)
+    if not columns:
+        raise ValueError(f"{where} has no text column beside {LABEL!r} (columns: {_names(rows)}). Add the text.")
+    feature = rows.features[LABEL]
+    if isinstance(feature, ClassLabel):
+        return TextTask(name="classification", columns=columns, labels=tuple(feature.names))
+    if feature.dtype.startswith("float"):
+        return TextTask(name="regression", columns=columns)
+    labels = sorted(set(rows[LABEL][:]) - {None})
+    return TextTask(name="classification", columns=columns, labels=tuple(str(label) for label in labels))
+
+
+def prepare_rows(rows: Dataset, task: TextTask, where: str, *, labelled: bool = True) -> Dataset:
+    """The task's text columns, and where `labelled` a numeric `label`: the class number, or the value to predict."""
+    _require_columns(rows, (*task.columns, LABEL) if labelled else task.columns, where)
+    prepared = rows.select_columns(list(task.columns))
+    for column in task.columns:
+        if rows.features[column] != Value("string"):
+            prepared = prepared.cast_column(column, Value("string"))
+    if not labelled:
+        return prepared
+    numbers = [_label_number(label, task, f"{where}, row {i}") for i, label in enumerate(_label_names(rows, task), 1)]
+    return prepared.add_column(LABEL, numbers, feature=Value("float32" if task.is_regression else "int64"))
+
+
+def require_two_labels(rows: Dataset, task: TextTask, where: str) -> None:
+    """Refuse training rows from which nothing can be learned."""
+    found = set(rows[LABEL][:])
+    if len(found) > 1:
+        return
+    label = "no label" if not found else repr(found.pop() if task.is_regression else task.labels[found.pop()])
+    raise ValueError(f"{where}: all {len(rows)} rows have the label {label}. Training needs at least two labels.")
+
+
+def _label_names(rows: Dataset, task: TextTask) -> Iterable[object]:
+    """The labels; those of a column with the task's own class names, in whatever order, as names."""
+    feature = rows.features[LABEL]
+    if isinstance(feature, ClassLabel) and set(feature.names) == set(task.labels):
+        return (feature.names[i] if i is not None and i >= 0 else i for i in rows[LABEL][:])
+    return rows[LABEL][:]
+
+
+def _label_number(label: object, task: TextTask, where: str) -> int | float:
+    if task.is_regression:
+        return _finite(label, where)
+    number = task.class_numbers.get(str(label))
+    if number is None:
+        raise ValueError(f"{where}: the label {label!r} is none of {task.name}'s classes: {', '.join(task.labels)}.")
+    return number
+
+
+def _finite(label: object, where: str) -> float:
+    try:
+        value = float(str(label))
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise ValueError(f"{where}: the label {label!r} is no number, which a regression task needs. Correct it.")
+    return value
+
+
+def _text_columns(rows: Dataset) -> tuple[str, ...]:
+    """sentence1 and sentence2 where both are there, else the first one or two columns of strings."""
+    texts = tuple(
+        name
+        for name, feature in rows.features.items()
+        if name != LABEL and name.lower() not in ROW_NUMBERS and getattr(feature, "dtype", None) == "string"
+    )
+    return SENTENCES if set(SENTENCES) <= set(texts) else texts[:2]
+
+
+def _require_columns(rows: Dataset, columns: Iterable[str], where: str) -> None:
+    for column in columns:
+        if column not in rows.column_names:
+            raise ValueError(f"{where} has no column {column!r} (columns: {_names(rows)}). Add or rename one.")
+
+
+def _names(rows: Dataset) -> str:
+    return ", ".join(rows.column_names)

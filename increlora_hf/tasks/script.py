@@ -1,0 +1,180 @@
+"""What the training scripts share: flags, loading of the model, refusals, log."""
+
+import json
+import logging
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from peft import PeftConfig, PeftModel
+from transformers import AutoConfig, AutoTokenizer, HfArgumentParser, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+
+
+def flag(default: Any, text: str) -> Any:
+    """A dataclass field that `HfArgumentParser` shows with `text` as its help."""
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class ModelArguments:
+    """Which model, and how it is loaded."""
+
+    model_name_or_path: str = flag("", "Base model: a folder or a Hub name. Without --do_train also a saved adapter.")
+    config_name: str | None = flag(None, "Model config, if it is elsewhere.")
+    tokenizer_name: str | None = flag(None, "Tokenizer, if it is elsewhere.")
+    cache_dir: str | None = flag(None, "Where downloaded models and prepared data are kept.")
+    model_revision: str = flag("main", "Branch, tag or commit of the model on the Hub.")
+    token: str | None = flag(None, "Hub token. Default: the one that `hf auth login` stored.")
+    trust_remote_code: bool = flag(False, "Run code that the model's repository brings along.")
+    ignore_mismatched_sizes: bool = flag(False, "Start a new head where the model's own has other sizes.")
+
+    def loading(self) -> dict[str, Any]:
+        """The options of every `from_pretrained`."""
+        return {
+            "cache_dir": self.cache_dir,
+            "revision": self.model_revision,
+            "token": self.token,
+            "trust_remote_code": self.trust_remote_code,
+        }
+
+    @property
+    def is_adapter(self) -> bool:
+        """Whether the model is a saved adapter, to be used on top of its base model."""
+        return os.path.isfile(os.path.join(self.model_name_or_path, ADAPTER_CONFIG))
+
+
+def parse_flags(kinds: Sequence[Any], argv: Sequence[str], prog: str) -> tuple[Any, ...]:
+    """One instance of each dataclass, from flags, or from a JSON file and the flags after it."""
+    parser = HfArgumentParser(kinds, prog=prog, usage="%(prog)s [CONFIG.json] [--flag value ...]", allow_abbrev=False)
+    if argv and argv[0].endswith(".json"):
+        argv = [*json_flags(Path(argv[0])), *argv[1:]]
+    *parsed, unknown = parser.parse_args_into_dataclasses(
+        list(argv), return_remaining_strings=True, look_for_args_file=False
+    )
+    if unknown:
+        raise ValueError(f"unknown settings: {' '.join(unknown)}. `python {prog} --help` lists all.")
+    return tuple(parsed)
+
+
+def json_flags(path: Path) -> list[str]:
+    """The settings of a JSON file as command-line flags; null leaves a setting at its default."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: there is no such settings file. Check the path.")
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}, line {error.lineno}: not valid JSON ({error.msg}). Correct it.") from None
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path} holds a {type(settings).__name__}. Write one JSON object, setting: value.")
+    flags = []
+    for name, value in settings.items():
+        if isinstance(value, list):
+            flags += [f"--{name}", *map(str, value)]
+        elif value is not None:
+            flags.append(f"--{name}={value if isinstance(value, str) else json.dumps(value)}")
+    return flags
+
+
+def check_run(model: ModelArguments, training: TrainingArguments) -> None:
+    """Refuse a run without a model or a task to do, and one that would overwrite another run's adapter."""
+    if not model.model_name_or_path:
+        raise ValueError("--model_name_or_path is missing. Give the folder or the Hub name of a pre-trained model.")
+    if not (training.do_train or training.do_eval or training.do_predict):
+        raise ValueError("there is nothing to do. Give --do_train, --do_eval or --do_predict.")
+    if not training.do_train:
+        return
+    if model.is_adapter:
+        raise ValueError(
+            f"--model_name_or_path {model.model_name_or_path} is an adapter. Train from the base model that its "
+            f"{ADAPTER_CONFIG} names."
+        )
+    out = Path(str(training.output_dir))
+    checkpoints = any(out.glob("checkpoint-*"))
+    if checkpoint_to_resume(training) is None and (checkpoints or (out / ADAPTER_WEIGHTS).exists()):
+        resume = "Continue that run with --resume_from_checkpoint true, or choose" if checkpoints else "Choose"
+        raise ValueError(f"--output_dir {out} holds another run's adapter. {resume} another --output_dir.")
+
+
+def checkpoint_to_resume(training: TrainingArguments) -> str | bool | None:
+    """What --resume_from_checkpoint names; True for the last complete one in --output_dir."""
+    path = training.resume_from_checkpoint
+    if not path or path.lower() == "false":
+        return None
+    if path.lower() != "true":
+        if not os.path.isdir(path):
+            raise FileNotFoundError(f"--resume_from_checkpoint {path}: there is no such folder. Name a checkpoint-N.")
+        return path
+    out = str(training.output_dir)
+    if not os.path.isdir(out) or get_last_checkpoint(out) is None:
+        raise FileNotFoundError(
+            f"--output_dir {out} holds no checkpoint to resume from. Name one, or start anew without the flag."
+        )
+    return True
+
+
+def load_model(args: ModelArguments, auto_model: Any, head: Mapping[str, Any]) -> tuple[Any, Any]:
+    """Model and tokenizer, with `head` in the model's config; a saved adapter comes on top of its base model."""
+    path, options = args.model_name_or_path, args.loading()
+    mismatch = {"ignore_mismatched_sizes": args.ignore_mismatched_sizes}
+    try:
+        base = PeftConfig.from_pretrained(path).base_model_name_or_path if args.is_adapter else path
+        tokenizer = AutoTokenizer.from_pretrained(args.tokenizer_name or path, **options)
+        config = AutoConfig.from_pretrained(args.config_name or base, **head, **options)
+        if tokenizer.pad_token is None:  # decoders
+            tokenizer.pad_token = tokenizer.eos_token
+            config.pad_token_id = tokenizer.pad_token_id
+        model = auto_model.from_pretrained(base, config=config, **mismatch, **options)
+        return PeftModel.from_pretrained(model, path) if args.is_adapter else model, tokenizer
+    except OSError as error:
+        raise ValueError(f"--model_name_or_path {path} cannot be loaded: {error}") from error
+    except RuntimeError as error:
+        if "ignore_mismatched_sizes" not in str(error):
+            raise
+        raise ValueError(
+            f"--model_name_or_path {path} has a head of another size than the task's. Replace it with "
+            "--ignore_mismatched_sizes."
+        ) from error
+
+
+class Preparation(TrainerCallback):
+    """A context in which refused input ends the program with one line and status 2, and leaves no new output folder.
+
+    Given to the Trainer as a callback, it ends when training begins: what fails from then on keeps its traceback.
+    """
+
+    def __init__(self, prog: str, output_dir: str | None = None) -> None:
+        self.prog = prog
+        out = Path(output_dir) if output_dir else Path()
+        self.new_folders = [folder for folder in (out, *out.parents) if not folder.exists()]
+        self.is_over = False
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        """Trainer has set everything up."""
+        self.is_over = True
+
+    def __enter__(self) -> "Preparation":
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+        if self.is_over or not isinstance(error, ValueError | FileNotFoundError):
+            return
+        for folder in self.new_folders:
+            if folder.is_dir() and not any(folder.iterdir()):
+                folder.rmdir()
+        sys.stderr.write(f"{self.prog}: error: {' '.join(str(error).split())}\n")
+        raise SystemExit(2) from error
+
+
+def set_up_logging(name: str, training: TrainingArguments) -> None:
+    """Show what IncreLoRA and the script `name` report, on the main process."""
+    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stdout)
+    level = logging.INFO if training.should_log else logging.WARNING
+    for logger in ("increlora_hf", name):
+        logging.getLogger(logger).setLevel(level)

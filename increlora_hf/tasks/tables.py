@@ -1,0 +1,135 @@
+"""CSV and JSON-lines files as datasets; whatever is wrong with a file is reported with the line."""
+
+import csv
+import io
+import json
+from collections.abc import Callable, Collection, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from datasets import Dataset
+
+LABEL = "label"
+
+Row = tuple[int, dict[str, Any]]  # the line on which the row starts, its cells by column
+
+
+def read_table(path: str | Path, *, ignore: Collection[str] = ()) -> Dataset:
+    """The rows of a .csv, .json or .jsonl file, without the columns in `ignore` and those that hold lists or objects.
+
+    A column is int, float or str, whichever holds all of its values; blank lines are skipped.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: there is no such file. Check the path.")
+    if path.suffix not in FORMATS:
+        raise ValueError(f"{path}: its format is unknown. Give a file that ends in {', '.join(FORMATS)}.")
+    form = FORMATS[path.suffix]
+    rows = [(line, _without(row, ignore)) for line, row in form.rows(path, _text(path))]
+    if not rows:
+        raise ValueError(f"{path} is empty: it needs at least one row of data.")
+    for line, row in rows:
+        _check_cells(path, line, row, rows[0][1])
+    columns = {name: [row[name] for _, row in rows] for name in rows[0][1]}
+    return Dataset.from_dict({name: form.column(cells) for name, cells in columns.items() if not _nested(cells)})
+
+
+def _without(row: dict[str, Any], ignore: Collection[str]) -> dict[str, Any]:
+    return {name: cell for name, cell in row.items() if name not in ignore}
+
+
+def _nested(cells: list[Any]) -> bool:
+    return any(isinstance(cell, list | dict) for cell in cells)
+
+
+def _text(path: Path) -> str:
+    data = path.read_bytes()
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise ValueError(f"{path}, line {line}: not UTF-8 text ({error.reason}). Save the file as UTF-8.") from None
+
+
+def _csv_rows(path: Path, text: str) -> Iterator[Row]:
+    """Rows under a header line. A quoted cell may hold line breaks."""
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    header: list[str] = []
+    line = 1
+    try:
+        for cells in reader:
+            if cells and not header:
+                header = cells
+            elif cells:
+                yield line, _csv_row(path, line, header, cells)
+            line = reader.line_num + 1
+    except csv.Error as error:
+        raise ValueError(f"{path}, line {line}: not valid CSV ({error}). Check its quotes and commas.") from None
+
+
+def _csv_row(path: Path, line: int, header: list[str], cells: list[str]) -> dict[str, str]:
+    if len(cells) != len(header):
+        raise ValueError(
+            f"{path}, line {line}: {len(cells)} cells under a header of {len(header)} columns. "
+            "Quote the cells that hold a comma."
+        )
+    return dict(zip(header, cells, strict=True))
+
+
+def _json_rows(path: Path, text: str) -> Iterator[Row]:
+    """One JSON object a line."""
+    for line, content in enumerate(text.split("\n"), start=1):
+        if not content.strip():
+            continue
+        try:
+            row = json.loads(content)
+        except json.JSONDecodeError as error:
+            raise ValueError(
+                f"{path}, line {line}: not valid JSON ({error.msg}). One object a line is read."
+            ) from None
+        if not isinstance(row, dict):
+            raise ValueError(f"{path}, line {line}: holds a {type(row).__name__}. One JSON object a line is read.")
+        yield line, row
+
+
+def _check_cells(path: Path, line: int, row: Mapping[str, Any], first: Mapping[str, Any]) -> None:
+    """Every row has the first row's columns, no cell is null, and no label is blank."""
+    for name in first:
+        if name not in row:
+            raise ValueError(f"{path}, line {line}: column {name!r} is missing, which the first row has. Add it.")
+        if row[name] is None or (name == LABEL and row[name] == ""):
+            raise ValueError(f"{path}, line {line}: column {name!r} has no value. Fill it in or remove the row.")
+
+
+def _csv_column(cells: list[str]) -> list[int] | list[float] | list[str]:
+    """All cells as int, else all as float, else as they are."""
+    for number in (int, float):
+        try:
+            return [number(cell) for cell in cells]
+        except ValueError:
+            continue
+    return cells
+
+
+def _json_column(cells: list[Any]) -> list[int] | list[float] | list[str]:
+    """JSON says itself what is a number; mixed numbers are floats, any other mixture is text."""
+    kinds = {type(cell) for cell in cells}
+    if kinds in ({int}, {str}):
+        return cells
+    if kinds <= {int, float}:
+        return [float(cell) for cell in cells]
+    return [cell if isinstance(cell, str) else json.dumps(cell) for cell in cells]
+
+
+class Format(NamedTuple):
+    """How the rows of a file format are found, and how the cells of one column are typed."""
+
+    rows: Callable[[Path, str], Iterator[Row]]
+    column: Callable[[list[Any]], list[int] | list[float] | list[str]]
+
+
+FORMATS: Mapping[str, Format] = {
+    ".csv": Format(_csv_rows, _csv_column),
+    ".json": Format(_json_rows, _json_column),
+    ".jsonl": Format(_json_rows, _json_column),
+}

@@ -1,0 +1,79 @@
+"""A tiny BERT with its tokenizer, sentence pairs, and files of them, for the tests of run_glue.py and its parts."""
+
+import csv
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from tokenizers import Tokenizer
+from tokenizers.models import WordPiece
+from tokenizers.pre_tokenizers import Whitespace
+from tokenizers.processors import BertProcessing
+from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast, set_seed
+
+WORDS = ("red", "green", "blue", "cat", "dog", "bird", "runs", "sleeps")
+SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
+
+Columns = Mapping[str, Sequence[Any]]
+
+
+def save_tiny_model(folder: Path, labels: int | None = None) -> Path:
+    """A one-layer BERT with random weights, without a head or with one for `labels`; its tokenizer knows `WORDS`."""
+    vocabulary = {token: i for i, token in enumerate((*SPECIAL, *WORDS))}
+    tokenizer = Tokenizer(WordPiece(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = Whitespace()
+    tokenizer.post_processor = BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="[PAD]",
+        unk_token="[UNK]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        model_max_length=32,
+    ).save_pretrained(folder)
+    set_seed(0)
+    config = BertConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=24,
+        max_position_embeddings=32,
+    )
+    config.num_labels = labels or 2
+    model = BertForSequenceClassification(config)
+    (model if labels else model.bert).save_pretrained(folder)
+    return folder
+
+
+def sentence_pairs(
+    labels: Sequence[Any], rows: int = 24, names: Sequence[str] = ("sentence1", "sentence2")
+) -> Columns:
+    """Pairs of three words each, labelled with `labels` in turn."""
+    firsts = [f"{WORDS[i % 3]} {WORDS[3 + i % 2]} {WORDS[6 + i % 2]}" for i in range(rows)]
+    seconds = [f"{WORDS[i % 2]} {WORDS[3 + i % 3]} {WORDS[6 + i // 2 % 2]}" for i in range(rows)]
+    return {names[0]: firsts, names[1]: seconds, "label": [labels[i % len(labels)] for i in range(rows)]}
+
+
+def write_csv(path: Path, columns: Columns) -> Path:
+    """A CSV file with a header."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([list(columns), *zip(*columns.values(), strict=True)])
+    return path
+
+
+def write_json_lines(path: Path, columns: Columns) -> Path:
+    """One JSON object a line."""
+    rows = (dict(zip(columns, cells, strict=True)) for cells in zip(*columns.values(), strict=True))
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def write_parquet(folder: Path, **splits: Columns) -> Path:
+    """A folder of parquet files named as the Hub names them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, columns in splits.items():
+        Dataset.from_dict(dict(columns)).to_parquet(folder / f"{name}-00000-of-00001.parquet")
+    return folder

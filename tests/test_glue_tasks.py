@@ -1,0 +1,386 @@
+"""Tasks and their data: what is read, what it is turned into, and what is refused."""
+
+from pathlib import Path
+
+import pytest
+from datasets import ClassLabel, Dataset, Features, Value
+from glue_fixtures import sentence_pairs, write_csv, write_json_lines, write_parquet
+
+from increlora_hf.tasks.glue import TASKS, detect_task, glue_task, prepare_rows, require_two_labels
+from increlora_hf.tasks.source import DataSource, load_task
+from increlora_hf.tasks.tables import read_table
+
+# ---- The nine tasks -------------------------------------------------------------------------------------------------
+
+
+def test_there_are_nine_tasks():
+    assert sorted(TASKS) == ["cola", "mnli", "mrpc", "qnli", "qqp", "rte", "sst2", "stsb", "wnli"]
+
+
+def test_only_stsb_is_a_regression_and_only_mnli_has_three_classes():
+    assert {name: task.num_labels for name, task in TASKS.items() if task.num_labels != 2} == {"mnli": 3, "stsb": 1}
+    assert [name for name, task in TASKS.items() if task.is_regression] == ["stsb"]
+
+
+def test_only_cola_and_sst2_have_one_sentence():
+    assert [name for name, task in TASKS.items() if len(task.columns) == 1] == ["cola", "sst2"]
+
+
+def test_only_mnli_has_two_evaluation_sets():
+    assert {name: task.eval_splits for name, task in TASKS.items() if task.eval_splits != ("validation",)} == {
+        "mnli": ("validation_matched", "validation_mismatched")
+    }
+    assert TASKS["mnli"].test_splits == ("test_matched", "test_mismatched")
+
+
+def test_a_task_goes_by_its_name_in_any_case():
+    assert glue_task("RTE") is TASKS["rte"]
+
+
+def test_an_unknown_task_is_refused_with_the_list():
+    with pytest.raises(ValueError, match=r"--task_name 'snli' is no GLUE task\. Choose one of cola, mnli, .*wnli"):
+        glue_task("snli")
+
+
+# ---- A task of one's own --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "labels, expected",
+    [
+        (["yes", "no"], ("no", "yes")),
+        ([10, 9, 2], ("2", "9", "10")),
+        ([0.5, 1.0], ()),
+    ],
+    ids=["strings are classes", "whole numbers are classes", "floats are values"],
+)
+def test_the_labels_say_what_is_predicted(labels, expected):
+    task = detect_task(Dataset.from_dict(sentence_pairs(labels)), "here")
+    assert task.labels == expected
+    assert task.name == ("classification" if expected else "regression")
+
+
+def test_the_classes_of_a_class_label_column_keep_their_order():
+    rows = Dataset.from_dict(sentence_pairs([1, 0])).cast_column("label", ClassLabel(names=["z", "a"]))
+    assert detect_task(rows, "here").labels == ("z", "a")
+
+
+@pytest.mark.parametrize(
+    "columns, expected",
+    [
+        (["text", "label"], ("text",)),
+        (["idx", "first", "label", "second", "third"], ("first", "second")),
+        (["topic", "sentence2", "sentence1", "label"], ("sentence1", "sentence2")),
+        (["ID", "text", "label"], ("text",)),
+    ],
+    ids=["one text", "the first two", "sentence1 and sentence2 first", "an id is no text"],
+)
+def test_the_text_columns_are_found(columns, expected):
+    rows = Dataset.from_dict({column: ["a", "b"] for column in columns})
+    assert detect_task(rows, "here").columns == expected
+
+
+@pytest.mark.parametrize(
+    "columns, message",
+    [
+        ({"text": ["a", "b"]}, r"here has no column 'label' \(columns: text\)"),
+        ({"n": [1, 2], "label": [0, 1]}, r"here has no text column beside 'label' \(columns: n, label\)"),
+    ],
+    ids=["no label", "no text"],
+)
+def test_rows_that_pose_no_task_are_refused(columns, message):
+    with pytest.raises(ValueError, match=message):
+        detect_task(Dataset.from_dict(columns), "here")
+
+
+# ---- Labels ---------------------------------------------------------------------------------------------------------
+
+
+def prepared_labels(columns, task, features=None):
+    return prepare_rows(Dataset.from_dict(columns, features=features), task, "here")["label"][:]
+
+
+def test_glue_labels_may_be_names_or_numbers():
+    names = sentence_pairs(["not_entailment", "entailment"], rows=2)
+    numbers = sentence_pairs([1, 0], rows=2)
+    assert prepared_labels(names, TASKS["rte"]) == prepared_labels(numbers, TASKS["rte"]) == [1, 0]
+
+
+def test_class_names_in_another_order_are_matched_by_name():
+    text = Value("string")
+    features = Features(sentence1=text, sentence2=text, label=ClassLabel(names=["equivalent", "not_equivalent"]))
+    assert prepared_labels(sentence_pairs([0, 1], rows=2), TASKS["mrpc"], features) == [1, 0]
+
+
+def test_own_classes_are_numbered_in_order():
+    rows = Dataset.from_dict(sentence_pairs([3, 1, 2], rows=3))
+    assert prepare_rows(rows, detect_task(rows, "here"), "here")["label"][:] == [2, 0, 1]
+
+
+def test_values_become_single_precision_whatever_they_were():
+    rows = prepare_rows(Dataset.from_dict(sentence_pairs([1, 5], rows=2)), TASKS["stsb"], "here")
+    assert rows["label"][:] == [1.0, 5.0]
+    assert rows.features["label"] == Value("float32")
+
+
+def test_only_text_and_label_are_kept_and_text_is_text():
+    rows = Dataset.from_dict({"idx": [7, 8], "sentence": [1, 2], "label": [0, 1]})
+    prepared = prepare_rows(rows, TASKS["cola"], "here")
+    assert prepared[:] == {"sentence": ["1", "2"], "label": [0, 1]}
+
+
+def test_rows_to_predict_lose_their_label():
+    rows = Dataset.from_dict(sentence_pairs([-1]))
+    assert prepare_rows(rows, TASKS["rte"], "here", labelled=False).column_names == ["sentence1", "sentence2"]
+
+
+@pytest.mark.parametrize(
+    "task, labels, message",
+    [
+        ("rte", [0, 2], r"here, row 2: the label 2 is none of rte's classes: entailment, not_entailment"),
+        ("rte", [0, -1], r"row 2: the label -1 is none of"),
+        ("rte", ["entailment", "neutral"], r"row 2: the label 'neutral' is none of"),
+        ("rte", [0, None], r"row 2: the label None is none of"),
+        ("stsb", ["1.5", "high"], r"here, row 2: the label 'high' is no number"),
+        ("stsb", [1.5, float("nan")], r"row 2: the label nan is no number"),
+        ("stsb", [1.5, None], r"row 2: the label None is no number"),
+    ],
+    ids=["number", "unlabelled", "name", "missing class", "text for a value", "not finite", "missing value"],
+)
+def test_a_label_that_the_task_does_not_know_is_refused(task, labels, message):
+    with pytest.raises(ValueError, match=message):
+        prepare_rows(Dataset.from_dict(sentence_pairs(labels, rows=2)), TASKS[task], "here")
+
+
+@pytest.mark.parametrize(
+    "task, labels, message",
+    [
+        ("rte", [1], "here: all 24 rows have the label 'not_entailment'. Training needs at least two labels"),
+        ("stsb", [2.5], "here: all 24 rows have the label 2.5"),
+    ],
+    ids=["class", "value"],
+)
+def test_one_label_is_nothing_to_learn(task, labels, message):
+    rows = prepare_rows(Dataset.from_dict(sentence_pairs(labels)), TASKS[task], "here")
+    with pytest.raises(ValueError, match=message):
+        require_two_labels(rows, TASKS[task], "here")
+
+
+def test_a_missing_text_column_is_named():
+    with pytest.raises(ValueError, match=r"here has no column 'question' \(columns: sentence1, sentence2, label\)"):
+        prepare_rows(Dataset.from_dict(sentence_pairs([0, 1])), TASKS["qnli"], "here")
+
+
+# ---- Files ----------------------------------------------------------------------------------------------------------
+
+
+def test_csv_cells_may_hold_commas_quotes_and_line_breaks(tmp_path):
+    texts = ["a, b", 'say "c"', "two\nlines", ""]
+    path = write_csv(tmp_path / "x.csv", {"text": texts, "label": [0, 1, 0, 1]})
+    assert read_table(path)[:] == {"text": texts, "label": [0, 1, 0, 1]}
+
+
+@pytest.mark.parametrize(
+    "cells, expected",
+    [
+        (["1", "02"], [1, 2]),
+        (["1", "2.5"], [1.0, 2.5]),
+        (["1", "x"], ["1", "x"]),
+    ],
+    ids=["int", "float", "str"],
+)
+def test_a_csv_column_has_the_type_that_holds_all_its_cells(tmp_path, cells, expected):
+    assert read_table(write_csv(tmp_path / "x.csv", {"c": cells}))["c"][:] == expected
+
+
+@pytest.mark.parametrize(
+    "cells, expected",
+    [
+        ([1, 2], [1, 2]),
+        ([1, 2.5], [1.0, 2.5]),
+        (["1", "2"], ["1", "2"]),
+        ([True, "x", 3], ["true", "x", "3"]),
+    ],
+    ids=["int", "float", "numbers as text", "mixed"],
+)
+def test_a_json_column_keeps_its_types_where_it_can(tmp_path, cells, expected):
+    assert read_table(write_json_lines(tmp_path / "x.jsonl", {"c": cells}))["c"][:] == expected
+
+
+def test_lists_and_objects_are_left_out(tmp_path):
+    path = write_json_lines(tmp_path / "x.json", {"text": ["a"], "tokens": [["a"]], "meta": [{"k": 1}]})
+    assert read_table(path).column_names == ["text"]
+
+
+def test_blank_lines_and_a_byte_order_mark_are_skipped(tmp_path):
+    (tmp_path / "x.csv").write_bytes("\ufefftext,label\n\na,0\n\nb,1\n".encode())
+    (tmp_path / "x.jsonl").write_bytes('\ufeff{"text": "a", "label": 0}\n\n{"text": "b", "label": 1}\n'.encode())
+    assert read_table(tmp_path / "x.csv")[:] == read_table(tmp_path / "x.jsonl")[:]
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("x.csv", b"", r"x\.csv is empty"),
+        ("x.csv", b"text,label\n", r"x\.csv is empty"),
+        ("x.jsonl", b"\n\n", r"x\.jsonl is empty"),
+        ("x.csv", b"text,label\na,0\nb,c,1\n", r"x\.csv, line 3: 3 cells under a header of 2 columns"),
+        ("x.csv", b'text,label\n"a\nb",0\n"c,1\n', r"x\.csv, line 4: not valid CSV \(unexpected end of data\)"),
+        ("x.csv", b"text,label\na,0\nb,\n", r"x\.csv, line 3: column 'label' has no value"),
+        ("x.csv", b"text,label\na,0\n\xff,1\n", r"x\.csv, line 3: not UTF-8 text"),
+        ("x.json", b'{"a": 1}\n{"a": }\n', r"x\.json, line 2: not valid JSON \(Expecting value\)"),
+        ("x.json", b'[{"a": 1}]\n', r"x\.json, line 1: holds a list\. One JSON object a line is read"),
+        ("x.json", b'{"a": 1}\n{"b": 1}\n', r"x\.json, line 2: column 'a' is missing"),
+        ("x.json", b'{"a": 1}\n\n{"a": null}\n', r"x\.json, line 3: column 'a' has no value"),
+        ("x.txt", b"a", r"x\.txt: its format is unknown\. Give a file that ends in \.csv, \.json, \.jsonl"),
+    ],
+    ids=[
+        "no header", "header only", "blank", "cells", "quote", "no label", "encoding", "broken JSON", "array",
+        "missing key", "null", "format",
+    ],
+)  # fmt: skip
+def test_a_bad_file_is_refused_with_the_line(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        read_table(tmp_path / name)
+
+
+def test_a_missing_file_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"none\.csv: there is no such file"):
+        read_table(tmp_path / "none.csv")
+
+
+# ---- Sources --------------------------------------------------------------------------------------------------------
+
+
+def load(source, *, train=True, evaluate=True, predict=False):
+    return load_task(source, train=train, evaluate=evaluate, predict=predict)
+
+
+def folder_source(folder, task_name, tmp_path, **options):
+    return DataSource(
+        task_name=task_name,
+        dataset_name=str(folder),
+        hub_options={"cache_dir": str(tmp_path / "cache")},
+        **options,
+    )
+
+
+def mnli_folder(folder):
+    def columns(rows):
+        return sentence_pairs([0, 1, 2], rows, names=("premise", "hypothesis"))
+
+    return write_parquet(folder, train=columns(9), validation_matched=columns(3), validation_mismatched=columns(6))
+
+
+def test_mnli_keeps_its_two_evaluation_sets_apart(tmp_path):
+    task, rows = load(folder_source(mnli_folder(tmp_path / "mnli"), "mnli", tmp_path))
+    assert task is TASKS["mnli"]
+    assert {split: len(split_rows) for split, split_rows in rows.items()} == {
+        "train": 9,
+        "validation_matched": 3,
+        "validation_mismatched": 6,
+    }
+
+
+def test_a_split_may_be_one_file_or_several_in_order(tmp_path):
+    columns = sentence_pairs([0, 1], rows=4)
+    folder = write_parquet(tmp_path / "rte", train=columns)
+    (folder / "train-00000-of-00001.parquet").rename(folder / "train-00001-of-00002.parquet")
+    write_parquet(folder, train=sentence_pairs([1], rows=2))
+    (folder / "train-00000-of-00001.parquet").rename(folder / "train-00000-of-00002.parquet")
+    write_parquet(folder, validation=columns)
+    (folder / "validation-00000-of-00001.parquet").rename(folder / "validation.parquet")
+    _, rows = load(folder_source(folder, "rte", tmp_path))
+    assert rows["train"]["label"][:] == [1, 1, 0, 1, 0, 1]
+    assert len(rows["validation"]) == 4
+
+
+def test_a_sub_folder_is_found_by_the_task_or_the_configuration(tmp_path):
+    columns = sentence_pairs([0, 1])
+    write_parquet(tmp_path / "glue" / "rte", train=columns, validation=columns)
+    assert load(folder_source(tmp_path / "glue", "rte", tmp_path))[0] is TASKS["rte"]
+    own = folder_source(tmp_path / "glue", None, tmp_path, dataset_config_name="rte")
+    assert load(own)[0].labels == ("0", "1")
+
+
+def test_files_replace_the_data_of_a_glue_task(tmp_path):
+    columns = sentence_pairs(["neutral", "entailment", "contradiction"], names=("premise", "hypothesis"))
+    path = str(write_csv(tmp_path / "x.csv", columns))
+    task, rows = load(DataSource(task_name="mnli", files={"train": path, "validation": path}))
+    assert task.eval_splits == ("validation",)
+    assert rows["validation"]["label"][:3] == [1, 0, 2]
+
+
+def test_only_the_splits_asked_for_are_needed(tmp_path):
+    folder = write_parquet(tmp_path / "rte", validation=sentence_pairs([0, 1]))
+    _, rows = load(folder_source(folder, "rte", tmp_path), train=False)
+    assert list(rows) == ["validation"]
+
+
+def test_a_test_file_needs_no_label(tmp_path):
+    train = str(write_csv(tmp_path / "train.csv", sentence_pairs(["a", "b"])))
+    blank = str(write_csv(tmp_path / "test.csv", sentence_pairs([""])))
+    _, rows = load(DataSource(files={"train": train, "test": blank}), evaluate=False, predict=True)
+    assert rows["test"].column_names == ["sentence1", "sentence2"]
+
+
+def test_a_missing_split_names_those_found(tmp_path):
+    folder = write_parquet(tmp_path / "rte", train=sentence_pairs([0, 1]), dev=sentence_pairs([0, 1]))
+    with pytest.raises(ValueError, match=r"rte has no split 'validation', only: dev, train\."):
+        load(folder_source(folder, "rte", tmp_path))
+
+
+@pytest.mark.parametrize("split", ["train", "validation", "test"])
+def test_a_missing_file_argument_is_named(tmp_path, split):
+    path = str(write_csv(tmp_path / "x.csv", sentence_pairs([0, 1])))
+    files = {name: path for name in ("train", "validation", "test") if name != split}
+    with pytest.raises(ValueError, match=rf"the {split} split is needed, but no --{split}_file is given"):
+        load(DataSource(files=files), predict=True)
+
+
+def test_a_folder_without_parquet_files_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="is a folder without parquet files"):
+        load(folder_source(tmp_path, "rte", tmp_path))
+
+
+def test_a_broken_parquet_file_is_named(tmp_path):
+    (tmp_path / "train.parquet").write_text("no parquet")
+    with pytest.raises(ValueError, match=r"train\.parquet cannot be read as parquet"):
+        load(folder_source(tmp_path, "rte", tmp_path))
+
+
+@pytest.mark.parametrize("name", ["no/such", "../no/such/folder", None], ids=["name", "path", "GLUE itself"])
+def test_a_dataset_that_is_nowhere_is_refused(tmp_path, name):
+    source = DataSource(task_name="rte", dataset_name=name, hub_options={"cache_dir": str(tmp_path)})
+    with pytest.raises(ValueError, match=rf"the dataset '{name or 'nyu-mll/glue'}' is no local folder, and the Hub"):
+        load(source)
+
+
+def test_a_source_must_name_data():
+    with pytest.raises(ValueError, match=r"there is no data: give a GLUE task \(--task_name\), a dataset"):
+        DataSource()
+
+
+def test_a_dataset_and_files_exclude_each_other():
+    with pytest.raises(ValueError, match=r"--dataset_name here and data files \(x\.csv\) exclude each other"):
+        DataSource(dataset_name="here", files={"train": "x.csv"})
+
+
+# ---- Real data ---------------------------------------------------------------------------------------------------
+
+REAL_DATA = Path(__file__).parent.parent.parent / "shared" / "data"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "task, train_rows, validation_rows",
+    [("rte", 2490, 277), ("cola", 8551, 1043), ("mrpc", 3668, 408), ("stsb", 5749, 1500)],
+)
+def test_real_glue_data_is_read_whole(tmp_path, task, train_rows, validation_rows):
+    if not (REAL_DATA / task).is_dir():
+        pytest.skip(f"no data in {REAL_DATA / task}")
+    found, rows = load(folder_source(REAL_DATA / task, task, tmp_path))
+    assert found is TASKS[task]
+    assert (len(rows["train"]), len(rows["validation"])) == (train_rows, validation_rows)
+    assert len(set(rows["train"]["label"])) >= 2

@@ -1,0 +1,425 @@
+"""run_glue.py as its users run it: every source of data, every refusal, and what is left on disk."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from glue_fixtures import save_tiny_model, sentence_pairs, write_csv, write_json_lines, write_parquet
+from peft import PeftModel
+from transformers import AutoModelForSequenceClassification
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+import run_glue  # noqa: E402
+
+SETTINGS = {
+    "max_steps": 8,
+    "per_device_train_batch_size": 4,
+    "learning_rate": 1e-2,
+    "logging_steps": 4,
+    "save_strategy": "no",
+    "report_to": "none",
+    "use_cpu": True,
+    "disable_tqdm": True,
+    "dataloader_pin_memory": False,
+    "increlora_interval": 1,
+    "increlora_top_h": 3,
+}
+BUDGET = 12  # six linear layers in the tiny model's one block, r_avg 2
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return save_tiny_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def out(tmp_path):
+    return tmp_path / "runs" / "out"
+
+
+@pytest.fixture
+def run(model, out, tmp_path, monkeypatch):
+    """Run the script with `SETTINGS` and the flags given, from an empty working folder."""
+    monkeypatch.setattr("evaluate.config.HF_METRICS_CACHE", str(tmp_path / "metrics"))
+    monkeypatch.chdir(tmp_path)
+
+    def call(*flags, **settings):
+        own = {"model_name_or_path": model, "output_dir": out, "cache_dir": tmp_path / "cache", **SETTINGS, **settings}
+        return run_glue.main([f"--{name}={value}" for name, value in own.items() if value is not None] + list(flags))
+
+    return call
+
+
+@pytest.fixture
+def refused(run, out, capsys):
+    """Run the script, see that it is refused in one line, and return that line; nothing may have been written."""
+
+    def call(*flags, **settings):
+        existed = out.exists()
+        with pytest.raises(SystemExit) as exit_info:
+            run(*flags, **settings)
+        assert exit_info.value.code == 2
+        assert out.parent.exists() == existed
+        *_, line = capsys.readouterr().err.splitlines()
+        assert line.startswith("run_glue.py: error: ")
+        return line
+
+    return call
+
+
+def csv_file(folder, name="rows.csv", labels=("yes", "no"), rows=24):
+    return write_csv(folder / name, sentence_pairs(labels, rows))
+
+
+def results(out, name="all"):
+    return json.loads((out / f"{name}_results.json").read_text())
+
+
+# ---- Sources of data ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "write, suffix", [(write_csv, "csv"), (write_json_lines, "json"), (write_json_lines, "jsonl")]
+)
+def test_files_of_ones_own(run, out, tmp_path, write, suffix):
+    path = write(tmp_path / f"rows.{suffix}", sentence_pairs(["yes", "no"]))
+    metrics = run("--do_train", "--do_eval", train_file=path, validation_file=path)
+    assert metrics["train_samples"] == metrics["eval_samples"] == 24
+    assert 0 <= metrics["eval_accuracy"] <= 1
+    assert metrics["total_rank"] == BUDGET
+
+
+def test_a_folder_of_parquet_files(run, out, tmp_path):
+    columns = sentence_pairs([0, 1])
+    folder = write_parquet(tmp_path / "mrpc", train=columns, validation=columns)
+    metrics = run("--do_train", "--do_eval", dataset_name=folder, task_name="mrpc")
+    mean = (metrics["eval_accuracy"] + metrics["eval_f1"]) / 2
+    assert metrics["eval_combined_score"] == pytest.approx(mean)
+
+
+def test_a_json_file_of_settings(model, out, tmp_path):
+    path = str(csv_file(tmp_path))
+    settings = {
+        **SETTINGS,
+        "model_name_or_path": str(model),
+        "output_dir": str(out),
+        "train_file": path,
+        "do_train": True,
+        "seed": None,
+        "lr_scheduler_kwargs": {},
+        "increlora_target_modules": ["query", "value"],
+    }
+    config = tmp_path / "run.json"
+    config.write_text(json.dumps(settings))
+    assert run_glue.main([str(config)])["total_rank"] == 4
+
+
+def test_flags_after_a_json_file_win(model, out, tmp_path):
+    config = tmp_path / "run.json"
+    config.write_text(
+        json.dumps({**SETTINGS, "train_file": str(csv_file(tmp_path)), "do_train": True, "max_steps": 5})
+    )
+    flags = ["--model_name_or_path", str(model), "--output_dir", str(out), "--max_steps", "7"]
+    run_glue.main([str(config), *flags])
+    assert json.loads((out / "trainer_state.json").read_text())["global_step"] == 7
+
+
+def mnli_folder(folder):
+    names = ("premise", "hypothesis")
+    labelled, unlabelled = sentence_pairs([0, 1, 2], names=names), sentence_pairs([-1], rows=6, names=names)
+    return write_parquet(
+        folder,
+        train=labelled,
+        validation_matched=labelled,
+        validation_mismatched=sentence_pairs([2, 1, 0], rows=9, names=names),
+        test_matched=unlabelled,
+        test_mismatched=unlabelled,
+    )
+
+
+def test_mnli_is_evaluated_and_predicted_on_both_sets(run, out, tmp_path):
+    folder = mnli_folder(tmp_path / "mnli")
+    metrics = run("--do_train", "--do_eval", "--do_predict", dataset_name=folder, task_name="mnli")
+    assert metrics["eval_samples"] == 24
+    assert metrics["eval_samples_mm"] == 9
+    assert {"eval_accuracy", "eval_accuracy_mm"} <= set(results(out, "eval"))
+    for suffix in ("", "-mm"):
+        lines = (out / f"predict_results_mnli{suffix}.txt").read_text().splitlines()
+        assert lines[0] == "index\tprediction"
+        assert [line.split("\t")[0] for line in lines[1:]] == [str(i) for i in range(6)]
+        assert {line.split("\t")[1] for line in lines[1:]} <= {"entailment", "neutral", "contradiction"}
+
+
+@pytest.mark.parametrize("task", ["stsb", None], ids=["stsb", "floats of ones own"])
+def test_a_regression_is_scored_by_correlation_and_predicts_values(run, out, tmp_path, task):
+    path = write_csv(tmp_path / "rows.csv", sentence_pairs([0.5, 2.5, 4.0]))
+    files = {"train_file": path, "validation_file": path, "test_file": path}
+    metrics = run("--do_train", "--do_eval", "--do_predict", **files, task_name=task)
+    assert {"eval_pearson", "eval_spearmanr", "eval_combined_score"} <= set(metrics)
+    lines = (out / f"predict_results_{task or 'regression'}.txt").read_text().splitlines()
+    assert all(float(line.split("\t")[1]) < 100 for line in lines[1:])
+
+
+# ---- What a run leaves behind ---------------------------------------------------------------------------------------
+
+
+def test_a_run_writes_its_results(run, out, tmp_path):
+    path = csv_file(tmp_path)
+    metrics = run("--do_train", "--do_eval", "--do_predict", train_file=path, validation_file=path, test_file=path)
+    assert results(out) == results(out, "train") | results(out, "eval")
+    assert results(out).items() <= metrics.items()
+    assert len((out / "predict_results_classification.txt").read_text().splitlines()) == 25
+
+
+def test_trainable_parameters_are_those_of_the_final_ranks_and_the_head(run, out, tmp_path):
+    metrics = run("--do_train", train_file=csv_file(tmp_path))
+    shapes = {"query": 32, "key": 32, "value": 32, "attention.output.dense": 32, "intermediate.dense": 40}
+    ranks = json.loads((out / "increlora_history.json").read_text())["rank_pattern"]
+    adapter = sum(
+        rank * (next((size for end, size in shapes.items() if name.endswith(end)), 40) + 1)
+        for name, rank in ranks.items()
+    )
+    pooler, classifier = 16 * 16 + 16, 16 * 2 + 2
+    assert metrics["trainable_parameters"] == adapter + pooler + classifier
+
+
+def test_the_adapter_loads_as_the_last_lines_say(run, model, out, tmp_path, capsys):
+    path = csv_file(tmp_path)
+    run("--do_train", "--do_eval", train_file=path, validation_file=path)
+    printed = capsys.readouterr().out
+    assert f'AutoModelForSequenceClassification.from_pretrained("{model}", num_labels=2)' in printed
+    assert f'PeftModel.from_pretrained(model, "{out}")' in printed
+    loaded = PeftModel.from_pretrained(
+        AutoModelForSequenceClassification.from_pretrained(str(model), num_labels=2), str(out)
+    )
+    assert sum(parameter.numel() for parameter in loaded.parameters()) > 0
+
+
+def test_a_saved_adapter_is_evaluated_to_the_same_metrics(run, out, tmp_path):
+    path = csv_file(tmp_path)
+    trained = run("--do_train", "--do_eval", train_file=path, validation_file=path)
+    files = {"train_file": path, "validation_file": path}
+    again = run("--do_eval", **files, model_name_or_path=out, output_dir=tmp_path / "again")
+    assert again["eval_accuracy"] == trained["eval_accuracy"]
+    assert again["eval_loss"] == pytest.approx(trained["eval_loss"], abs=1e-6)
+
+
+@pytest.fixture
+def prepared(run, monkeypatch):
+    """Prepare a training run, and return its job instead of starting it."""
+
+    def call(*flags, **settings):
+        jobs = []
+
+        def keep(job):
+            jobs.append(job)
+            return {}
+
+        monkeypatch.setattr(run_glue, "train", keep)
+        run("--do_train", *flags, **settings)
+        return jobs[0]
+
+    return call
+
+
+def test_the_model_knows_the_labels(prepared, tmp_path):
+    assert prepared(train_file=csv_file(tmp_path)).trainer.model.config.id2label == {0: "no", 1: "yes"}
+
+
+@pytest.mark.parametrize(
+    "flags, length", [([], 9), (["--pad_to_max_length"], 20)], ids=["to the batch", "to the most"]
+)
+def test_padding(prepared, tmp_path, flags, length):
+    job = prepared(*flags, train_file=csv_file(tmp_path), max_seq_length=20)
+    batch = next(iter(job.trainer.get_train_dataloader()))
+    assert batch["input_ids"].shape == (4, length)
+
+
+def test_sample_limits(run, out, tmp_path):
+    path = csv_file(tmp_path)
+    limits = {"max_train_samples": 10, "max_eval_samples": 6, "max_predict_samples": 3}
+    files = {"train_file": path, "validation_file": path, "test_file": path}
+    metrics = run("--do_train", "--do_eval", "--do_predict", **files, **limits)
+    assert (metrics["train_samples"], metrics["eval_samples"]) == (10, 6)
+    assert len((out / "predict_results_classification.txt").read_text().splitlines()) == 4
+
+
+def test_a_run_continues_from_its_last_checkpoint(run, out, tmp_path):
+    path = csv_file(tmp_path)
+    run("--do_train", train_file=path, save_strategy="steps", save_steps=5)
+    finished = (out / "adapter_model.safetensors").read_bytes()
+    shutil.rmtree(out / "checkpoint-8")
+    run("--do_train", train_file=path, save_strategy="steps", save_steps=5, resume_from_checkpoint="true")
+    assert (out / "adapter_model.safetensors").read_bytes() == finished
+
+
+# ---- Refusals -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("", "train.csv is empty"),
+        ("sentence1,label\na,x\nb\n", "train.csv, line 3: 1 cells under a header of 2 columns"),
+        ("sentence1,answer\na,x\nb,y\n", "train.csv has no column 'label' (columns: sentence1, answer)"),
+        ("sentence1,label\na,x\nb,x\n", "train.csv: all 2 rows have the label 'x'"),
+    ],
+    ids=["empty", "not parseable", "no label", "one class"],
+)
+def test_a_bad_train_file_is_refused(refused, tmp_path, content, message):
+    path = tmp_path / "train.csv"
+    path.write_text(content)
+    assert message in refused("--do_train", train_file=path)
+
+
+def test_a_missing_train_file_is_refused(refused, tmp_path):
+    path = tmp_path / "train.csv"
+    assert f"{path}: there is no such file" in refused("--do_train", train_file=path)
+
+
+def test_a_validation_label_that_training_does_not_know_is_refused(refused, tmp_path):
+    train, validation = csv_file(tmp_path), csv_file(tmp_path, "validation.csv", labels=["yes", "maybe"])
+    line = refused("--do_train", "--do_eval", train_file=train, validation_file=validation)
+    assert "validation.csv, row 2: the label 'maybe' is none of classification's classes: no, yes" in line
+
+
+def test_a_folder_without_the_split_is_refused(refused, tmp_path):
+    folder = write_parquet(tmp_path / "rte", train=sentence_pairs([0, 1]), dev=sentence_pairs([0, 1]))
+    line = refused("--do_train", "--do_eval", dataset_name=folder, task_name="rte")
+    assert "has no split 'validation', only: dev, train" in line
+
+
+@pytest.mark.parametrize(
+    "flags, settings, message",
+    [
+        (["--do_train"], {"task_name": "snli"}, "--task_name 'snli' is no GLUE task. Choose one of cola, mnli"),
+        (["--do_train"], {}, "there is no data: give a GLUE task (--task_name)"),
+        ([], {"task_name": "rte"}, "there is nothing to do. Give --do_train, --do_eval or --do_predict"),
+        (["--do_train"], {"model_name_or_path": None, "task_name": "rte"}, "--model_name_or_path is missing"),
+        (["--do_train"], {"increlora_r_avg": 1, "increlora_init_r": 2}, "r_avg=1 is below init_r=2"),
+        (["--do_train", "--lerning_rate", "1"], {}, "unknown settings: --lerning_rate 1."),
+        (["--do_train"], {"learning_rate": "fast"}, "invalid float value: 'fast'"),
+        (["--do_train"], {"resume_from_checkpoint": "nowhere"}, "--resume_from_checkpoint nowhere: there is no such"),
+        (["--do_train"], {"resume_from_checkpoint": "true"}, "holds no checkpoint to resume from. Name one"),
+    ],
+    ids=[
+        "unknown task", "no data", "nothing to do", "no model", "IncreLoRA setting", "unknown flag", "not a number",
+        "no such checkpoint", "no checkpoint",
+    ],
+)  # fmt: skip
+def test_bad_flags_are_refused(refused, flags, settings, message):
+    assert message in refused(*flags, **settings)
+
+
+def test_a_model_that_is_nowhere_is_refused(refused, tmp_path):
+    line = refused("--do_train", train_file=csv_file(tmp_path), model_name_or_path="./no/model")
+    assert "--model_name_or_path ./no/model cannot be loaded" in line
+
+
+def test_a_head_of_another_size_is_refused_or_replaced(refused, run, tmp_path):
+    model = save_tiny_model(tmp_path / "headed", labels=3)
+    line = refused("--do_train", train_file=csv_file(tmp_path), model_name_or_path=model)
+    assert "has a head of another size than the task's. Replace it with --ignore_mismatched_sizes" in line
+    run("--do_train", "--ignore_mismatched_sizes", train_file=csv_file(tmp_path), model_name_or_path=model)
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"increlora_interval": 5, "increlora_top_h": 1}, "interval"),
+        ({"increlora_target_modules": "nothing"}, "nothing"),
+        ({"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "no"}, "reduce_lr_on_plateau"),
+    ],
+    ids=["budget out of reach", "no such layers", "schedule without a curve"],
+)
+def test_a_run_that_cannot_grow_is_refused_before_it_starts(refused, tmp_path, settings, message):
+    assert message in refused("--do_train", train_file=csv_file(tmp_path), **settings)
+
+
+@pytest.mark.parametrize(
+    "content, remedy",
+    [
+        ("adapter_model.safetensors", "Choose another --output_dir."),
+        ("checkpoint-5", "Continue that run with --resume_from_checkpoint true, or choose another --output_dir."),
+    ],
+)
+@pytest.mark.parametrize("settings", [{}, {"resume_from_checkpoint": "false"}], ids=["no flag", "flag says no"])
+def test_another_runs_adapter_is_not_overwritten(run, out, tmp_path, capsys, content, remedy, settings):
+    (out / content).mkdir(parents=True)
+    with pytest.raises(SystemExit):
+        run("--do_train", train_file=csv_file(tmp_path), **settings)
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert f"--output_dir {out} holds another run's adapter. {remedy}" in line
+    assert [path.name for path in out.iterdir()] == [content]
+
+
+def test_an_adapter_is_no_base_model(refused, tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    line = refused("--do_train", train_file=csv_file(tmp_path), model_name_or_path=tmp_path)
+    assert "is an adapter. Train from the base model that its adapter_config.json names" in line
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ('{\n"max_steps": 3,\n}', "run.json, line 3: not valid JSON"),
+        ("[1]", "run.json holds a list. Write one JSON object"),
+        ('{"lerning_rate": 1}', "unknown settings: --lerning_rate=1"),
+        (None, "run.json: there is no such settings file"),
+    ],
+    ids=["broken", "array", "unknown setting", "missing"],
+)
+def test_a_bad_file_of_settings_is_refused(tmp_path, capsys, content, message):
+    path = tmp_path / "run.json"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(SystemExit) as exit_info:
+        run_glue.main([str(path)])
+    assert exit_info.value.code == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_bug_keeps_its_traceback(run, tmp_path, monkeypatch):
+    def broken(*args, **kwargs):
+        raise ValueError("not the user's fault")
+
+    monkeypatch.setattr(run_glue.IncreLoraTrainer, "training_step", broken)
+    with pytest.raises(ValueError, match="not the user's fault"):
+        run("--do_train", train_file=csv_file(tmp_path))
+
+
+# ---- As a program ---------------------------------------------------------------------------------------------------
+
+
+def start(*flags):
+    return subprocess.run([sys.executable, ROOT / "run_glue.py", *map(str, flags)], capture_output=True, text=True)
+
+
+def test_the_program_shows_plan_and_ranks_and_ends_well(model, out, tmp_path):
+    path = csv_file(tmp_path)
+    settings = {**SETTINGS, "model_name_or_path": model, "output_dir": out, "train_file": path}
+    done = start("--do_train", *(f"--{name}={value}" for name, value in settings.items()))
+    assert done.returncode == 0, done.stderr
+    assert "6 layers, rank 6 → 12" in done.stdout
+    assert "final ranks, total 12" in done.stdout
+    assert f"The adapter is in {out}" in done.stdout
+
+
+def test_the_program_ends_bad_input_with_status_2_and_no_traceback(model, out):
+    done = start("--do_train", "--model_name_or_path", model, "--output_dir", out, "--task_name", "snli")
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("run_glue.py: error: --task_name 'snli'")
+    assert "Traceback" not in done.stderr
+    assert not out.exists()
+
+
+def test_help_lists_all_flags():
+    done = start("--help")
+    assert done.returncode == 0
+    for name in ("--task_name", "--increlora_r_avg", "--learning_rate", "--model_name_or_path"):
+        assert name in done.stdout
