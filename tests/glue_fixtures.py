@@ -1,4 +1,4 @@
-"""A tiny BERT with its tokenizer, sentence pairs, and files of them, for the tests of run_glue.py and its parts."""
+"""Tiny models with their tokenizers, sentence pairs, and files of them, for the tests of run_glue.py and its parts."""
 
 import csv
 import json
@@ -11,31 +11,27 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordPiece
 from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import BertProcessing
-from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast, set_seed
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2Model,
+    PreTrainedTokenizerFast,
+    set_seed,
+)
 
 WORDS = ("red", "green", "blue", "cat", "dog", "bird", "runs", "sleeps")
-SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
+VOCABULARY = {token: i for i, token in enumerate(("[PAD]", "[UNK]", "[CLS]", "[SEP]", *WORDS))}
 
 Columns = Mapping[str, Sequence[Any]]
 
 
 def save_tiny_model(folder: Path, labels: int | None = None) -> Path:
     """A one-layer BERT with random weights, without a head or with one for `labels`; its tokenizer knows `WORDS`."""
-    vocabulary = {token: i for i, token in enumerate((*SPECIAL, *WORDS))}
-    tokenizer = Tokenizer(WordPiece(vocabulary, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = Whitespace()
-    tokenizer.post_processor = BertProcessing(("[SEP]", 3), ("[CLS]", 2))
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="[PAD]",
-        unk_token="[UNK]",
-        cls_token="[CLS]",
-        sep_token="[SEP]",
-        model_max_length=32,
-    ).save_pretrained(folder)
+    save_tokenizer(folder, pad_token="[PAD]", cls_token="[CLS]", sep_token="[SEP]")
     set_seed(0)
     config = BertConfig(
-        vocab_size=len(vocabulary),
+        vocab_size=len(VOCABULARY),
         hidden_size=16,
         num_hidden_layers=1,
         num_attention_heads=2,
@@ -46,6 +42,23 @@ def save_tiny_model(folder: Path, labels: int | None = None) -> Path:
     model = BertForSequenceClassification(config)
     (model if labels else model.bert).save_pretrained(folder)
     return folder
+
+
+def save_tiny_decoder(folder: Path) -> Path:
+    """A one-layer GPT-2 with random weights and no padding token."""
+    save_tokenizer(folder, eos_token="[SEP]")
+    config = GPT2Config(vocab_size=len(VOCABULARY), n_embd=16, n_layer=1, n_head=2, n_positions=32)
+    GPT2Model(config).save_pretrained(folder)
+    return folder
+
+
+def save_tokenizer(folder: Path, **special: str) -> None:
+    """A tokenizer of whole words."""
+    tokenizer = Tokenizer(WordPiece(VOCABULARY, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = Whitespace()
+    tokenizer.post_processor = BertProcessing(("[SEP]", VOCABULARY["[SEP]"]), ("[CLS]", VOCABULARY["[CLS]"]))
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]", model_max_length=32, **special)
+    fast.save_pretrained(folder)
 
 
 def sentence_pairs(
