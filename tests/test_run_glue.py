@@ -413,7 +413,7 @@ def test_a_bug_keeps_its_traceback(run, tmp_path, monkeypatch):
 def test_the_program_shows_plan_and_ranks_and_ends_well(model, out, tmp_path):
     path = csv_file(tmp_path)
     settings = {**SETTINGS, "model_name_or_path": model, "output_dir": out, "train_file": path}
-    command = [
+    command: list[Any] = [
         sys.executable,
         ROOT / "run_glue.py",
         "--do_train",
