@@ -22,7 +22,20 @@ from .targets import is_linear
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 PREFIX = "base_model.model."  # PEFT's, of every key
-UNSUPPORTED = ("use_dora", "lora_bias", "target_parameters", "trainable_token_indices", "layer_replication", "bias")
+CHECKED = (
+    "peft_type",
+    "r",
+    "lora_alpha",
+    "lora_dropout",
+    "rank_pattern",
+    "alpha_pattern",
+    "target_modules",
+    "modules_to_save",
+)
+FLAGS = ("fan_in_fan_out", "use_rslora", "inference_mode", "init_lora_weights", "ensure_weight_tying")
+WORDS = ("base_model_name_or_path", "revision", "task_type", "peft_version")
+SELECTING = ("exclude_modules", "layers_to_transform", "layers_pattern")  # of layers; judged by what they select
+IGNORED = ("auto_mapping",)  # names classes to import, and nothing is imported
 
 Shape = tuple[int, ...]
 
@@ -51,7 +64,7 @@ def load_adapter(model: nn.Module, path_or_repo: str | Path, *, trainable: bool 
     config = _read_config(folder)
     try:
         expected = _expected(folder, model, config)
-    except re.error as error:
+    except (re.error, TypeError, AttributeError) as error:
         raise AdapterFormatError(folder / CONFIG_NAME, "patterns", "regular expressions", str(error)) from None
     check_tensors(folder / WEIGHTS_NAME, read_tensors(_own_file(folder, WEIGHTS_NAME)), expected)
     return PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
@@ -89,11 +102,10 @@ def _read_config(folder: Path) -> LoraConfig:
     document = read_json_object(path)
     if document.get("peft_type") != "LORA":
         raise AdapterFormatError(path, "peft_type", "'LORA'", repr(document.get("peft_type")))
-    for key in UNSUPPORTED:
-        if document.get(key) not in (None, False, "none", [], {}):
-            raise AdapterFormatError(path, key, "plain LoRA", repr(document[key]))
+    _plain(path, document)
     _rank(path, "r", document.get("r"))
     _scale(path, "lora_alpha", document.get("lora_alpha"))
+    _scale(path, "lora_dropout", document.get("lora_dropout", 0.0))
     for key, check in (("rank_pattern", _rank), ("alpha_pattern", _scale)):
         pattern = document.get(key) or {}
         if not isinstance(pattern, dict):
@@ -106,6 +118,24 @@ def _read_config(folder: Path) -> LoraConfig:
         return cast(LoraConfig, LoraConfig.from_pretrained(str(folder)))
     except (TypeError, ValueError, KeyError, AttributeError) as error:
         raise AdapterFormatError(path, "content", "a LoRA configuration", str(error)) from None
+
+
+def _plain(path: Path, document: Mapping[str, Any]) -> None:
+    """Refuse every setting that PEFT does not know, and those that make more of the adapter than a plain LoRA."""
+    defaults = LoraConfig().to_dict()
+    for key, value in document.items():
+        if key in CHECKED or key in SELECTING or key in IGNORED:
+            continue
+        if key in FLAGS and not isinstance(value, bool):
+            raise AdapterFormatError(path, key, "true or false", repr(value)[:80])
+        if key in WORDS and not (value is None or isinstance(value, str)):
+            raise AdapterFormatError(path, key, "text or null", repr(value)[:80])
+        if key in FLAGS or key in WORDS:
+            continue
+        if key not in defaults:
+            raise AdapterFormatError(path, key, "a setting that peft knows", repr(value)[:80])
+        if value not in (defaults[key], None, False, {}, []):
+            raise AdapterFormatError(path, key, "plain LoRA", repr(value)[:80])
 
 
 def _rank(path: Path, key: str, value: Any) -> None:
