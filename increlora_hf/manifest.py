@@ -177,10 +177,21 @@ def newest_complete(output_dir: str | Path) -> tuple[Path | None, dict[str, str]
     return None, skipped
 
 
-def remove_incomplete(output_dir: str | Path) -> None:
-    """Delete the checkpoints that a kill left behind without a valid manifest."""
-    for folder in checkpoints(output_dir):
-        try:
-            check_manifest(folder, hashes=False)
-        except AdapterFormatError:
-            shutil.rmtree(folder, ignore_errors=True)
+def rotate(output_dir: str | Path, limit: int, best: str | None) -> None:
+    """Delete the oldest complete checkpoints beyond ``limit``, never the newest one or the best.
+
+    What is not complete is not ours to judge; it goes when a checkpoint of its number is written again.
+    """
+    complete = [folder for folder in checkpoints(output_dir) if _is_complete(folder)]
+    protected = complete[:1] + [folder for folder in complete[1:] if best and folder == Path(best)]
+    others = [folder for folder in complete if folder not in protected]
+    for folder in others[max(limit - len(protected), 0) :]:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _is_complete(folder: Path) -> bool:
+    try:
+        check_manifest(folder, hashes=False)
+    except AdapterFormatError:
+        return False
+    return True

@@ -14,13 +14,13 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer import TRAINING_ARGS_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SchedulerType, TrainOutput, rotate_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SchedulerType, TrainOutput
 from transformers.training_args import ParallelMode
 
 from .config import IncreLoraConfig
 from .growth import Grown, Growth, attach, is_attached
 from .importance import SensitivityProbes
-from .manifest import check_manifest, new_checkpoint, remove_incomplete, resolve_checkpoint
+from .manifest import check_manifest, new_checkpoint, resolve_checkpoint, rotate
 from .orthogonality import orthogonality
 from .report import plan_line, rank_table
 from .scheduler import NO_CURVE, RestartWarmupLR, add_groups, group_of, narrow_state, remove_params, restart_curves
@@ -62,6 +62,7 @@ class IncreLoraTrainerMixin(_Base):
         self._sensitivities: Tensor | None = None
         self._loss_kwargs_checked = False
         self._resuming: SavedState | None = None
+        self._optimizer_is_users = kwargs.get("optimizers", (None, None))[0] is not None
         super().__init__(model, *args, **kwargs)
         self.add_callback(_GrowthCallback(self))
 
@@ -125,6 +126,11 @@ class IncreLoraTrainerMixin(_Base):
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """Trainer's optimizer; the λ apart where they have a learning rate of their own."""
         fresh = self.optimizer is None
+        if fresh and self._optimizer_is_users:
+            raise ValueError(
+                "The optimizer that was passed held parameters that are gone: the model went back to earlier ranks. "
+                "Make a new trainer with a new optimizer for the next training."
+            )
         optimizer = super().create_optimizer(*args, **kwargs)
         multiplier = self.increlora.config.lam_lr_multiplier
         if fresh and multiplier != 1:
@@ -294,9 +300,8 @@ class IncreLoraTrainerMixin(_Base):
             if self.args.should_save:
                 torch.save(self.args, folder / TRAINING_ARGS_NAME)  # again, with the limit in place
                 write_state(folder, self.model)  # type: ignore[arg-type]
-        if self.args.should_save and limit is not None:
-            remove_incomplete(output_dir)
-            rotate_checkpoints(output_dir, limit, self.state.best_model_checkpoint)
+        if self.args.should_save and limit is not None and limit > 0:
+            rotate(output_dir, limit, self.state.best_model_checkpoint)
 
     def _load_best_model(self) -> None:
         """The best checkpoint's own ranks and values. A further training makes its own optimizer."""

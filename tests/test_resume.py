@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import arguments, tiny_bert, token_rows
-from transformers import Trainer, TrainerCallback
+from transformers import TrainerCallback
 
 from increlora_hf import IncreLoraConfig, IncreLoraTrainer
-from increlora_hf.manifest import AdapterFormatError
+from increlora_hf.manifest import AdapterFormatError, rotate, write_manifest
 
 STEPS = 24
 CONFIG = IncreLoraConfig(r_avg=2, top_h=4, interval=5, start=4, increment=1, lora_dropout=0.1)  # rounds at 5, 10, 15
@@ -148,6 +148,8 @@ def test_resume_with_an_optimizer_of_the_user(tmp_path: Path) -> None:
     whole.train()
     resumed.train(resume_from_checkpoint=True)
     assert_same_bits(bits(resumed), bits(whole))
+    with pytest.raises(ValueError, match="The optimizer that was passed held parameters that are gone"):
+        whole.train(resume_from_checkpoint=str(tmp_path / "checkpoint-12"))
 
 
 def test_resume_with_model_init(tmp_path: Path) -> None:
@@ -365,8 +367,31 @@ def test_rotation_keeps_the_newest_complete_checkpoint(tmp_path: Path) -> None:
     leftover.mkdir(parents=True)
     (leftover / "optimizer.pt").write_bytes(b"half")
     trainer.train()
-    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-24"]
-    assert Trainer(tiny_bert(), arguments(tmp_path)) is not None
+    assert {path.name for path in tmp_path.glob("checkpoint-*")} == {"checkpoint-24", "checkpoint-99"}
+    resumed = make(tmp_path)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed._initial_global_step == 24
+
+
+def test_rotation_keeps_as_many_as_asked_and_the_best(tmp_path: Path) -> None:
+    for step in (2, 4, 6, 8, 10):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        (folder / "file").write_text("x")
+        if step != 4:  # of another tool, or half-written: left alone
+            write_manifest(folder)
+
+    def left() -> list[int]:
+        return sorted(int(path.name.split("-")[1]) for path in tmp_path.glob("checkpoint-*"))
+
+    rotate(tmp_path, 3, None)
+    assert left() == [4, 6, 8, 10]
+    rotate(tmp_path, 2, str(tmp_path / "checkpoint-6"))
+    assert left() == [4, 6, 10]
+    rotate(tmp_path, 1, str(tmp_path / "checkpoint-6"))
+    assert left() == [4, 6, 10]
+    rotate(tmp_path, 1, None)
+    assert left() == [4, 10]
 
 
 def test_failed_save_leaves_nothing_and_keeps_the_previous(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
