@@ -109,7 +109,8 @@ def test_mixin_works_on_another_trainer_class(tmp_path: Path) -> None:
     assert history(trainer, "loss")[0] == pytest.approx(2 * math.log(2), rel=0.05)
 
 
-def test_default_arguments_need_not_be_given() -> None:
+def test_default_arguments_need_not_be_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # Trainer makes its default output_dir
     assert IncreLoraTrainer(tiny_bert()).increlora.total_rank == 12
 
 
