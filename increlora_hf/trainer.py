@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import ProgressCallback, Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer import TRAINING_ARGS_NAME
+from transformers import ProgressCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SchedulerType, TrainOutput
 from transformers.training_args import ParallelMode
 
@@ -104,7 +104,7 @@ class IncreLoraTrainerMixin(_Base):
             result = super().train(str(folder) if folder else None, *args, **kwargs)
         finally:
             self._resuming = None
-        if folder is not None and self.state.global_step == self._initial_global_step:
+        if folder is not None and self.state.global_step == _step_of(folder):
             self._load_rng_state(str(folder))  # nothing was left to do, and Trainer restores it at the first batch
         return result
 
@@ -353,6 +353,10 @@ class _GrowthCallback(TrainerCallback):
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         growth = self._trainer.increlora
         logger.info("IncreLoRA: final ranks, total %d\n%s", growth.total_rank, rank_table(growth.rank_pattern))
+
+
+def _step_of(checkpoint: Path) -> int:
+    return TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME)).global_step
 
 
 def _refuse_unsupported(args: TrainingArguments, optimizers: tuple[Any, Any]) -> None:

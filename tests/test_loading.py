@@ -353,7 +353,7 @@ def test_damaged_checkpoint_is_skipped_for_the_one_before(name: str, checkpoints
     DAMAGE[name](run / "checkpoint-12")
     trainer = make(run)
     trainer.train(resume_from_checkpoint=True)
-    assert trainer._initial_global_step == 8
+    assert trainer.started.step == 8
     with pytest.raises(AdapterFormatError):
         make(run).train(resume_from_checkpoint=str(run / "checkpoint-12"))
 

@@ -35,17 +35,29 @@ class SaveAt(TrainerCallback):
         control.should_save = state.global_step in self.steps
 
 
+class StartedAt(TrainerCallback):
+    """Remembers the step at which training began."""
+
+    step = -1
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.step = state.global_step
+
+
 def make(folder: Path, config: IncreLoraConfig = CONFIG, save_at: set[int] | None = None, **settings: Any) -> Any:
     model = settings.pop("model", None) or tiny_bert(dropout=0.1)
     defaults = {"max_steps": STEPS, "per_device_train_batch_size": 2, "weight_decay": 0.01}
-    return IncreLoraTrainer(
+    started = StartedAt()
+    trainer = IncreLoraTrainer(
         model,
         arguments(folder, **{**defaults, **settings}),
         train_dataset=token_rows(),
         eval_dataset=token_rows(seed=9),
         increlora_config=config,
-        callbacks=[SaveAt(save_at)] if save_at else None,
+        callbacks=[started, SaveAt(save_at)] if save_at else [started],
     )
+    trainer.started = started
+    return trainer
 
 
 def bits(trainer: Any) -> dict[str, Any]:
@@ -215,7 +227,7 @@ def test_incomplete_checkpoints_are_skipped_with_their_reason(run: Path, caplog:
     assert "increlora_manifest.json: file: expected a JSON file, found nothing" in warnings[0]
     assert "checkpoint-12" in warnings[1]
     assert "optimizer.pt: sha256" in warnings[1]
-    assert trainer._initial_global_step == 6
+    assert trainer.started.step == 6
 
 
 def test_named_checkpoint_that_is_damaged_is_refused(run: Path) -> None:
@@ -370,7 +382,7 @@ def test_rotation_keeps_the_newest_complete_checkpoint(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.glob("checkpoint-*")} == {"checkpoint-24", "checkpoint-99"}
     resumed = make(tmp_path)
     resumed.train(resume_from_checkpoint=True)
-    assert resumed._initial_global_step == 24
+    assert resumed.started.step == 24
 
 
 def test_rotation_keeps_as_many_as_asked_and_the_best(tmp_path: Path) -> None:
