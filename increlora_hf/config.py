@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import json
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, cast, get_type_hints
 
@@ -212,8 +212,9 @@ def _flag(setting: dataclasses.Field[Any], hints: Mapping[str, Any]) -> tuple[st
 
 def _make_arguments() -> Any:
     hints = get_type_hints(IncreLoraConfig)
-    settings = [f for f in fields(IncreLoraConfig) if f.default is not MISSING]
-    made = dataclasses.make_dataclass("IncreLoraArguments", [_flag(f, hints) for f in settings], bases=(_Flags,))
+    made = dataclasses.make_dataclass(
+        "IncreLoraArguments", [_flag(f, hints) for f in fields(IncreLoraConfig)], bases=(_Flags,)
+    )
     made.__module__ = __name__  # so that it pickles by reference
     made.__doc__ = "The settings of `IncreLoraConfig` as ``--increlora_<name>`` flags for `HfArgumentParser`."
     return made

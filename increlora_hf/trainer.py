@@ -211,7 +211,7 @@ class IncreLoraTrainerMixin(_Base):
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """Trainer's, then the sensitivities, and once per update the gradient of the orthogonality penalty."""
-        own_items = self._own_items(inputs) if self._probes is not None else None
+        own_items = self._get_num_items_in_batch([inputs], self.args.device) if self._probes is not None else None
         loss = super().training_step(model, inputs, num_items_in_batch)
         scale = self._loss_scale()
         if self._probes is not None:
@@ -227,9 +227,6 @@ class IncreLoraTrainerMixin(_Base):
     def _loss_scale(self) -> float:
         scaler = getattr(self.accelerator, "scaler", None)
         return scaler.get_scale() if scaler is not None else 1.0
-
-    def _own_items(self, inputs: Any) -> Any:
-        return self._get_num_items_in_batch([inputs], self.args.device)
 
     def _micro_batch_weight(self, own_items: Any, num_items_in_batch: Any) -> float:
         """What turns this micro-batch's gradients into 1/M of those of its own mean loss, M micro-batches a step.
