@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping
 
 from peft import LoraConfig, TaskType
@@ -13,7 +14,10 @@ from transformers.pytorch_utils import Conv1D
 
 from .config import IncreLoraConfig
 
+logger = logging.getLogger(__name__)
+
 ALL_LINEAR = "all-linear"  # PEFT's word for our default
+STACKED_MATRICES = 3  # dimensions of a parameter that holds one matrix per expert
 
 
 def resolve_targets(
@@ -31,6 +35,7 @@ def resolve_targets(
     targets = config.target_modules
     if targets is None or targets == ALL_LINEAR:
         targets = _backbone_linears(model, outside)
+        _warn_of_experts(model)
     if ranks is not None:
         targets = list(ranks)
     lora_config = LoraConfig(
@@ -58,6 +63,12 @@ def _adapted_names(model: nn.Module, lora_config: LoraConfig, config: IncreLoraC
     wanted = [name for name in modules if name and check_target_module_exists(lora_config, name)]
     listed = config.target_modules if isinstance(config.target_modules, list) else []
     idle = [target for target in listed if not any(_names(target, name) for name in wanted)]
+    fused = [name for name in _fused_experts(model) for target in idle if _names(target, name)]
+    if fused:
+        raise ValueError(
+            f"target_modules={idle!r} names {fused[0]!r}, one parameter with the weights of all experts, and IncreLoRA "
+            "grows linear layers only. Leave it out: the experts stay frozen."
+        )
     if not wanted or idle:
         raise ValueError(
             f"target_modules={idle or config.target_modules!r} matches no module of {type(model).__name__}. Give "
@@ -81,47 +92,75 @@ def is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear | Conv1D)
 
 
-def _backbone(model: nn.Module) -> nn.Module:
-    """transformers' model without its head, or the whole of any other model."""
-    return model.base_model if isinstance(model, PreTrainedModel) else model
+def _warn_of_experts(model: nn.Module) -> None:
+    experts = _fused_experts(model)
+    if experts:
+        logger.warning(
+            "IncreLoRA: %s keeps the weights of all its experts in single parameters (%s, ...). They are no linear "
+            "layers and stay frozen; only the linear layers around them grow.",
+            type(model).__name__,
+            experts[0],
+        )
+
+
+def _fused_experts(model: nn.Module) -> list[str]:
+    """Names of the parameters that stack one matrix per expert, shape (experts, ., .)."""
+    return [
+        f"{name}.{key}"
+        for name, module in model.named_modules()
+        for key, parameter in module.named_parameters(recurse=False)
+        if parameter.ndim == STACKED_MATRICES and hasattr(module, "num_experts")
+    ]
+
+
+def _backbone(model: nn.Module) -> list[nn.Module]:
+    """transformers' model without its head; of a class that has no such part, its towers; or the whole model."""
+    if not isinstance(model, PreTrainedModel):
+        return [model]
+    if model.base_model is not model:
+        return [model.base_model]
+    towers = [child for child in model.children() if isinstance(child, PreTrainedModel)]
+    return towers or [model]
 
 
 def _backbone_linears(model: nn.Module, outside: Iterable[str]) -> list[str]:
-    backbone = _backbone(model)
     heads = {id(part) for name in outside for part in model.get_submodule(name).modules()}
-    inside = {id(part) for part in backbone.modules()} - heads
+    inside = {id(part) for tower in _backbone(model) for part in tower.modules()} - heads
     return [name for name, module in model.named_modules() if id(module) in inside and is_linear(module)]
 
 
 def _outside_backbone(model: nn.Module) -> list[str]:
     """Names of what is trained fully: everything with parameters outside the backbone, and the backbone's pooler.
 
-    The pooler belongs to the head by what it does, wherever the model class keeps it. The output embeddings of a
-    language model are tied to its input embeddings or as large, and stay frozen.
+    The pooler belongs to the head by what it does, wherever the model class keeps it. Embeddings stay frozen, and so do
+    the output embeddings of a language model, which are tied to them or as large.
     """
     backbone = _backbone(model)
-    if backbone is model:
+    if not isinstance(model, PreTrainedModel) or backbone == [model]:
         return []
-    kept_frozen = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+    kept = {id(module) for module in (*backbone, model.get_output_embeddings())}
     names = {id(module): name for name, module in model.named_modules()}
     outside = []
 
     def collect(module: nn.Module) -> None:
         for child in module.children():
-            if child is backbone or child is kept_frozen or not any(True for _ in child.parameters()):
+            if id(child) in kept or isinstance(child, nn.Embedding) or not _has_parameters(child):
                 continue
-            holds = {id(part) for part in child.modules()}
             # PEFT trains modules that have a forward of their own; a container's children are taken one by one
-            if id(backbone) in holds or id(kept_frozen) in holds or isinstance(child, nn.ModuleList | nn.ModuleDict):
+            holds_kept = any(id(part) in kept for part in child.modules())
+            if holds_kept or isinstance(child, nn.ModuleList | nn.ModuleDict):
                 collect(child)
             else:
                 outside.append(names[id(child)])
 
     collect(model)
-    pooler = getattr(backbone, "pooler", None)
-    if isinstance(pooler, nn.Module) and any(True for _ in pooler.parameters()):
-        outside.append(names[id(pooler)])
+    poolers = [getattr(tower, "pooler", None) for tower in backbone]
+    outside += [names[id(pooler)] for pooler in poolers if isinstance(pooler, nn.Module) and _has_parameters(pooler)]
     return outside
+
+
+def _has_parameters(module: nn.Module) -> bool:
+    return any(True for _ in module.parameters())
 
 
 _TASK_TYPES = {

@@ -5,6 +5,7 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from datasets import Dataset
 from transformers import BertConfig, BertForSequenceClassification, TrainingArguments, set_seed
 
 VOCABULARY = 60
+MODELS_TABLE = Path(__file__).parents[1] / "docs" / "models.md"
 
 
 @pytest.fixture(autouse=True)
@@ -63,3 +65,24 @@ def arguments(output_dir: Path | str, **settings: Any) -> TrainingArguments:
         "dataloader_pin_memory": False,
     }
     return TrainingArguments(output_dir=str(output_dir), **{**defaults, **settings})
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--write-docs", action="store_true", help="Write the table of docs/models.md anew.")
+
+
+@pytest.fixture(scope="session")
+def models_table(request: pytest.FixtureRequest) -> Iterator[Callable[[str], None]]:
+    """Takes the rows of docs/models.md: each has to stand there; with --write-docs they are put there."""
+    rows: list[str] = []
+    write = request.config.getoption("--write-docs")
+
+    def add(row: str) -> None:
+        rows.append(row)
+        assert write or row in MODELS_TABLE.read_text(encoding="utf-8"), "make docs writes the table anew"
+
+    yield add
+    if write:
+        text = MODELS_TABLE.read_text(encoding="utf-8")
+        until_table = text[: text.index("|---") + len(text[text.index("|---") :].split("\n")[0])]
+        MODELS_TABLE.write_text("\n".join([until_table, *rows]) + "\n", encoding="utf-8")

@@ -7,6 +7,7 @@ import torch
 from conftest import tiny_bert
 from test_adapter import grow, trained
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from increlora_hf import IncreLoraConfig, attach
 from increlora_hf.importance import ImportanceTracker, SensitivityProbes, sensitivity
@@ -46,13 +47,53 @@ def test_probes_deliver_the_dense_definition(reduction: str) -> None:
     torch.testing.assert_close(probes.read(), expected, rtol=1e-9, atol=0)
 
 
-def test_probes_add_up_over_micro_batches_and_reset_when_read() -> None:
+def test_each_reading_is_of_the_pass_before_it() -> None:
     model, probes = ready()
     for part in (slice(0, 2), slice(2, 6)):
         model(input_ids=ROWS[part], labels=LABELS[part]).loss.backward()
-    expected = sum(dense_sensitivities(model, ROWS[part], LABELS[part], "mean") for part in (slice(0, 2), slice(2, 6)))
-    torch.testing.assert_close(probes.read(), expected, rtol=1e-9, atol=0)
+        expected = dense_sensitivities(model, ROWS[part], LABELS[part], "mean")
+        torch.testing.assert_close(probes.read(), expected, rtol=1e-9, atol=0)
     assert not probes.read().any()
+
+
+class Shared(nn.Module):
+    """One linear layer, called three times in a pass, like ALBERT's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(6, 6)
+        self.again: Callable[..., Tensor] = lambda run, x: run(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(3):
+            x = self.again(lambda x: torch.tanh(self.inner(x)), x)
+        return x.square().sum()
+
+
+CALLS = {
+    "plain": lambda run, x: run(x),
+    "non-reentrant": lambda run, x: checkpoint(run, x, use_reentrant=False),
+    "reentrant": lambda run, x: checkpoint(run, x, use_reentrant=True),
+}
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+def test_layer_that_is_called_several_times_has_the_gradient_of_all_calls(call: Callable[..., Tensor]) -> None:
+    torch.manual_seed(0)
+    model = attach(Shared().double(), IncreLoraConfig(r_avg=2))
+    trained(model).train()
+    model.get_base_model().again = call
+    layer = model.increlora.layers["inner"]
+    probes = SensitivityProbes([layer], "mean")
+    x = torch.randn(4, 6, dtype=torch.float64, requires_grad=True)
+    for _ in range(2):
+        model(x).backward()
+        delta = layer.delta_weight(with_reserve=True).detach().requires_grad_()
+        twin = Shared()
+        linear = layer.module.base_layer
+        twin.inner.forward = lambda x, w=linear.weight.detach() + delta: nn.functional.linear(x, w, linear.bias)
+        twin(x.detach()).backward()
+        torch.testing.assert_close(probes.read()[0], (delta * delta.grad).abs().mean(), rtol=1e-9, atol=0)
 
 
 def test_probes_change_neither_outputs_nor_gradients_nor_the_state() -> None:
