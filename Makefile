@@ -5,7 +5,7 @@ RUN := HF_HUB_OFFLINE=1 $(VENV)/bin/python
 # Errors that come of peft, transformers and torch typing their attributes as unions; tests reach into those freely.
 LAX := override union-attr index operator misc arg-type attr-defined call-arg
 
-.PHONY: demo test lint types fast slow clean
+.PHONY: demo test lint types fast slow docs clean
 
 ## Train on an embedded task: a real 22M-parameter encoder on generated sentence pairs, about three minutes.
 demo: $(VENV)/.ready
@@ -19,8 +19,8 @@ demo: $(VENV)/.ready
 test: lint types fast slow
 
 lint: $(VENV)/.ready
-	$(VENV)/bin/ruff format --check increlora_hf demo tests run_glue.py
-	$(VENV)/bin/ruff check increlora_hf demo tests run_glue.py
+	$(VENV)/bin/ruff format --check increlora_hf demo examples tests run_glue.py
+	$(VENV)/bin/ruff check increlora_hf demo examples tests run_glue.py
 
 types: $(VENV)/.ready
 	$(VENV)/bin/mypy
@@ -36,6 +36,10 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install -q -c constraints.txt -e ".[dev]"
 	touch $@
+
+## The tables in docs/ that tests write.
+docs: $(VENV)/.ready
+	$(RUN) -m pytest -q tests/test_models.py --write-docs
 
 clean:
 	rm -rf $(VENV) build

@@ -260,7 +260,7 @@ def inject(model: nn.Module, config: IncreLoraConfig, ranks: Mapping[str, int] |
     if ranks is None and config.fixed_ranks is not None:
         ranks = {name: rank for name, rank in config.fixed_ranks.items() if rank > 0}
     lora_config, wanted = resolve_targets(model, config, ranks)
-    peft_model = get_peft_model(model, lora_config)
+    peft_model = _wrap(model, lora_config)
     inner = peft_model.get_base_model()
     layers = {name: module for name, module in inner.named_modules() if isinstance(module, LoraLayer)}
     if list(layers) != wanted:
@@ -273,6 +273,19 @@ def inject(model: nn.Module, config: IncreLoraConfig, ranks: Mapping[str, int] |
     start_components(handles, {name: ranks[name] if ranks else config.init_r for name in handles}, config)
     record_ranks(peft_model, config)
     return peft_model
+
+
+def _wrap(model: nn.Module, lora_config: LoraConfig) -> PeftModel:
+    trainable = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    try:
+        return get_peft_model(model, lora_config)
+    except (TypeError, ValueError, NotImplementedError) as error:  # of a kind of layer, when some are wrapped already
+        for name, module in list(model.named_modules()):
+            if isinstance(module, LoraLayer):
+                model.set_submodule(name, module.get_base_layer())
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(trainable[name])
+        raise ValueError(f"PEFT cannot adapt {type(model).__name__}: {error}") from error
 
 
 def start_components(layers: Mapping[str, AdaptedLayer], ranks: Mapping[str, int], config: IncreLoraConfig) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from peft import LoraConfig, TaskType
 from peft.tuners.tuners_utils import check_target_module_exists
@@ -66,8 +66,8 @@ def _adapted_names(model: nn.Module, lora_config: LoraConfig, config: IncreLoraC
     fused = [name for name in _fused_experts(model) for target in idle if _names(target, name)]
     if fused:
         raise ValueError(
-            f"target_modules={idle!r} names {fused[0]!r}, one parameter with the weights of all experts, and IncreLoRA "
-            "grows linear layers only. Leave it out: the experts stay frozen."
+            f"target_modules={idle!r} names {fused[0]!r}, one parameter with the weights of all experts, and "
+            "IncreLoRA grows linear layers only. Leave it out: the experts stay frozen."
         )
     if not wanted or idle:
         raise ValueError(
@@ -113,7 +113,7 @@ def _fused_experts(model: nn.Module) -> list[str]:
     ]
 
 
-def _backbone(model: nn.Module) -> list[nn.Module]:
+def _backbone(model: nn.Module) -> Sequence[nn.Module]:
     """transformers' model without its head; of a class that has no such part, its towers; or the whole model."""
     if not isinstance(model, PreTrainedModel):
         return [model]
@@ -132,8 +132,8 @@ def _backbone_linears(model: nn.Module, outside: Iterable[str]) -> list[str]:
 def _outside_backbone(model: nn.Module) -> list[str]:
     """Names of what is trained fully: everything with parameters outside the backbone, and the backbone's pooler.
 
-    The pooler belongs to the head by what it does, wherever the model class keeps it. Embeddings stay frozen, and so do
-    the output embeddings of a language model, which are tied to them or as large.
+    The pooler belongs to the head by what it does, wherever the model class keeps it. Embeddings stay frozen, and so
+    do the output embeddings of a language model, which are tied to them or as large.
     """
     backbone = _backbone(model)
     if not isinstance(model, PreTrainedModel) or backbone == [model]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from collections.abc import Mapping
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import ProgressCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
+from transformers import ProgressCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments, set_seed
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SchedulerType, TrainOutput
 from transformers.training_args import ParallelMode
@@ -41,7 +42,7 @@ class IncreLoraTrainerMixin(_Base):
     The loss that is logged and evaluated stays the task's own.
 
     Args:
-        model: plain or attached; or give ``model_init``, as to Trainer.
+        model: plain or attached, or a name where the Trainer class takes one (TRL's); or give ``model_init``.
         increlora_config: default `IncreLoraConfig()`; ``seed`` defaults to the training arguments' seed.
 
     Raises:
@@ -54,8 +55,10 @@ class IncreLoraTrainerMixin(_Base):
         """As the Trainer's, with one more argument."""
         self.increlora_config = increlora_config
         training_args = kwargs.get("args", args[0] if args else None) or TrainingArguments(output_dir="tmp_trainer")
-        _refuse_unsupported(training_args, kwargs.get("optimizers", (None, None)))
+        _refuse_unsupported(training_args, kwargs)
         self._increlora_seed = training_args.seed
+        if isinstance(model, str):
+            model = _load_by_name(model, training_args, kwargs.pop("quantization_config", None))
         if model is not None:
             model = self._attach(model)
         self._probes: SensitivityProbes | None = None
@@ -356,17 +359,35 @@ def _step_of(checkpoint: Path) -> int:
     return TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME)).global_step
 
 
-def _refuse_unsupported(args: TrainingArguments, optimizers: tuple[Any, Any]) -> None:
+def _load_by_name(name: str, args: Any, quantization_config: Any) -> nn.Module:
+    """The model that TRL's trainers would load, loaded before they look at it."""
+    from trl.trainer.utils import create_model_from_path  # an optional package
+
+    options = dict(getattr(args, "model_init_kwargs", None) or {})
+    options.setdefault("trust_remote_code", getattr(args, "trust_remote_code", False))
+    if quantization_config is not None:
+        options["quantization_config"] = quantization_config
+    set_seed(args.seed)  # as they do, for weights that are not in the file
+    return create_model_from_path(name, **options)
+
+
+def _refuse_unsupported(args: TrainingArguments, kwargs: Mapping[str, Any]) -> None:
     schedule = SchedulerType(args.lr_scheduler_type)
     if schedule in NO_CURVE:
         raise ValueError(
             f"lr_scheduler_type={schedule.value!r} follows a metric and has no curve that a new "
             "parameter group could restart. Choose a schedule of steps, such as linear or cosine."
         )
-    if optimizers[1] is not None:
+    scheduler = kwargs.get("optimizers", (None, None))[1]
+    if scheduler is not None:
         raise ValueError(
-            f"optimizers holds a finished {type(optimizers[1]).__name__}, and IncreLoRA restarts the curve for every "
+            f"optimizers holds a finished {type(scheduler).__name__}, and IncreLoRA restarts the curve for every "
             "round. Give lr_scheduler_type and lr_scheduler_kwargs instead, and None in its place."
+        )
+    if kwargs.get("peft_config") is not None:
+        raise ValueError(
+            f"peft_config={type(kwargs['peft_config']).__name__}(...) asks for an adapter of its own, and IncreLoRA "
+            "makes the one that grows. Leave it out, and give increlora_config."
         )
     if args.parallel_mode is not ParallelMode.NOT_PARALLEL:
         raise ValueError(

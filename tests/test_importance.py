@@ -61,13 +61,22 @@ class Shared(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.inner = nn.Linear(6, 6)
+        self.inner: nn.Module = nn.Linear(6, 6)
         self.again: Callable[..., Tensor] = lambda run, x: run(x)
 
     def forward(self, x: Tensor) -> Tensor:
         for _ in range(3):
             x = self.again(lambda x: torch.tanh(self.inner(x)), x)
         return x.square().sum()
+
+
+class Dense(nn.Module):
+    def __init__(self, linear: nn.Linear, delta: Tensor) -> None:
+        super().__init__()
+        self.linear, self.delta = linear, delta
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.linear.weight.detach() + self.delta, self.linear.bias)
 
 
 CALLS = {
@@ -82,7 +91,7 @@ def test_layer_that_is_called_several_times_has_the_gradient_of_all_calls(call: 
     torch.manual_seed(0)
     model = attach(Shared().double(), IncreLoraConfig(r_avg=2))
     trained(model).train()
-    model.get_base_model().again = call
+    model.get_base_model().again = call  # type: ignore[assignment]
     layer = model.increlora.layers["inner"]
     probes = SensitivityProbes([layer], "mean")
     x = torch.randn(4, 6, dtype=torch.float64, requires_grad=True)
@@ -90,8 +99,7 @@ def test_layer_that_is_called_several_times_has_the_gradient_of_all_calls(call: 
         model(x).backward()
         delta = layer.delta_weight(with_reserve=True).detach().requires_grad_()
         twin = Shared()
-        linear = layer.module.base_layer
-        twin.inner.forward = lambda x, w=linear.weight.detach() + delta: nn.functional.linear(x, w, linear.bias)
+        twin.inner = Dense(layer.module.base_layer, delta)
         twin(x.detach()).backward()
         torch.testing.assert_close(probes.read()[0], (delta * delta.grad).abs().mean(), rtol=1e-9, atol=0)
 

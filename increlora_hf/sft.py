@@ -1,0 +1,9 @@
+"""TRL's SFTTrainer with IncreLoRA (``pip install increlora-hf[sft]``); other Trainer classes are extended likewise."""
+
+from trl import SFTTrainer
+
+from .trainer import IncreLoraTrainerMixin
+
+
+class IncreLoraSFTTrainer(IncreLoraTrainerMixin, SFTTrainer):
+    """SFTTrainer that grows: give ``increlora_config`` where you gave ``peft_config``; see `IncreLoraTrainerMixin`."""

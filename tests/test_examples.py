@@ -1,0 +1,100 @@
+"""The scripts in examples/: before and after differ by an import and a class name, and both run."""
+
+import difflib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from PIL import Image
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageClassification,
+    AutoModelForSequenceClassification,
+    BertConfig,
+    BertForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTImageProcessorPil,
+)
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+WORDS = ["<pad>", "<eos>", "<unk>", *["the", "cat", "sat", "on", "a", "mat", "and", "dog", "ran"]]
+TEXTS = ["the cat sat on a mat", "a dog ran"] * 48
+SIZES = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
+AUTO = {
+    "text_classification": AutoModelForSequenceClassification,
+    "causal_lm": AutoModelForCausalLM,
+    "image_classification": AutoModelForImageClassification,
+}
+
+
+def save_tokenizer(folder: Path) -> None:
+    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    special = {"pad_token": "<pad>", "eos_token": "<eos>", "unk_token": "<unk>"}
+    PreTrainedTokenizerFast(tokenizer_object=words, **special).save_pretrained(folder)
+
+
+def text_classification(folder: Path) -> Path:
+    save_tokenizer(folder / "model")
+    BertForSequenceClassification(BertConfig(vocab_size=len(WORDS), **SIZES)).save_pretrained(folder / "model")
+    data = folder / "train.csv"
+    data.write_text("text,label\n" + "".join(f"{text},{i % 2}\n" for i, text in enumerate(TEXTS)))
+    return data
+
+
+def causal_lm(folder: Path) -> Path:
+    save_tokenizer(folder / "model")
+    ids = {"vocab_size": len(WORDS), "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None}
+    LlamaForCausalLM(LlamaConfig(num_key_value_heads=2, **SIZES, **ids)).save_pretrained(folder / "model")
+    data = folder / "train.jsonl"
+    data.write_text("".join(f'{{"text": "{text}"}}\n' for text in TEXTS))
+    return data
+
+
+def image_classification(folder: Path) -> Path:
+    ViTImageProcessorPil(size={"height": 16, "width": 16}).save_pretrained(folder / "model")
+    ViTForImageClassification(ViTConfig(image_size=16, patch_size=8, **SIZES)).save_pretrained(folder / "model")
+    for i in range(96):
+        picture = folder / "pictures" / ("dark", "light")[i % 2] / f"{i}.png"
+        picture.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (20, 20), (40 + 150 * (i % 2), i, i)).save(picture)
+    return folder / "pictures"
+
+
+MAKERS = {make.__name__: make for make in (text_classification, causal_lm, image_classification)}
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_only_an_import_and_a_class_name_differ(name: str) -> None:
+    before, after = ((EXAMPLES / name / f"{which}.py").read_text().splitlines() for which in ("before", "after"))
+    changes = [line for line in difflib.ndiff(before, after) if line[0] in "+-" and line[2:].strip()]
+    code = [line for line in changes if '"""' not in line]  # the module's docstring names its file
+    assert all("import" in line or "Trainer" in line for line in code)
+    assert sum(line.startswith("+") for line in code) <= 3
+    assert sum("import" not in line and line.startswith("+") for line in code) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MAKERS)
+def test_both_versions_run(name: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    data = MAKERS[name](tmp_path)
+    for which in ("before", "after"):
+        command = [sys.executable, EXAMPLES / name / f"{which}.py", tmp_path / "model", data, tmp_path / which]
+        quiet = {**os.environ, "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
+        done = subprocess.run(command, env=quiet, cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-2000:]
+    base = AUTO[name].from_pretrained(tmp_path / "model")
+    adapter = PeftModel.from_pretrained(base, tmp_path / "after")
+    ranks = [part.r["default"] for part in adapter.modules() if hasattr(part, "lora_A")]
+    assert sum(ranks) == 2 * len(ranks)
+    assert not (tmp_path / "before" / "adapter_config.json").exists()
