@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from increlora_hf import IncreLoraArguments, IncreLoraTrainer
-from increlora_hf.tasks.glue import TextTask
+from increlora_hf.tasks.glue import GlueSource, TextTask, load_task
 from increlora_hf.tasks.metrics import GlueMetric
 from increlora_hf.tasks.script import (
     ModelArguments,
@@ -34,7 +34,6 @@ from increlora_hf.tasks.script import (
     parse_flags,
     set_up_logging,
 )
-from increlora_hf.tasks.source import DataSource, load_task
 
 PROG = "run_glue.py"
 logger = logging.getLogger("run_glue")
@@ -63,10 +62,10 @@ class DataArguments:
     max_eval_samples: int | None = flag(None, "Evaluate on the first so many rows of each set.")
     max_predict_samples: int | None = flag(None, "Predict the first so many rows of each set.")
 
-    def source(self, model: ModelArguments) -> DataSource:
+    def source(self, model: ModelArguments) -> GlueSource:
         """The data that the flags describe."""
         files = {"train": self.train_file, "validation": self.validation_file, "test": self.test_file}
-        return DataSource(
+        return GlueSource(
             task_name=self.task_name,
             dataset_name=self.dataset_name,
             dataset_config_name=self.dataset_config_name,
