@@ -33,6 +33,7 @@ from increlora_hf.tasks.script import (
     load_model,
     parse_flags,
     set_up_logging,
+    train_and_save,
 )
 
 PROG = "run_glue.py"
@@ -156,17 +157,8 @@ def prepare(
 
 
 def train(job: Job) -> dict[str, Any]:
-    """Train and save the adapter; the returned metrics are those of train_results.json."""
-    trainer: Any = job.trainer
-    metrics = trainer.train(resume_from_checkpoint=job.checkpoint).metrics
-    metrics["train_samples"] = len(job.rows["train"])
-    metrics["trainable_parameters"] = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
-    metrics["total_rank"] = trainer.increlora.total_rank
-    trainer.save_model()
-    trainer.log_metrics("train", metrics)
-    trainer.save_metrics("train", metrics)
-    trainer.save_state()
-    return metrics
+    """Train and save the adapter."""
+    return train_and_save(job.trainer, job.checkpoint, {"train_samples": len(job.rows["train"])})
 
 
 def evaluate(job: Job) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Where a task's rows come from: files of one's own, a local folder of parquet files, or the Hub."""
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,6 +9,7 @@ from typing import Any
 from datasets import Dataset, load_dataset
 from datasets.exceptions import DatasetsError
 
+READ_ROWS = 1000  # as many as `datasets` writes at a time
 SHARD = re.compile(r"-\d{5}-of-\d{5}$")
 
 
@@ -76,6 +77,12 @@ def require_columns(rows: Dataset, columns: Iterable[str], where: str) -> None:
         if column not in rows.column_names:
             names = ", ".join(rows.column_names)
             raise ValueError(f"{where} has no column {column!r} (columns: {names}). Add or rename one.")
+
+
+def each_row(rows: Dataset) -> Iterator[dict[str, Any]]:
+    """The rows one by one, read in batches."""
+    for batch in rows.iter(batch_size=READ_ROWS):
+        yield from (dict(zip(batch, cells, strict=True)) for cells in zip(*batch.values(), strict=True))
 
 
 def _read_folder(source: DataSource, config: str | None) -> dict[str, Dataset]:

@@ -1,4 +1,4 @@
-"""SQuAD's questions: rows of id, context, question and answers, from wherever they come, checked before they are used."""
+"""SQuAD's questions: rows of id, context, question and answers, checked before they are used."""
 
 import json
 import logging
@@ -9,12 +9,15 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 from datasets import Dataset, Features, List, Value
 
-from increlora_hf.tasks.source import DataSource, read_splits, require_columns, require_split
+from increlora_hf.tasks.source import DataSource, each_row, read_splits, require_columns, require_split
 from increlora_hf.tasks.tables import json_lines, read_text
 
 logger = logging.getLogger(__name__)
 
-HUB_DATASETS: Mapping[bool, str] = {False: "rajpurkar/squad", True: "rajpurkar/squad_v2"}  # by --version_2_with_negative
+HUB_DATASETS: Mapping[bool, str] = {
+    False: "rajpurkar/squad",
+    True: "rajpurkar/squad_v2",
+}  # by --version_2_with_negative
 SUFFIXES = (".json", ".jsonl")
 
 TEXTS = Features({name: Value("string") for name in ("id", "context", "question")})
@@ -49,7 +52,7 @@ def load_squad(source: DataSource, rules: Rules, *, train: bool, evaluate: bool,
 
 
 def read_squad(path: str | Path, split: str = "train") -> Dataset:
-    """The questions of a file: SQuAD's own nested JSON, or one flat JSON object a line; a test split has no answers."""
+    """The questions of a file: SQuAD's own nested JSON, or one JSON object a line; a test split has no answers."""
     path = Path(path)
     if path.suffix not in SUFFIXES:
         raise ValueError(f"{path}: its format is unknown. Give a file that ends in {', '.join(SUFFIXES)}.")
@@ -155,7 +158,7 @@ def prepare_questions(rows: Dataset, rules: Rules, where: str, *, labelled: bool
     bad: list[str] = []
     unanswerable: list[str] = []
     keep: list[int] = []
-    for number, row in enumerate(_each(rows), start=1):
+    for number, row in enumerate(each_row(rows), start=1):
         place = f"row {number} (id {row['id']!r})"
         _check_texts(row, f"{where}, {place}", seen, number)
         fault = _fault(row, f"{where}, {place}") if labelled else None
@@ -187,11 +190,6 @@ def _typed(rows: Dataset, where: str, labelled: bool) -> Dataset:
             f"{where}: its columns are {dict(rows.features)}, and SQuAD's are needed: {dict(features)} ({error}). "
             "Convert them."
         ) from error
-
-
-def _each(rows: Dataset) -> Iterator[Row]:
-    for batch in rows.iter(batch_size=1000):
-        yield from (dict(zip(batch, cells, strict=True)) for cells in zip(*batch.values(), strict=True))
 
 
 def _check_texts(row: Row, place: str, seen: dict[str, int], number: int) -> None:
