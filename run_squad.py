@@ -133,9 +133,10 @@ class Answering:
 
     def predictions(self, questions: Dataset, windows: Dataset, logits: Any, prefix: str) -> EvalPrediction:
         """What the metric wants of every question; without references where the answers are not known."""
-        found = answers(questions, windows, *logits, self.settings)
+        start_logits, end_logits = logits
+        found = answers(questions, windows, start_logits, end_logits, self.settings)
         texts, odds = write_answers(found, self.folder, prefix)
-        rows = [{"id": name, "prediction_text": text} for name, text in texts.items()]
+        rows: list[dict[str, Any]] = [{"id": name, "prediction_text": text} for name, text in texts.items()]
         if self.settings.version_2_with_negative:
             rows = [{**row, "no_answer_probability": odds[row["id"]]} for row in rows]
         golds = None

@@ -8,7 +8,7 @@ from torch.utils.data import Sampler, SequentialSampler
 from transformers import EvalPrediction, Trainer
 from transformers.trainer_utils import EvalLoopOutput, PredictionOutput
 
-PostProcess = Callable[[Dataset, Dataset, tuple[Any, Any], str], EvalPrediction]
+PostProcess = Callable[[Dataset, Dataset, Any, str], EvalPrediction]
 
 
 class QuestionAnsweringTrainer(Trainer):
@@ -46,7 +46,7 @@ class QuestionAnsweringTrainer(Trainer):
         self._questions: Dataset | None = None
         self._windows: Any = None
 
-    def evaluate(  # type: ignore[override]
+    def evaluate(
         self,
         eval_dataset: Dataset | None = None,
         ignore_keys: list[str] | None = None,

@@ -1,7 +1,7 @@
 """From the logits of windows to answers in text: the best spans of each question, or that it has no answer."""
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import groupby
 from operator import itemgetter
@@ -77,11 +77,12 @@ def answers(
             f"there are {len(windows)} windows and logits of {len(start_logits)} and {len(end_logits)}. "
             "Give the logits of exactly these windows."
         )
+    number_type = start_logits.dtype.type
     texts = each_row(questions.select_columns(["id", "context"]))
     found = _window_spans(windows, start_logits, end_logits, settings)
     for question, (_, group) in zip(texts, groupby(found, key=itemgetter(0)), strict=True):
         _, spans, nulls = zip(*group, strict=True)
-        yield _answer(question, [span for window in spans for span in window], nulls, settings)
+        yield _answer(question, [span for window in spans for span in window], nulls, settings, number_type)
 
 
 def _window_spans(
@@ -94,11 +95,10 @@ def _window_spans(
     for first in range(0, len(windows), size):
         chunk: pa.Table = table[first : first + size]
         logits = start_logits[first : first + size], end_logits[first : first + size]
-        offsets = [_rectangle(chunk.column(name), width) for name in ("token_starts", "token_ends")]
+        begins, ends = (_rectangle(chunk.column(name), width) for name in ("token_starts", "token_ends"))
+        spans = best_spans(*logits, begins, ends, settings)
         nulls = _null_spans(*logits, chunk.column("null_position").to_numpy())
-        yield from zip(
-            chunk.column("example").to_pylist(), best_spans(*logits, *offsets, settings), nulls, strict=True
-        )
+        yield from zip(chunk.column("example").to_pylist(), spans, nulls, strict=True)
 
 
 def _rectangle(column: pa.ChunkedArray, width: int) -> np.ndarray:
@@ -158,7 +158,13 @@ def _best_tokens(logits: np.ndarray, count: int) -> np.ndarray:
     return np.argsort(logits, axis=1)[:, : -count - 1 : -1]
 
 
-def _answer(question: dict[str, str], spans: list[Span], nulls: tuple[Span, ...], settings: SpanSettings) -> Answer:
+def _answer(
+    question: dict[str, str],
+    spans: list[Span],
+    nulls: tuple[Span, ...],
+    settings: SpanSettings,
+    number_type: Callable[[float], Any],
+) -> Answer:
     null = min(nulls, key=itemgetter(0))
     rivals = [*spans, null] if settings.version_2_with_negative else spans
     rivals = sorted(rivals, key=itemgetter(0), reverse=True)[: settings.n_best_size]
@@ -174,8 +180,11 @@ def _answer(question: dict[str, str], spans: list[Span], nulls: tuple[Span, ...]
     if not settings.version_2_with_negative:
         return Answer(question["id"], texts[0], n_best, None)
     best = next(i for i, text in enumerate(texts) if text)
-    odds = null.score - rivals[best].start_logit - rivals[best].end_logit
-    return Answer(question["id"], "" if odds > settings.null_score_diff_threshold else texts[best], n_best, odds)
+    # in the precision of the logits, where the same logits give the same sum
+    score, start, end = map(number_type, (null.score, rivals[best].start_logit, rivals[best].end_logit))
+    odds = score - start - end
+    text = "" if odds > settings.null_score_diff_threshold else texts[best]
+    return Answer(question["id"], text, n_best, float(odds))
 
 
 def _softmax(scores: list[float]) -> list[float]:
