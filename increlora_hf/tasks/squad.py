@@ -186,9 +186,9 @@ def _typed(rows: Dataset, where: str, labelled: bool) -> Dataset:
     try:
         return rows.cast(features)
     except (pa.ArrowException, TypeError, ValueError, KeyError) as error:
+        name = next(name for name in features if rows.features[name] != features[name])
         raise ValueError(
-            f"{where}: its columns are {dict(rows.features)}, and SQuAD's are needed: {dict(features)} ({error}). "
-            "Convert them."
+            f"{where}: column {name!r} is {rows.features[name]}, not {features[name]} ({error}). Convert it."
         ) from error
 
 
