@@ -1,6 +1,7 @@
 """SQuAD's rows, their windows, and answers from logits: against naive loops, and what is refused."""
 
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -133,7 +134,10 @@ def changed(row=2, **cells):
         ),
         (changed().select([]), r"here has no rows"),
         (changed().remove_columns("question"), r"here has no column 'question' \(columns: id, context, answers\)"),
-        (changed().remove_columns("answers").add_column("answers", ["cat"] * 4), r"(?s)here: column 'answers' is Value\('string'\), not .*Convert it"),
+        (
+            changed().remove_columns("answers").add_column("answers", ["cat"] * 4),
+            r"(?s)here: column 'answers' is Value\('string'\), not .*Convert it",
+        ),
     ],
     ids=["empty context", "no context", "id twice", "lists of two lengths", "no answer in 1.1", "no rows",
          "no question column", "answers no lists"],
@@ -215,7 +219,7 @@ def test_every_token_of_the_context_is_in_a_window_and_neighbours_share_the_stri
     ]
     pieces = [[word for word in window if word] for window in words]
     assert len(pieces) > 1
-    for before, after in zip(pieces, pieces[1:], strict=False):
+    for before, after in pairwise(pieces):
         assert before[-4:] == after[:4]
     assert pieces[0] + [word for piece in pieces[1:] for word in piece[4:]] == row["context"].split()
 

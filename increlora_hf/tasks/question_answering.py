@@ -35,12 +35,13 @@ class QuestionAnsweringTrainer(Trainer):
     ) -> None:
         """As the Trainer's, with two more arguments."""
         kwargs.setdefault("preprocess_logits_for_metrics", lambda logits, labels: logits[:2])  # some models give more
-        super().__init__(*args, **kwargs)
+        training_args = kwargs.get("args", args[1] if len(args) > 1 else None)
         for name, wrong in (("batch_eval_metrics", True), ("eval_do_concat_batches", False)):
-            if getattr(self.args, name) is wrong:
+            if getattr(training_args, name, None) is wrong:
                 raise ValueError(
                     f"{name}={wrong}: answers need the logits of all windows together. Leave it at {not wrong}."
                 )
+        super().__init__(*args, **kwargs)
         self.eval_examples = eval_examples
         self.post_process_function = post_process_function
         self._questions: Dataset | None = None
