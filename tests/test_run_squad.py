@@ -272,7 +272,7 @@ def broken(number=3, **cells):
         (broken(id="q1"), "row 4 (id 'q1'): row 2 has the same id"),
         (broken(answers={"text": ["cat"], "answer_start": []}), "the answers have 1 texts and 0 values"),
         (broken(answers={"text": [], "answer_start": []}), "1 of 12 rows have no answer, first row 4 (id 'q3')"),
-        (broken(0, question="red " * 9, context="red bird " * 9), "row 1 (id 'q0'): its question of 9 tokens leaves 4"),
+        (broken(0, question="red " * 9, context="red bird " * 9), "row 1 (id 'q0'): its question of 9 tokens"),
         ([{"id": "a", "context": "cat"}], "line 1: 'question' is missing"),
     ],
     ids=["answer elsewhere", "empty context", "id twice", "lists of two lengths", "no answer in 1.1",
