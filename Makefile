@@ -19,8 +19,8 @@ demo: $(VENV)/.ready
 test: lint types fast slow
 
 lint: $(VENV)/.ready
-	$(VENV)/bin/ruff format --check increlora_hf demo examples tests run_glue.py
-	$(VENV)/bin/ruff check increlora_hf demo examples tests run_glue.py
+	$(VENV)/bin/ruff format --check increlora_hf benchmarks demo examples tests run_glue.py run_squad.py
+	$(VENV)/bin/ruff check increlora_hf benchmarks demo examples tests run_glue.py run_squad.py
 
 types: $(VENV)/.ready
 	$(VENV)/bin/mypy

@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from increlora_hf import IncreLoraArguments, IncreLoraTrainer
-from increlora_hf.tasks.glue import TextTask
+from increlora_hf.tasks.glue import GlueSource, TextTask, load_task
 from increlora_hf.tasks.metrics import GlueMetric
 from increlora_hf.tasks.script import (
     ModelArguments,
@@ -33,8 +33,8 @@ from increlora_hf.tasks.script import (
     load_model,
     parse_flags,
     set_up_logging,
+    train_and_save,
 )
-from increlora_hf.tasks.source import DataSource, load_task
 
 PROG = "run_glue.py"
 logger = logging.getLogger("run_glue")
@@ -63,10 +63,10 @@ class DataArguments:
     max_eval_samples: int | None = flag(None, "Evaluate on the first so many rows of each set.")
     max_predict_samples: int | None = flag(None, "Predict the first so many rows of each set.")
 
-    def source(self, model: ModelArguments) -> DataSource:
+    def source(self, model: ModelArguments) -> GlueSource:
         """The data that the flags describe."""
         files = {"train": self.train_file, "validation": self.validation_file, "test": self.test_file}
-        return DataSource(
+        return GlueSource(
             task_name=self.task_name,
             dataset_name=self.dataset_name,
             dataset_config_name=self.dataset_config_name,
@@ -157,17 +157,8 @@ def prepare(
 
 
 def train(job: Job) -> dict[str, Any]:
-    """Train and save the adapter; the returned metrics are those of train_results.json."""
-    trainer: Any = job.trainer
-    metrics = trainer.train(resume_from_checkpoint=job.checkpoint).metrics
-    metrics["train_samples"] = len(job.rows["train"])
-    metrics["trainable_parameters"] = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
-    metrics["total_rank"] = trainer.increlora.total_rank
-    trainer.save_model()
-    trainer.log_metrics("train", metrics)
-    trainer.save_metrics("train", metrics)
-    trainer.save_state()
-    return metrics
+    """Train and save the adapter."""
+    return train_and_save(job.trainer, job.checkpoint, {"train_samples": len(job.rows["train"])})
 
 
 def evaluate(job: Job) -> dict[str, Any]:

@@ -6,8 +6,15 @@ import pytest
 from datasets import ClassLabel, Dataset, Features, Value
 from glue_fixtures import sentence_pairs, write_csv, write_json_lines, write_parquet
 
-from increlora_hf.tasks.glue import TASKS, detect_task, glue_task, prepare_rows, require_two_labels
-from increlora_hf.tasks.source import DataSource, load_task
+from increlora_hf.tasks.glue import (
+    TASKS,
+    GlueSource,
+    detect_task,
+    glue_task,
+    load_task,
+    prepare_rows,
+    require_two_labels,
+)
 from increlora_hf.tasks.tables import read_table
 
 # ---- The nine tasks -------------------------------------------------------------------------------------------------
@@ -258,7 +265,7 @@ def load(source, *, train=True, evaluate=True, predict=False):
 
 
 def folder_source(folder, task_name, tmp_path, **options):
-    return DataSource(
+    return GlueSource(
         task_name=task_name,
         dataset_name=str(folder),
         hub_options={"cache_dir": str(tmp_path / "cache")},
@@ -307,7 +314,7 @@ def test_a_sub_folder_is_found_by_the_task_or_the_configuration(tmp_path):
 def test_files_replace_the_data_of_a_glue_task(tmp_path):
     columns = sentence_pairs(["neutral", "entailment", "contradiction"], names=("premise", "hypothesis"))
     path = str(write_csv(tmp_path / "x.csv", columns))
-    task, rows = load(DataSource(task_name="mnli", files={"train": path, "validation": path}))
+    task, rows = load(GlueSource(task_name="mnli", files={"train": path, "validation": path}))
     assert task.eval_splits == ("validation",)
     assert rows["validation"]["label"][:3] == [1, 0, 2]
 
@@ -321,7 +328,7 @@ def test_only_the_splits_asked_for_are_needed(tmp_path):
 def test_a_test_file_needs_no_label(tmp_path):
     train = str(write_csv(tmp_path / "train.csv", sentence_pairs(["a", "b"])))
     blank = str(write_csv(tmp_path / "test.csv", sentence_pairs([""])))
-    _, rows = load(DataSource(files={"train": train, "test": blank}), evaluate=False, predict=True)
+    _, rows = load(GlueSource(files={"train": train, "test": blank}), evaluate=False, predict=True)
     assert rows["test"].column_names == ["sentence1", "sentence2"]
 
 
@@ -336,7 +343,7 @@ def test_a_missing_file_argument_is_named(tmp_path, split):
     path = str(write_csv(tmp_path / "x.csv", sentence_pairs([0, 1])))
     files = {name: path for name in ("train", "validation", "test") if name != split}
     with pytest.raises(ValueError, match=rf"the {split} split is needed, but no --{split}_file is given"):
-        load(DataSource(files=files), predict=True)
+        load(GlueSource(files=files), predict=True)
 
 
 def test_a_folder_without_parquet_files_is_refused(tmp_path):
@@ -352,19 +359,19 @@ def test_a_broken_parquet_file_is_named(tmp_path):
 
 @pytest.mark.parametrize("name", ["no/such", "../no/such/folder", None], ids=["name", "path", "GLUE itself"])
 def test_a_dataset_that_is_nowhere_is_refused(tmp_path, name):
-    source = DataSource(task_name="rte", dataset_name=name, hub_options={"cache_dir": str(tmp_path)})
+    source = GlueSource(task_name="rte", dataset_name=name, hub_options={"cache_dir": str(tmp_path)})
     with pytest.raises(ValueError, match=rf"the dataset '{name or 'nyu-mll/glue'}' is no local folder, and the Hub"):
         load(source)
 
 
 def test_a_source_must_name_data():
     with pytest.raises(ValueError, match=r"there is no data: give a GLUE task \(--task_name\), a dataset"):
-        DataSource()
+        GlueSource()
 
 
 def test_a_dataset_and_files_exclude_each_other():
     with pytest.raises(ValueError, match=r"--dataset_name here and data files \(x\.csv\) exclude each other"):
-        DataSource(dataset_name="here", files={"train": "x.csv"})
+        GlueSource(dataset_name="here", files={"train": "x.csv"})
 
 
 # ---- Real data ---------------------------------------------------------------------------------------------------

@@ -2,12 +2,15 @@
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from datasets import ClassLabel, Dataset, Value
 
-from increlora_hf.tasks.tables import LABEL
+from increlora_hf.tasks.source import DataSource, read_splits, require_columns, require_split
+from increlora_hf.tasks.tables import LABEL, read_table
+
+HUB_DATASET = "nyu-mll/glue"
 
 ROW_NUMBERS = ("idx", "id")  # columns that are no text even where they hold strings
 
@@ -76,9 +79,48 @@ def glue_task(name: str) -> TextTask:
     return TASKS[name.lower()]
 
 
+@dataclass(frozen=True, kw_only=True)
+class GlueSource(DataSource):
+    """A GLUE task, a dataset or files: one of the last two, or the task alone."""
+
+    hub_dataset: str = HUB_DATASET
+    task_name: str | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse a source that names no data, or names it twice."""
+        if not (self.task_name or self.dataset_name or self.files):
+            raise ValueError(
+                "there is no data: give a GLUE task (--task_name), a dataset (--dataset_name) or files (--train_file)."
+            )
+        super().__post_init__()
+
+
+def load_task(
+    source: GlueSource, *, train: bool, evaluate: bool, predict: bool
+) -> tuple[TextTask, dict[str, Dataset]]:
+    """The task that `source` poses, and the splits asked for; those to predict have no `label`."""
+    task = glue_task(source.task_name) if source.task_name else None
+    splits = read_splits(source, _read_file, task.name if task else None)
+    if task is None:
+        task = detect_task(require_split(splits, "train", source), source.where("train"))
+    elif source.files:
+        task = replace(task, eval_splits=("validation",), test_splits=("test",))
+    labelled = ("train",) * train + task.eval_splits * evaluate
+    wanted = labelled + task.test_splits * predict
+    raw = {name: require_split(splits, name, source) for name in wanted}
+    rows = {name: prepare_rows(raw[name], task, source.where(name), labelled=name in labelled) for name in wanted}
+    if train:
+        require_two_labels(rows["train"], task, source.where("train"))
+    return task, rows
+
+
+def _read_file(path: str, split: str) -> Dataset:
+    return read_table(path, ignore=(LABEL,) if split == "test" else ())
+
+
 def detect_task(rows: Dataset, where: str) -> TextTask:
     """The task that training rows pose: their text columns, and the classes or values of their label column."""
-    _require_columns(rows, (LABEL,), where)
+    require_columns(rows, (LABEL,), where)
     columns = _text_columns(rows)
     if not columns:
         raise ValueError(f"{where} has no text column beside {LABEL!r} (columns: {_names(rows)}). Add the text.")
@@ -93,7 +135,7 @@ def detect_task(rows: Dataset, where: str) -> TextTask:
 
 def prepare_rows(rows: Dataset, task: TextTask, where: str, *, labelled: bool = True) -> Dataset:
     """The task's text columns, and where `labelled` a numeric `label`: the class number, or the value to predict."""
-    _require_columns(rows, (*task.columns, LABEL) if labelled else task.columns, where)
+    require_columns(rows, (*task.columns, LABEL) if labelled else task.columns, where)
     prepared = rows.select_columns(list(task.columns))
     for column in task.columns:
         if rows.features[column] != Value("string"):
@@ -148,12 +190,6 @@ def _text_columns(rows: Dataset) -> tuple[str, ...]:
         if name != LABEL and name.lower() not in ROW_NUMBERS and getattr(feature, "dtype", None) == "string"
     )
     return SENTENCES if set(SENTENCES) <= set(texts) else texts[:2]
-
-
-def _require_columns(rows: Dataset, columns: Iterable[str], where: str) -> None:
-    for column in columns:
-        if column not in rows.column_names:
-            raise ValueError(f"{where} has no column {column!r} (columns: {_names(rows)}). Add or rename one.")
 
 
 def _names(rows: Dataset) -> str:

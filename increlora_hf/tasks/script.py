@@ -4,13 +4,21 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from peft import PeftConfig, PeftModel
-from transformers import AutoConfig, AutoTokenizer, HfArgumentParser, TrainerCallback, TrainingArguments
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    HfArgumentParser,
+    PreTrainedConfig,
+    TrainerCallback,
+    TrainingArguments,
+)
+from transformers.models.auto import modeling_auto
 from transformers.trainer_utils import get_last_checkpoint
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -119,14 +127,23 @@ def checkpoint_to_resume(training: TrainingArguments) -> str | bool | None:
     return True
 
 
-def load_model(args: ModelArguments, auto_model: Any, head: Mapping[str, Any]) -> tuple[Any, Any]:
-    """Model and tokenizer, with `head` in the model's config; a saved adapter comes on top of its base model."""
+def load_model(
+    args: ModelArguments,
+    auto_model: Any,
+    head: Mapping[str, Any],
+    check: Callable[[PreTrainedConfig], None] = lambda config: None,
+) -> tuple[Any, Any]:
+    """Model and tokenizer, with `head` in the model's config; a saved adapter comes on top of its base model.
+
+    `check` may refuse the config before any weights are loaded.
+    """
     path, options = args.model_name_or_path, args.loading()
     mismatch = {"ignore_mismatched_sizes": args.ignore_mismatched_sizes}
     try:
         base = PeftConfig.from_pretrained(path).base_model_name_or_path if args.is_adapter else path
         tokenizer = AutoTokenizer.from_pretrained(args.tokenizer_name or path, **options)
         config = AutoConfig.from_pretrained(args.config_name or base, **head, **options)
+        check(config)
         if tokenizer.pad_token is None:  # decoders
             tokenizer.pad_token = tokenizer.eos_token
             config.pad_token_id = tokenizer.pad_token_id
@@ -141,6 +158,42 @@ def load_model(args: ModelArguments, auto_model: Any, head: Mapping[str, Any]) -
             f"--model_name_or_path {path} has a head of another size than the task's. Replace it with "
             "--ignore_mismatched_sizes."
         ) from error
+
+
+def require_span_encoder(config: PreTrainedConfig) -> None:
+    """Refuse a model that cannot mark spans: one without such a head, or whose tokens do not see what follows them.
+
+    Decoders are what transformers knows as causal language model and neither as masked nor as sequence-to-sequence.
+    """
+    kind = config.model_type
+    if kind not in modeling_auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES:
+        raise ValueError(
+            f"--model_name_or_path is a model of type {kind!r}, for which transformers has no question-answering "
+            "head. Choose an encoder such as BERT, RoBERTa or DeBERTa."
+        )
+    sees_both_ways = {
+        *modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+        *modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+        "xlnet",  # masks by permutations in pre-training only
+    }
+    causal = kind in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and kind not in sees_both_ways
+    if causal or getattr(config, "is_decoder", False):
+        raise ValueError(
+            f"--model_name_or_path is a decoder ({kind}): each of its tokens sees only those before it, and the start "
+            "of an answer is marked without knowing its end. Choose an encoder such as BERT, RoBERTa or DeBERTa."
+        )
+
+
+def train_and_save(trainer: Any, checkpoint: str | bool | None, counts: Mapping[str, int]) -> dict[str, Any]:
+    """Train an IncreLoRA trainer and save the adapter; the returned metrics are those of train_results.json."""
+    metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics | counts
+    metrics["trainable_parameters"] = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+    metrics["total_rank"] = trainer.increlora.total_rank
+    trainer.save_model()
+    trainer.log_metrics("train", metrics)
+    trainer.save_metrics("train", metrics)
+    trainer.save_state()
+    return metrics
 
 
 class Preparation(TrainerCallback):

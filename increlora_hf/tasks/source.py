@@ -1,40 +1,33 @@
 """Where a task's rows come from: files of one's own, a local folder of parquet files, or the Hub."""
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, load_dataset
 from datasets.exceptions import DatasetsError
 
-from increlora_hf.tasks.glue import TextTask, detect_task, glue_task, prepare_rows, require_two_labels
-from increlora_hf.tasks.tables import LABEL, read_table
-
-HUB_DATASET = "nyu-mll/glue"
+READ_ROWS = 1000  # as many as `datasets` writes at a time
 SHARD = re.compile(r"-\d{5}-of-\d{5}$")
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataSource:
-    """A GLUE task, a dataset (local folder or Hub name), or files by split: one of the last two, or the task alone.
+    """Files by split, or a dataset: a local folder or a Hub name, `hub_dataset` unless another is given.
 
     `hub_options` go to `datasets.load_dataset`: cache_dir, token, ...
     """
 
-    task_name: str | None = None
+    hub_dataset: str
     dataset_name: str | None = None
     dataset_config_name: str | None = None
     files: Mapping[str, str] = field(default_factory=dict)
     hub_options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Refuse a source that names no data, or names it twice."""
-        if not (self.task_name or self.dataset_name or self.files):
-            raise ValueError(
-                "there is no data: give a GLUE task (--task_name), a dataset (--dataset_name) or files (--train_file)."
-            )
+        """Refuse a source that names its data twice."""
         if self.dataset_name and self.files:
             raise ValueError(
                 f"--dataset_name {self.dataset_name} and data files ({', '.join(self.files.values())}) exclude each "
@@ -43,34 +36,33 @@ class DataSource:
 
     @property
     def name(self) -> str:
-        """The dataset's name, the Hub's GLUE unless another is given."""
-        return self.dataset_name or HUB_DATASET
+        """The dataset's name."""
+        return self.dataset_name or self.hub_dataset
 
     def where(self, split: str) -> str:
         """A split, as error messages name it."""
         return self.files.get(split) or f"split {split!r} of {self.name}"
 
 
-def load_task(
-    source: DataSource, *, train: bool, evaluate: bool, predict: bool
-) -> tuple[TextTask, dict[str, Dataset]]:
-    """The task that `source` poses, and the splits asked for; those to predict have no `label`."""
-    task = glue_task(source.task_name) if source.task_name else None
-    splits = _read_splits(source, task)
-    if task is None:
-        task = detect_task(_split(splits, "train", source), source.where("train"))
-    elif source.files:
-        task = replace(task, eval_splits=("validation",), test_splits=("test",))
-    labelled = ("train",) * train + task.eval_splits * evaluate
-    wanted = labelled + task.test_splits * predict
-    raw = {name: _split(splits, name, source) for name in wanted}
-    rows = {name: prepare_rows(raw[name], task, source.where(name), labelled=name in labelled) for name in wanted}
-    if train:
-        require_two_labels(rows["train"], task, source.where("train"))
-    return task, rows
+def read_splits(
+    source: DataSource, read_file: Callable[[str, str], Dataset], config: str | None = None
+) -> Mapping[str, Dataset]:
+    """All splits that `source` has.
+
+    Args:
+        read_file: from the path of a file and its split to its rows.
+        config: the configuration in `hub_dataset` or a local folder, where the source names none.
+    """
+    if source.files:
+        return {split: read_file(path, split) for split, path in source.files.items()}
+    config = source.dataset_config_name or config
+    if Path(source.name).is_dir():
+        return _read_folder(source, config)
+    return _read_hub(source, config if source.name == source.hub_dataset else source.dataset_config_name)
 
 
-def _split(splits: Mapping[str, Dataset], name: str, source: DataSource) -> Dataset:
+def require_split(splits: Mapping[str, Dataset], name: str, source: DataSource) -> Dataset:
+    """That split, or an error that says where it should have been."""
     if name in splits:
         return splits[name]
     if source.files:
@@ -79,15 +71,18 @@ def _split(splits: Mapping[str, Dataset], name: str, source: DataSource) -> Data
     raise ValueError(f"{source.name} has no split {name!r}, only: {found}. Add it, or leave out what needs it.")
 
 
-def _read_splits(source: DataSource, task: TextTask | None) -> Mapping[str, Dataset]:
-    if source.files:
-        return {
-            split: read_table(path, ignore=(LABEL,) if split == "test" else ()) for split, path in source.files.items()
-        }
-    config = source.dataset_config_name or (task.name if task else None)
-    if Path(source.name).is_dir():
-        return _read_folder(source, config)
-    return _read_hub(source, config if source.name == HUB_DATASET else source.dataset_config_name)
+def require_columns(rows: Dataset, columns: Iterable[str], where: str) -> None:
+    """Refuse rows that lack one of the columns."""
+    for column in columns:
+        if column not in rows.column_names:
+            names = ", ".join(rows.column_names)
+            raise ValueError(f"{where} has no column {column!r} (columns: {names}). Add or rename one.")
+
+
+def each_row(rows: Dataset) -> Iterator[dict[str, Any]]:
+    """The rows one by one, read in batches."""
+    for batch in rows.iter(batch_size=READ_ROWS):
+        yield from (dict(zip(batch, cells, strict=True)) for cells in zip(*batch.values(), strict=True))
 
 
 def _read_folder(source: DataSource, config: str | None) -> dict[str, Dataset]:

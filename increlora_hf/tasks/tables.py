@@ -20,12 +20,10 @@ def read_table(path: str | Path, *, ignore: Collection[str] = ()) -> Dataset:
     A column is int, float or str, whichever holds all of its values; blank lines are skipped.
     """
     path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: there is no such file. Check the path.")
     if path.suffix not in FORMATS:
         raise ValueError(f"{path}: its format is unknown. Give a file that ends in {', '.join(FORMATS)}.")
     form = FORMATS[path.suffix]
-    rows = [(line, _without(row, ignore)) for line, row in form.rows(path, _text(path))]
+    rows = [(line, _without(row, ignore)) for line, row in form.rows(path, read_text(path))]
     if not rows:
         raise ValueError(f"{path} is empty: it needs at least one row of data.")
     for line, row in rows:
@@ -42,7 +40,10 @@ def _nested(cells: list[Any]) -> bool:
     return any(isinstance(cell, list | dict) for cell in cells)
 
 
-def _text(path: Path) -> str:
+def read_text(path: Path) -> str:
+    """The text of a UTF-8 file, with or without a byte-order mark."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: there is no such file. Check the path.")
     data = path.read_bytes()
     try:
         return data.decode("utf-8-sig")
@@ -76,7 +77,7 @@ def _csv_row(path: Path, line: int, header: list[str], cells: list[str]) -> dict
     return dict(zip(header, cells, strict=True))
 
 
-def _json_rows(path: Path, text: str) -> Iterator[Row]:
+def json_lines(path: Path, text: str) -> Iterator[Row]:
     """One JSON object a line."""
     for line, content in enumerate(text.split("\n"), start=1):
         if not content.strip():
@@ -130,6 +131,6 @@ class Format(NamedTuple):
 
 FORMATS: Mapping[str, Format] = {
     ".csv": Format(_csv_rows, _csv_column),
-    ".json": Format(_json_rows, _json_column),
-    ".jsonl": Format(_json_rows, _json_column),
+    ".json": Format(json_lines, _json_column),
+    ".jsonl": Format(json_lines, _json_column),
 }
