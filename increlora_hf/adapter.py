@@ -1,4 +1,4 @@
-"""The growing A and B inside PEFT's stock LoRA layers."""
+"""Growing factors inside PEFT's stock LoRA layers: putting them in, and handling one layer's components."""
 
 from __future__ import annotations
 
@@ -13,145 +13,11 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.nn import Parameter
-from torch.nn import functional as F
 
 from .config import DEFAULT_SEED, UNIT_STD, IncreLoraConfig
+from .factors import ADAPTER, GrowingA, GrowingB
+from .layers import fuse
 from .targets import plain_alpha, resolve_targets
-
-ADAPTER = "default"  # PEFT's own name for the adapter of get_peft_model
-
-
-class _GrowingFactor(nn.Module):
-    """Rows of components, one Parameter per (layer, round), the reserve's last; PEFT reads ``weight`` and calls it."""
-
-    def __init__(self, features: int) -> None:
-        super().__init__()
-        self.features = features
-        self.rank = 0  # rows of active components
-        self.num_blocks = 0
-
-    def blocks(self) -> list[Parameter]:
-        return [self.get_parameter(f"block_{i}") for i in range(self.num_blocks)]
-
-    def add_block(self, rows: Tensor) -> Parameter:
-        block = Parameter(rows)
-        self.register_parameter(f"block_{self.num_blocks}", block)
-        self.num_blocks += 1
-        return block
-
-    def drop_last_block(self) -> Parameter:
-        self.num_blocks -= 1
-        block = self.get_parameter(f"block_{self.num_blocks}")
-        delattr(self, f"block_{self.num_blocks}")
-        return block
-
-    def rows(self, *, with_reserve: bool) -> Tensor:
-        """The components as rows, shape (r, features); the reserve's last."""
-        blocks: list[Tensor] = list(self.blocks())
-        rows = blocks[0] if len(blocks) == 1 else torch.cat(blocks)
-        return rows if with_reserve else rows[: self.rank]
-
-    @property
-    def weight(self) -> Tensor:
-        """What an ordinary LoRA layer holds in this place, active components only."""
-        raise NotImplementedError
-
-    def _set_weight(self, weight: Tensor) -> None:
-        raise NotImplementedError
-
-    def _write_rows(self, rows: Tensor) -> None:
-        """Copy (rank, features) into the active blocks."""
-        start = 0
-        for block in self.blocks():
-            if start < self.rank:
-                block.copy_(rows[start : start + len(block)])
-                start += len(block)
-
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        weight = self.weight if keep_vars else self.weight.detach()
-        destination[prefix + "weight"] = weight.contiguous()
-
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
-        _metadata, _strict, missing, _unexpected, errors = args
-        weight = state_dict.get(prefix + "weight")
-        if weight is None:
-            missing.append(prefix + "weight")
-        elif weight.shape != self.weight.shape:
-            errors.append(
-                f"{prefix}weight has shape {tuple(weight.shape)}, and the live layer has rank {self.rank}, shape "
-                f"{tuple(self.weight.shape)}: the adapter was saved at another stage of growth."
-            )
-        else:
-            with torch.no_grad():
-                self._set_weight(weight)
-
-
-class GrowingA(_GrowingFactor):
-    """x ↦ x Aᵀ diag(λ); ``weight`` = diag(λ) A, shape (r, in).
-
-    While training, the reserve's rows are used with their frozen λ; in evaluation they are left out.
-    """
-
-    def __init__(self, in_features: int, reserve_lambda: float) -> None:
-        """Start without components; see `AdaptedLayer`."""
-        super().__init__(in_features)
-        self.reserve_lambda = reserve_lambda
-        self.num_lams = 0
-
-    def lams(self) -> list[Parameter]:
-        """The trainable λ, one Parameter of shape (k,) per activation."""
-        return [self.get_parameter(f"lam_{i}") for i in range(self.num_lams)]
-
-    def add_lam(self, values: Tensor) -> Parameter:
-        """Make the first components of the reserve active, with these λ, shape (k,)."""
-        lam = Parameter(values)
-        self.register_parameter(f"lam_{self.num_lams}", lam)
-        self.num_lams += 1
-        self.rank += len(values)
-        return lam
-
-    def lam(self, *, with_reserve: bool) -> Tensor:
-        """λ, shape (r,); the reserve's constant last."""
-        parts: list[Tensor] = list(self.lams())
-        reserve = sum(len(block) for block in self.blocks()) - self.rank
-        if with_reserve and reserve:
-            parts.append(parts[0].new_full((reserve,), self.reserve_lambda))
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-    @property
-    def weight(self) -> Tensor:
-        """diag(λ) A of the active components, shape (r, in)."""
-        return self.lam(with_reserve=False)[:, None] * self.rows(with_reserve=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., in) ↦ (..., r)."""
-        return F.linear(x, self.rows(with_reserve=self.training)) * self.lam(with_reserve=self.training)
-
-    def _set_weight(self, weight: Tensor) -> None:
-        """λ_i = ‖row i‖ and a_i = row i / λ_i; a zero row keeps its a_i."""
-        norms = torch.linalg.vector_norm(weight, dim=1)
-        rows = torch.where(norms[:, None] > 0, weight / norms[:, None], self.rows(with_reserve=False).to(weight))
-        self._write_rows(rows)
-        start = 0
-        for lam in self.lams():
-            lam.copy_(norms[start : start + len(lam)])
-            start += len(lam)
-
-
-class GrowingB(_GrowingFactor):
-    """h ↦ h Bᵀ, stored as rows b_i; ``weight`` = B, shape (out, r)."""
-
-    @property
-    def weight(self) -> Tensor:
-        """B of the active components, shape (out, r)."""
-        return self.rows(with_reserve=False).T
-
-    def forward(self, h: Tensor) -> Tensor:
-        """(..., r) ↦ (..., out)."""
-        return h @ self.rows(with_reserve=self.training)
-
-    def _set_weight(self, weight: Tensor) -> None:
-        self._write_rows(weight.T)
 
 
 @dataclass(frozen=True)
@@ -296,6 +162,7 @@ def start_components(layers: Mapping[str, AdaptedLayer], ranks: Mapping[str, int
         like = next(module.lora_A[ADAPTER].parameters())  # of PEFT's factor, or of the growing one that was there
         module.lora_A[ADAPTER] = GrowingA(module.in_features, config.reserve_lambda).train(module.training)
         module.lora_B[ADAPTER] = GrowingB(module.out_features).train(module.training)
+        fuse(module)
         generator = component_generator(config.seed, layer.index, round_index=0)
         layer.add_components(ranks[layer.name], generator, config.init_std, like)
         layer.activate(ranks[layer.name], lam=0.0)

@@ -9,7 +9,7 @@ from types import MethodType
 from typing import Any
 
 from peft import PeftModel
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import Parameter
 
 from .adapter import (
@@ -167,10 +167,9 @@ class Growth:
         """Adapter parameters that are saved: active components only."""
         return sum(layer.num_parameters(layer.rank) for layer in self.layers.values())
 
-    def factors(self) -> list[Tensor]:
-        """A and Bᵀ of all layers as rows, reserves included: what the orthogonality penalty sees."""
-        factors = [factor for layer in self.layers.values() for factor in (layer.A, layer.B)]
-        return [factor.rows(with_reserve=True) for factor in factors]
+    def factors(self) -> list[list[Parameter]]:
+        """A and Bᵀ of all layers as blocks of rows, reserves included: what the orthogonality penalty sees."""
+        return [factor.blocks() for layer in self.layers.values() for factor in (layer.A, layer.B)]
 
     def history(self) -> dict[str, Any]:
         """Settings, plan, rounds and final ranks as plain values."""

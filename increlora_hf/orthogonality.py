@@ -1,34 +1,85 @@
-"""The orthogonality penalty, equation (4), batched over matrices of one shape."""
+"""The orthogonality penalty, equation (4), and its gradient, batched over matrices of one shape."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
+
+Matrix = Sequence[Parameter]  # blocks of rows, (k, d) each
 
 
-def orthogonality(matrices: Iterable[Tensor], *, squared: bool = False) -> Tensor:
+def orthogonality(matrices: Iterable[Matrix], *, squared: bool = False) -> Tensor:
     """Mean over the matrices X of ‖X Xᵀ − I‖_F, a scalar; the squared norm with ``squared``.
 
     Args:
-        matrices: the A, shape (r, in), and the Bᵀ, shape (r, out), of all layers, reserves included. Rows are
-            components, so that ‖A Aᵀ − I‖ and ‖BᵀB − I‖ are the same expression.
+        matrices: the A, shape (r, in), and the Bᵀ, shape (r, out), of all layers, reserves included, as blocks of
+            rows. Rows are components, so that ‖A Aᵀ − I‖ and ‖BᵀB − I‖ are the same expression.
 
     Source: arXiv 2308.12043, equation (4); the mean is over the 2n matrices of n layers.
     """
-    by_shape: dict[torch.Size, list[Tensor]] = defaultdict(list)
+    batches = _by_shape(matrices)
+    norms = [_norms(_deviation(_stack(batch))) for batch in batches]  # (m,) each
+    total = torch.stack([(norm.square() if squared else norm).sum() for norm in norms]).sum()
+    return total / sum(map(len, batches))
+
+
+@torch.no_grad()
+def add_orthogonality_gradient(matrices: Iterable[Matrix], weight: float, *, squared: bool = False) -> None:
+    """Add the gradient of weight · `orthogonality` to the ``grad`` of every block.
+
+    With E = X Xᵀ − I, of one matrix among N: ∂‖E‖/∂X = 2 E X / ‖E‖ and ∂‖E‖²/∂X = 4 E X, each times weight / N.
+    At E = 0 the norm has no gradient, and 0 is taken.
+    """
+    batches = _by_shape(matrices)
+    count = sum(map(len, batches))
+    for batch in batches:
+        blocks = [block for matrix in batch for block in matrix]
+        stacked = _stack(batch)  # (m, r, d)
+        deviation = _deviation(stacked)
+        if squared:
+            deviation *= 4 * weight / count
+        else:
+            norms = _norms(deviation)[:, None, None]
+            deviation *= torch.where(norms > 0, 2 * weight / (count * norms), 0)
+        parts = (deviation @ stacked).flatten(0, 1).split([len(block) for block in blocks])
+        _add(blocks, parts)
+
+
+def _add(blocks: Sequence[Parameter], parts: Sequence[Tensor]) -> None:
+    """Into the gradients that are there, and in place of those that the task's loss did not reach."""
+    known = [(block.grad, part) for block, part in zip(blocks, parts, strict=True) if block.grad is not None]
+    if known:
+        gradients, additions = zip(*known, strict=True)
+        torch._foreach_add_(gradients, additions)
+    if len(known) < len(blocks):
+        for block, part in zip(blocks, parts, strict=True):
+            if block.grad is None:
+                block.grad = part.clone()
+
+
+def _by_shape(matrices: Iterable[Matrix]) -> list[list[Matrix]]:
+    batches: dict[tuple[int, torch.Size], list[Matrix]] = defaultdict(list)
     for matrix in matrices:
-        by_shape[matrix.shape].append(matrix)
-    total = torch.stack([_deviation(torch.stack(same), squared) for same in by_shape.values()]).sum()
-    return total / sum(len(same) for same in by_shape.values())
+        batches[sum(map(len, matrix)), matrix[0].shape[1:]].append(matrix)
+    return list(batches.values())
 
 
-def _deviation(stacked: Tensor, squared: bool) -> Tensor:
-    """Sum over the m matrices of (m, r, d) of ‖X Xᵀ − I‖_F or its square."""
-    gram = stacked @ stacked.mT  # (m, r, r)
-    off = gram - torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-    if squared:
-        return off.square().sum()
-    return torch.linalg.matrix_norm(off).sum()
+def _stack(batch: Sequence[Matrix]) -> Tensor:
+    """(m, r, d)."""
+    rows = torch.cat([block for matrix in batch for block in matrix])
+    return rows.view(len(batch), -1, rows.shape[1])
+
+
+def _deviation(stacked: Tensor) -> Tensor:
+    """X Xᵀ − I of every matrix, (m, r, r)."""
+    gram = stacked @ stacked.mT
+    gram.diagonal(dim1=-2, dim2=-1).sub_(1)
+    return gram
+
+
+def _norms(deviation: Tensor) -> Tensor:
+    return torch.linalg.matrix_norm(deviation)

@@ -22,7 +22,7 @@ from .config import IncreLoraConfig
 from .growth import Grown, Growth, attach, is_attached
 from .importance import SensitivityProbes
 from .manifest import check_manifest, new_checkpoint, resolve_checkpoint, rotate
-from .orthogonality import orthogonality
+from .orthogonality import add_orthogonality_gradient, orthogonality
 from .report import plan_line, rank_table
 from .scheduler import NO_CURVE, RestartWarmupLR, add_groups, group_of, narrow_state, remove_params, restart_curves
 from .state import SavedState, check_same_plan, check_same_run, read_state, restore, write_state
@@ -223,8 +223,8 @@ class IncreLoraTrainerMixin(_Base):
             self._sensitivities = values if self._sensitivities is None else self._sensitivities + values
         config = self.increlora.config
         if self.accelerator.sync_gradients and config.orth_reg_weight > 0:
-            penalty = orthogonality(self.increlora.factors(), squared=config.orth_reg_squared)
-            (penalty * config.orth_reg_weight * scale).backward()
+            weight = config.orth_reg_weight * scale
+            add_orthogonality_gradient(self.increlora.factors(), weight, squared=config.orth_reg_squared)
         return loss
 
     def _loss_scale(self) -> float:

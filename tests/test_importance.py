@@ -1,4 +1,4 @@
-"""Sensitivities out of the backward pass, their averages, and the orthogonality penalty."""
+"""Sensitivities out of the backward pass, and their averages."""
 
 from collections.abc import Callable
 
@@ -10,9 +10,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from increlora_hf import IncreLoraConfig, attach
-from increlora_hf.importance import ImportanceTracker, SensitivityProbes, sensitivity
-from increlora_hf.orthogonality import orthogonality
+from increlora_hf.allocator import choose, scored_window
+from increlora_hf.importance import ImportanceTracker, SensitivityProbes
+from increlora_hf.lowrank import sensitivity
 
+MAX_TIES = 2  # of 600 rounds: a layer whose score all but equals its neighbour's may change places with it
 ROWS = torch.randint(5, 60, (6, 8), generator=torch.Generator().manual_seed(0))
 LABELS = torch.tensor([0, 1, 1, 0, 1, 0])
 
@@ -118,7 +120,6 @@ def test_probes_change_neither_outputs_nor_gradients_nor_the_state() -> None:
     without = run(model)
     assert all(torch.equal(a, b) for a, b in zip(with_probes, without, strict=True))
     assert list(model.state_dict()) == keys
-    assert not probes.read().any() or probes.read().sum() == 0
 
 
 @pytest.mark.parametrize("reentrant", [False, True], ids=["non-reentrant", "reentrant"])
@@ -160,22 +161,25 @@ def test_step_that_is_not_finite_leaves_the_averages_alone(bad: float) -> None:
     assert torch.equal(tracker.uncertainty, before[1])
 
 
-def _norm(matrix: Tensor) -> float:
-    off = matrix @ matrix.T - torch.eye(len(matrix))
-    return sum(value.item() ** 2 for value in off.flatten()) ** 0.5
-
-
-@pytest.mark.parametrize("squared, entry", [(False, lambda x: x), (True, lambda x: x * x)], ids=["norm", "squared"])
-def test_penalty_is_the_mean_over_matrices_of_any_shapes(squared: bool, entry: Callable[[float], float]) -> None:
+def test_scored_window_chooses_what_scoring_every_step_chooses() -> None:
+    """200 random streams of 40 layers, 3 rounds of 8 each; sensitivities drift and jump by orders of magnitude."""
     generator = torch.Generator().manual_seed(0)
-    matrices = [torch.randn(r, d, generator=generator) for r, d in [(2, 5), (3, 5), (2, 5), (1, 7)]]
-    expected = sum(entry(_norm(matrix)) for matrix in matrices) / 4
-    assert orthogonality(matrices, squared=squared).item() == pytest.approx(expected, rel=1e-6)
-
-
-def test_penalty_of_orthonormal_rows_is_zero_with_a_finite_gradient() -> None:
-    matrix = torch.eye(3, 5).requires_grad_()
-    penalty = orthogonality([matrix])
-    penalty.backward()
-    assert penalty.item() == 0
-    assert torch.isfinite(matrix.grad).all()
+    window = scored_window(0.85, 0.85, 1e-4, 10_000)
+    names = [str(i) for i in range(40)]
+    differing = 0
+    for stream in range(200):
+        interval = int(torch.randint(window + 1, 2 * window, (), generator=generator))
+        drift, noise = (0.0, 0.02, 0.1)[stream % 3], torch.rand((), generator=generator).item()
+        level = torch.randn(40, generator=generator, dtype=torch.float64)
+        every, windowed = ImportanceTracker(40, 0.85, 0.85), ImportanceTracker(40, 0.85, 0.85)
+        for step in range(1, 3 * interval + 1):
+            level += drift * torch.randn(40, generator=generator, dtype=torch.float64)
+            values = torch.exp(level + noise * torch.randn(40, generator=generator, dtype=torch.float64))
+            every.update(values)
+            if -step % interval < window:
+                windowed.update(values)
+            if step % interval == 0:
+                scores, theirs = (dict(zip(names, one.scores().tolist(), strict=True)) for one in (every, windowed))
+                chosen, other = (set(choose(s, remaining=100, top_h=8, increment=1)) for s in (scores, theirs))
+                differing += chosen != other
+    assert differing <= MAX_TIES

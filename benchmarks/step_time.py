@@ -1,0 +1,166 @@
+"""Time and memory of training steps, side by side: python benchmarks/step_time.py [--device cuda ...].
+
+All contenders take turns, step by step, in one process, in an order that is drawn anew for each step; figures are
+medians of the ratio of a contender's step to PEFT LoRA's step of the same turn. Memory is of processes of their own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import random
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from typing import Any
+
+import models
+import torch
+from contenders import CONTENDERS, Contender, build
+
+REFERENCE, OURS = "PEFT LoRA", "IncreLoRA"
+WARM_UP = 5  # first steps, which allocate, left out of every figure
+PHASES = {"scoring": "IncreLoRA while scoring", "between": "IncreLoRA between", "after": "IncreLoRA after the budget"}
+MEMORY_STEPS = 4
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="minilm", help="minilm, deberta-v3-base, llama, a folder or a Hub name")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"], help="of autocast")
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--length", type=int, default=64)
+    parser.add_argument("--r_avg", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--interval", type=int, default=100)
+    parser.add_argument("--top_h", type=int, help="default: as many as let growth end at 40 %% of the run")
+    parser.add_argument("--only", nargs="+", choices=list(CONTENDERS), help="these, beside PEFT LoRA")
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--no_memory", action="store_true")
+    parser.add_argument("--memory_of", choices=list(CONTENDERS), help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def make(name: str, model: Any, folder: str, args: argparse.Namespace) -> Contender:
+    """One contender under these settings."""
+    settings: dict[str, Any] = {"use_cpu": args.device == "cpu", "torch_compile": args.compile}
+    settings |= {"bfloat16": {"bf16": True}, "float16": {"fp16": True}}.get(args.dtype, {})
+    more = {"interval": args.interval, "start": args.interval, "top_h": args.top_h} if name == OURS else {}
+    return build(name, model, folder, args.steps, args.r_avg, settings, **more)
+
+
+def seconds(contender: Contender, batch: dict[str, torch.Tensor], device: str) -> float:
+    """What one step takes, the device's work included."""
+    start = time.perf_counter()
+    contender.step(batch)
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def race(args: argparse.Namespace, folder: str) -> tuple[dict[str, list[float]], list[str]]:
+    """Seconds of every step of every contender, and IncreLoRA's phase in each."""
+    model = models.load(args.model).to(args.device)
+    data = [{k: v.to(args.device) for k, v in b.items()} for b in models.batches(model, 8, args.batch, args.length)]
+    names = [name for name in CONTENDERS if not args.only or name in (REFERENCE, *args.only)]
+    runs = {name: make(name, copy.deepcopy(model), folder, args) for name in names}
+    times: dict[str, list[float]] = defaultdict(list)
+    phases: list[str] = []
+    order = random.Random(0)
+    for step in range(args.steps):
+        phases.append(runs[OURS].phase if OURS in runs else "")
+        for name in order.sample(names, len(names)):
+            times[name].append(seconds(runs[name], data[step % len(data)], args.device))
+    if OURS in runs:
+        growth = runs[OURS].trainer.increlora
+        assert growth.total_rank == growth.target_total_rank
+    return times, phases
+
+
+def summary(times: dict[str, list[float]], phases: list[str]) -> list[tuple[str, float, float]]:
+    """(what, median ratio to PEFT LoRA of the same turn, median seconds)."""
+    reference = times[REFERENCE]
+    rows = []
+
+    def add(what: str, values: list[float], steps: list[int]) -> None:
+        if steps:
+            ratio = statistics.median(values[i] / reference[i] for i in steps)
+            rows.append((what, ratio, statistics.median(values[i] for i in steps)))
+
+    usual = range(WARM_UP, len(reference))
+    for name, values in times.items():
+        if name != OURS:
+            add(name, values, list(usual))
+    for phase, what in PHASES.items():
+        if OURS in times:
+            add(what, times[OURS], [i for i in usual if phases[i] == phase])
+    return rows
+
+
+def whole_runs(times: dict[str, list[float]]) -> list[tuple[str, float]]:
+    """(name, time of all steps ÷ that of PEFT LoRA)."""
+    total = {name: sum(values[WARM_UP:]) for name, values in times.items()}
+    return [(name, value / total[REFERENCE]) for name, value in total.items()]
+
+
+def report_memory(args: argparse.Namespace, folder: str) -> None:
+    """Print the growth of this process's peak memory over a few steps of one contender, in MiB."""
+    model = models.load(args.model).to(args.device)
+    batch = {k: v.to(args.device) for k, v in models.batches(model, 1, args.batch, args.length)[0].items()}
+    contender = make(args.memory_of, model, folder, args)
+    cuda = args.device == "cuda"
+    before = torch.cuda.memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    for _ in range(MEMORY_STEPS):
+        contender.step(batch)
+    peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    sys.stdout.write(json.dumps({"grown": (peak - before) / 2**20, "peak": peak / 2**20}) + "\n")
+
+
+def memory(names: list[str]) -> dict[str, dict[str, float]]:
+    """Peak memory of each contender, in a process of its own."""
+    found = {}
+    for name in names:
+        command = [sys.executable, *sys.argv, "--memory_of", name]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        found[name] = json.loads(done.stdout.strip().splitlines()[-1])
+    return found
+
+
+def main() -> None:
+    """Run, and print tables in Markdown."""
+    args = parse()
+    with tempfile.TemporaryDirectory() as folder:
+        if args.memory_of:
+            report_memory(args, folder)
+            return
+        times, phases = race(args, folder)
+    write = sys.stdout.write
+    where = torch.cuda.get_device_name() if args.device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    write(f"{args.model}, {args.dtype}, batch {args.batch} × {args.length}, r_avg {args.r_avg}, {args.steps} steps, ")
+    write(f"interval {args.interval}; {where}; torch {torch.__version__}\n\n")
+    write("| step of | ÷ PEFT LoRA | ms |\n|---|---|---|\n")
+    for what, ratio, median in summary(times, phases):
+        write(f"| {what} | {ratio:.3f} | {1000 * median:.1f} |\n")
+    write("\n| whole run of | ÷ PEFT LoRA |\n|---|---|\n")
+    for name, ratio in whole_runs(times):
+        write(f"| {name} | {ratio:.3f} |\n")
+    if not args.no_memory:
+        found = memory(list(times))
+        reference = found[REFERENCE]
+        write(
+            "\n| memory of | peak, MiB | ÷ PEFT LoRA | grown in training, MiB | ÷ PEFT LoRA |\n|---|---|---|---|---|\n"
+        )
+        for name, one in found.items():
+            write(f"| {name} | {one['peak']:.0f} | {one['peak'] / reference['peak']:.3f} ")
+            write(f"| {one['grown']:.0f} | {one['grown'] / reference['grown']:.3f} |\n")
+
+
+if __name__ == "__main__":
+    main()

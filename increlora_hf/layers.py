@@ -1,0 +1,83 @@
+"""PEFT's LoRA layers with their forward pass replaced by the fused low-rank update."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import Linear, LoraVariant
+from torch import Tensor, nn
+from torch.nn import Parameter
+
+from .factors import ADAPTER, GrowingA, GrowingB
+from .lowrank import Factors, add_update, linear_with_update
+
+
+def fuse(layer: LoraLayer) -> None:
+    """Let a LoRA layer with growing factors compute them fused, with its base where that is an ordinary nn.Linear."""
+    layer.lora_variant[ADAPTER] = FusedUpdate()
+    if type(layer) is Linear and type(layer.get_base_layer()) is nn.Linear:
+        layer.__class__ = FusedLinear
+
+
+def factors_of(layer: Any) -> Factors:
+    """The components that the layer computes with: the reserve's too while it trains."""
+    a: GrowingA = layer.lora_A[ADAPTER]
+    b: GrowingB = layer.lora_B[ADAPTER]
+    return Factors(
+        A=a.blocks(with_reserve=a.training),
+        B=b.blocks(with_reserve=a.training),
+        lam=a.lams(),
+        scale=layer.scaling[ADAPTER],
+        reserve_lambda=a.reserve_lambda,
+        probe=a.probe if a.training else None,
+    )
+
+
+class FusedUpdate(LoraVariant):
+    """PEFT's seam for another forward pass, used over any kind of base layer: Conv1D, quantised ones, ..."""
+
+    @staticmethod
+    def forward(module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
+        """result + s · (dropout(x) Aᵀ) diag(λ) B."""
+        return add_update(result, module.lora_dropout[active_adapter](x), factors_of(module))
+
+    @staticmethod
+    def merge_safe(module: Any, active_adapter: str, orig_weight: Tensor) -> Tensor:
+        """W + ΔW, as for any LoRA."""
+        return orig_weight + module.get_delta_weight(active_adapter).to(orig_weight.dtype)
+
+    @staticmethod
+    def merge_unsafe(module: Any, active_adapter: str, orig_weight: Tensor) -> None:
+        """The same in place."""
+        orig_weight.data += module.get_delta_weight(active_adapter)
+
+    @staticmethod
+    def unmerge(module: Any, active_adapter: str, orig_weight: Tensor) -> Tensor:
+        """W of W + ΔW."""
+        return orig_weight - module.get_delta_weight(active_adapter).to(orig_weight.dtype)
+
+
+class FusedLinear(Linear):
+    """PEFT's LoRA layer over an nn.Linear; where nothing else is asked of it, base and update are one Function."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """x (W + ΔW)ᵀ + bias."""
+        if args or kwargs or self.disable_adapters or self.merged or not self._is_plain():
+            return super().forward(x, *args, **kwargs)
+        base: Any = self.base_layer
+        return linear_with_update(x, base.weight, base.bias, factors_of(self))
+
+    def _is_plain(self) -> bool:
+        """Whether there is no other adapter, no dropout, and nothing that watches, shards or trains the base."""
+        base: Any = self.base_layer
+        dropout: Any = self.lora_dropout[ADAPTER]
+        return (
+            self.active_adapters == [ADAPTER]
+            and (isinstance(dropout, nn.Identity) or not dropout.training)
+            and not (base._forward_hooks or base._forward_pre_hooks)
+            and "forward" not in base.__dict__  # accelerate puts its own there
+            and type(base.weight) is Parameter
+            and not base.weight.requires_grad
+            and not (base.bias is not None and base.bias.requires_grad)
+        )
