@@ -27,6 +27,7 @@ REFERENCE, OURS = "PEFT LoRA", "IncreLoRA"
 WARM_UP = 5  # first steps, which allocate, left out of every figure
 PHASES = {"scoring": "IncreLoRA while scoring", "between": "IncreLoRA between", "after": "IncreLoRA after the budget"}
 MEMORY_STEPS = 4
+PROGRESS = 20  # turns
 
 
 def parse() -> argparse.Namespace:
@@ -41,6 +42,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--interval", type=int, default=100)
     parser.add_argument("--top_h", type=int, help="default: as many as let growth end at 40 %% of the run")
+    parser.add_argument(
+        "--score_tolerance", type=float, default=1e-4, help="larger: fewer steps before a round scored"
+    )
     parser.add_argument("--only", nargs="+", choices=list(CONTENDERS), help="these, beside PEFT LoRA")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--no_memory", action="store_true")
@@ -52,7 +56,8 @@ def make(name: str, model: Any, folder: str, args: argparse.Namespace) -> Conten
     """One contender under these settings."""
     settings: dict[str, Any] = {"use_cpu": args.device == "cpu", "torch_compile": args.compile}
     settings |= {"bfloat16": {"bf16": True}, "float16": {"fp16": True}}.get(args.dtype, {})
-    more = {"interval": args.interval, "start": args.interval, "top_h": args.top_h} if name == OURS else {}
+    growth = {"interval": args.interval, "start": args.interval, "top_h": args.top_h}
+    more = {**growth, "score_tolerance": args.score_tolerance} if name == OURS else {}
     return build(name, model, folder, args.steps, args.r_avg, settings, **more)
 
 
@@ -78,6 +83,8 @@ def race(args: argparse.Namespace, folder: str) -> tuple[dict[str, list[float]],
         phases.append(runs[OURS].phase if OURS in runs else "")
         for name in order.sample(names, len(names)):
             times[name].append(seconds(runs[name], data[step % len(data)], args.device))
+        if (step + 1) % PROGRESS == 0:
+            sys.stderr.write(f"{step + 1} of {args.steps} turns, {sum(map(sum, times.values())):.0f} s\n")
     if OURS in runs:
         growth = runs[OURS].trainer.increlora
         assert growth.total_rank == growth.target_total_rank

@@ -71,10 +71,10 @@ class FusedLinear(Linear):
     def _is_plain(self) -> bool:
         """Whether there is no other adapter, no dropout, and nothing that watches, shards or trains the base."""
         base: Any = self.base_layer
-        dropout: Any = self.lora_dropout[ADAPTER]
         return (
             self.active_adapters == [ADAPTER]
-            and (isinstance(dropout, nn.Identity) or not dropout.training)
+            and ADAPTER in self.lora_A
+            and (not self.training or isinstance(self.lora_dropout[ADAPTER], nn.Identity))
             and not (base._forward_hooks or base._forward_pre_hooks)
             and "forward" not in base.__dict__  # accelerate puts its own there
             and type(base.weight) is Parameter

@@ -48,20 +48,18 @@ class Probe:
         zero = like.new_zeros((), dtype=torch.promote_types(like.dtype, torch.float32))
         self.scalar = zero.clone().requires_grad_()  # its gradient is I
         self.matrix = zero.expand(shape).requires_grad_()  # its gradient is G; it holds no memory itself
-        self.calls = 0
-
-    @property
-    def is_shared(self) -> bool:
-        """Whether the layer was called more than once since the last reading."""
-        return self.calls > 1
+        self.calls = 0  # since the last reading
+        self.is_shared = False  # whether there were ever several
 
     def count_call(self) -> None:
         """Count a call in the forward pass; activation checkpointing's second calls come in the backward pass.
 
-        Compiled code does not ask: it sees checkpointing as a whole.
+        Compiled code does not ask: it sees checkpointing as a whole. It is compiled anew once a layer proves shared;
+        until then, for one reading, the first call's I stands beside the others' G.
         """
         if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == NO_GRAPH_TASK:
             self.calls += 1
+            self.is_shared = self.is_shared or self.calls > 1
 
     def read(self, delta_weight: Callable[[], Tensor]) -> Tensor | None:
         """I for the one backward pass since the last reading, None where no gradient arrived.
@@ -74,7 +72,8 @@ class Probe:
         self.calls = 0
         if gradient is None:
             return value
-        return sensitivity(delta_weight().to(gradient), gradient, self.reduction)
+        of_all_calls = sensitivity(delta_weight().to(gradient), gradient, self.reduction)
+        return of_all_calls if value is None else of_all_calls + value
 
 
 def add_update(result: Tensor, x: Tensor, factors: Factors) -> Tensor:

@@ -1,0 +1,130 @@
+"""What a step costs as r_avg, the number of layers or of rounds grows: python benchmarks/scaling.py [--device cuda].
+
+At every point IncreLoRA grows, a round a step, until its budget is met; then its step and that of PEFT LoRA of the
+same average rank are timed in turns, and the optimizer's own share, because every round adds a parameter group.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import models
+import torch
+from contenders import Contender, build
+from torch import nn
+from transformers import BertConfig, BertForSequenceClassification
+
+TIMED, WARM_UP = 14, 3
+WIDTH = 128  # of the encoders whose number of layers grows
+LINEAR_PER_BLOCK = 6
+
+
+class Point(NamedTuple):
+    """One row of the table."""
+
+    sweep: str
+    value: int
+    model: Any
+    r_avg: int
+    rounds: int
+
+
+def deep_encoder(blocks: int) -> nn.Module:
+    """A narrow BERT with random weights."""
+    config = BertConfig(
+        hidden_size=WIDTH, num_hidden_layers=blocks, num_attention_heads=2, intermediate_size=4 * WIDTH
+    )
+    return BertForSequenceClassification(config)
+
+
+def points(sweeps: list[str]) -> Iterator[Point]:
+    """The rows of the sweeps asked for."""
+    if "r_avg" in sweeps:
+        yield from (Point("r_avg", r, models.minilm, r, 3 if r > 3 else r - 1) for r in (2, 4, 8, 16, 32, 64))
+    if "layers" in sweeps:
+        for blocks in (6, 24, 67):
+            yield Point("layers", LINEAR_PER_BLOCK * blocks, lambda b=blocks: deep_encoder(b), 4, 3)
+    if "rounds" in sweeps:
+        yield from (Point("rounds", rounds, models.minilm, 16, rounds) for rounds in (1, 5, 15, 60))
+
+
+def optimizer_ms(contender: Contender, sync: Any) -> float:
+    """Milliseconds of the optimizer's step alone."""
+    for parameter in contender.model.parameters():
+        parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+    times = []
+    for _ in range(TIMED):
+        start = time.perf_counter()
+        contender.trainer.optimizer.step()
+        sync()
+        times.append(1000 * (time.perf_counter() - start))
+    contender.model.zero_grad()
+    return statistics.median(times)
+
+
+def measure(point: Point, args: argparse.Namespace, folder: str) -> str:
+    """A row of the table."""
+    model = point.model()
+    n = len(build("IncreLoRA", point.model(), folder, 1000, 2, {"use_cpu": True}).trainer.increlora.layers)
+    missing = n * (point.r_avg - 1)
+    increment = max(1, missing // (n * point.rounds))  # all layers a round, as long as there are components for them
+    top_h = -(-missing // (increment * point.rounds))
+    growth = {"interval": 1, "start": 1, "increment": increment, "top_h": top_h}
+    settings: dict[str, Any] = {"use_cpu": args.device == "cpu"}
+    if args.dtype == "bfloat16":
+        settings["bf16"] = True
+    steps = point.rounds + TIMED + WARM_UP + 2
+    batch = {k: v.to(args.device) for k, v in models.batches(model, 1, args.batch, args.length)[0].items()}
+    ours = build("IncreLoRA", model.to(args.device), folder, steps, point.r_avg, settings, **growth)
+    lora = build("PEFT LoRA", point.model().to(args.device), folder, steps, point.r_avg, settings)
+
+    def sync() -> None:
+        if args.device == "cuda":
+            torch.cuda.synchronize()
+
+    while ours.trainer.increlora.remaining:
+        ours.step(batch)
+    times: dict[str, list[float]] = {"ours": [], "lora": []}
+    for _ in range(WARM_UP + TIMED):
+        for name, contender in (("ours", ours), ("lora", lora)):
+            start = time.perf_counter()
+            contender.step(batch)
+            sync()
+            times[name].append(time.perf_counter() - start)
+    ratio = statistics.median(a / b for a, b in zip(times["ours"][WARM_UP:], times["lora"][WARM_UP:], strict=True))
+    groups = ours.trainer.optimizer.param_groups
+    tensors = sum(len(group["params"]) for group in groups)
+    optimizers = optimizer_ms(ours, sync), optimizer_ms(lora, sync)
+    rounds = len(ours.trainer.increlora.rounds)
+    return (
+        f"| {point.sweep} = {point.value} | {n} | {point.r_avg} | {rounds} | {ratio:.3f} "
+        f"| {tensors} in {len(groups)} | {optimizers[0]:.1f} | {optimizers[1]:.1f} |\n"
+    )
+
+
+def main() -> None:
+    """Print a table in Markdown."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sweeps", nargs="+", default=["r_avg", "layers", "rounds"])
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="of autocast")
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--length", type=int, default=64)
+    args = parser.parse_args()
+    write = sys.stdout.write
+    write("| point | layers | r_avg | rounds | step ÷ PEFT LoRA | tensors in groups | optimizer, ms | PEFT LoRA's |\n")
+    write("|---|---|---|---|---|---|---|---|\n")
+    with tempfile.TemporaryDirectory() as folder:
+        for point in points(args.sweeps):
+            write(measure(point, args, folder))
+            sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()
