@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +16,8 @@ from transformers import Trainer, TrainingArguments
 
 from increlora_hf import IncreLoraConfig, IncreLoraTrainer
 from increlora_hf.targets import resolve_targets
+
+sys.path.append(str(Path(__file__).parents[1] / "tests"))  # for the naive form
 
 LORA_ALPHA = 16
 ADALORA_START = 1.5  # AdaLoRA begins with this much more rank than it ends with, as in its paper
@@ -181,19 +186,47 @@ def dense(model: nn.Module, args: TrainingArguments, steps: int, r_avg: int) -> 
     return contender
 
 
+class Naive:
+    """The naive form that the tests check IncreLoRA against: explicit loops, an optimizer of its own."""
+
+    phase = "all"
+
+    def __init__(self, model: nn.Module, args: TrainingArguments, steps: int, r_avg: int) -> None:
+        """Rounds as IncreLoRA's defaults would have them do not matter to its cost; a quarter of the run apart."""
+        reference = importlib.import_module("reference")
+        layers, _ = layers_and_heads(model)
+        shapes: list[Any] = [model.get_submodule(name).weight.shape for name in layers]
+
+        def draw(layer: int, _round: int, counts: list[int]) -> list[list[tuple[Tensor, Tensor]]]:
+            out, inner = shapes[layer]
+            return [[(torch.randn(inner) * 0.02, torch.randn(out) * 0.02) for _ in range(count)] for count in counts]
+
+        quarter = max(1, steps // 4)
+        settings = reference.Settings(r_avg=r_avg, top_h=len(layers), interval=quarter, start=quarter)
+        rate = {"total_steps": steps, "warmup": 0, "lr": args.learning_rate, "weight_decay": 0.0}
+        self.run = reference.Naive(model, layers, draw, settings, **rate)
+        self.model, self.count = self.run.model, 0
+
+    def step(self, batch: Batch) -> None:
+        """One optimizer step."""
+        self.count += 1
+        self.run.step(self.count, [batch])
+
+
 def ours(model: nn.Module, args: TrainingArguments, steps: int, r_avg: int, **settings: Any) -> Contender:
     """IncreLoRA as shipped."""
     config = IncreLoraConfig(r_avg=r_avg, lora_alpha=LORA_ALPHA, **settings)
     return Growing(IncreLoraTrainer(model, args, increlora_config=config), steps)
 
 
-CONTENDERS: dict[str, Callable[..., Contender]] = {
+CONTENDERS: dict[str, Callable[..., Any]] = {
     "PEFT LoRA": lora,
     "IncreLoRA": ours,
     "no adapter (floor)": floor,
     "PEFT LoRA, one rank more": lora_with_reserve,
     "PEFT AdaLoRA": adalora,
     "dense IncreLoRA": dense,
+    "naive IncreLoRA of the tests": Naive,
     "full fine-tuning": full,
 }
 

@@ -16,7 +16,6 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import run_glue
-
 from increlora_hf import IncreLoraArguments, IncreLoraConfig
 from increlora_hf.allocator import choose, scored_window
 from increlora_hf.growth import Growth

@@ -10,13 +10,13 @@ import argparse
 import copy
 import json
 import random
-import resource
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections import defaultdict
+from pathlib import Path
 from typing import Any
 
 import models
@@ -123,11 +123,21 @@ def report_memory(args: argparse.Namespace, folder: str) -> None:
     batch = {k: v.to(args.device) for k, v in models.batches(model, 1, args.batch, args.length)[0].items()}
     contender = make(args.memory_of, model, folder, args)
     cuda = args.device == "cuda"
-    before = torch.cuda.memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak so far, of loading, is forgotten
+    before = torch.cuda.memory_allocated() / 2**20 if cuda else _resident("VmRSS")
     for _ in range(MEMORY_STEPS):
         contender.step(batch)
-    peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    sys.stdout.write(json.dumps({"grown": (peak - before) / 2**20, "peak": peak / 2**20}) + "\n")
+    peak = torch.cuda.max_memory_allocated() / 2**20 if cuda else _resident("VmHWM")
+    sys.stdout.write(json.dumps({"grown": peak - before, "peak": peak}) + "\n")
+
+
+def _resident(field: str) -> float:
+    """A field of this process's status, in MiB."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(field))
 
 
 def memory(names: list[str]) -> dict[str, dict[str, float]]:
