@@ -220,13 +220,13 @@ def ours(model: nn.Module, args: TrainingArguments, steps: int, r_avg: int, **se
 
 
 CONTENDERS: dict[str, Callable[..., Any]] = {
+    "naive IncreLoRA of the tests": Naive,  # first: TrainingArguments without a Trainer after them break those before
     "PEFT LoRA": lora,
     "IncreLoRA": ours,
     "no adapter (floor)": floor,
     "PEFT LoRA, one rank more": lora_with_reserve,
     "PEFT AdaLoRA": adalora,
     "dense IncreLoRA": dense,
-    "naive IncreLoRA of the tests": Naive,
     "full fine-tuning": full,
 }
 
