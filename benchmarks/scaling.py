@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import models
 import torch
-from contenders import Contender, build
+from contenders import Contender, build, layers_and_heads
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification
 
@@ -71,7 +71,7 @@ def optimizer_ms(contender: Contender, sync: Any) -> float:
 def measure(point: Point, args: argparse.Namespace, folder: str) -> str:
     """A row of the table."""
     model = point.model()
-    n = len(build("IncreLoRA", point.model(), folder, 1000, 2, {"use_cpu": True}).trainer.increlora.layers)
+    n = len(layers_and_heads(model)[0])
     missing = n * (point.r_avg - 1)
     increment = max(1, missing // (n * point.rounds))  # all layers a round, as long as there are components for them
     top_h = -(-missing // (increment * point.rounds))

@@ -86,7 +86,7 @@ class AdaptedLayer:
 
     def drop_reserve(self) -> list[Parameter]:
         """Remove the reserve; returns its parameters."""
-        if sum(len(block) for block in self.A.blocks()) == self.rank:
+        if not self.A.reserve:
             return []
         return [self.A.drop_last_block(), self.B.drop_last_block()]
 

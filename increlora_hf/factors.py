@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.nn import functional as F
 
-from .lowrank import Probe
+from .lowrank import Probe, joined
 
 ADAPTER = "default"  # PEFT's own name for the adapter of get_peft_model
 
@@ -47,8 +47,7 @@ class _GrowingFactor(nn.Module):
 
     def rows(self, *, with_reserve: bool) -> Tensor:
         """The components as rows, shape (r, features); the reserve's last."""
-        blocks: list[Tensor] = list(self.blocks(with_reserve=with_reserve))
-        return blocks[0] if len(blocks) == 1 else torch.cat(blocks)
+        return joined(self.blocks(with_reserve=with_reserve))
 
     @property
     def weight(self) -> Tensor:
@@ -61,10 +60,9 @@ class _GrowingFactor(nn.Module):
     def _write_rows(self, rows: Tensor) -> None:
         """Copy (rank, features) into the active blocks."""
         start = 0
-        for block in self.blocks():
-            if start < self.rank:
-                block.copy_(rows[start : start + len(block)])
-                start += len(block)
+        for block in self.blocks(with_reserve=False):
+            block.copy_(rows[start : start + len(block)])
+            start += len(block)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         weight = self.weight if keep_vars else self.weight.detach()
@@ -115,7 +113,7 @@ class GrowingA(_GrowingFactor):
         parts: list[Tensor] = list(self.lams())
         if with_reserve and self.reserve:
             parts.append(parts[0].new_full((self.reserve,), self.reserve_lambda))
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        return joined(parts)
 
     @property
     def weight(self) -> Tensor:

@@ -106,7 +106,8 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
     return x.dtype
 
 
-def _rows(blocks: Sequence[Tensor]) -> Tensor:
+def joined(blocks: Sequence[Tensor]) -> Tensor:
+    """The blocks as one tensor, (rows, ...); a single block as it is."""
     return blocks[0] if len(blocks) == 1 else torch.cat(list(blocks))
 
 
@@ -133,8 +134,8 @@ class _LowRankUpdate(torch.autograd.Function):
     ) -> Tensor:
         num_a, num_b, scale, reserve_lambda = sizes
         dtype = _compute_dtype(x)
-        rows_a, rows_b = _rows(blocks[:num_a]), scale * _rows(blocks[num_a : num_a + num_b])  # (r, in), (r, out)
-        lam = _rows(blocks[num_a + num_b :])
+        rows_a, rows_b = joined(blocks[:num_a]), scale * joined(blocks[num_a : num_a + num_b])  # (r, in), (r, out)
+        lam = joined(blocks[num_a + num_b :])
         if len(lam) < len(rows_a):
             lam = F.pad(lam, (0, len(rows_a) - len(lam)), value=reserve_lambda)
         flat = x.reshape(-1, x.shape[-1]).to(dtype)  # (T, in)
@@ -175,7 +176,7 @@ class _LowRankUpdate(torch.autograd.Function):
             None,
             None,
             None,
-            *_probe_gradients(ctx.probe, g, flat, rows_a, lam[:, None] * rows_b),
+            *_probe_gradients(ctx.probe, g, flat, rows_a, rows_b, lam),
             None,
             *grad_a.split(sizes[:num_a]),
             *grad_b.split(sizes[num_a:num_ab]),
@@ -184,7 +185,7 @@ class _LowRankUpdate(torch.autograd.Function):
 
 
 def _probe_gradients(
-    probe: Probe | None, g: Tensor, flat: Tensor, rows_a: Tensor, lam_b: Tensor
+    probe: Probe | None, g: Tensor, flat: Tensor, rows_a: Tensor, rows_b: Tensor, lam: Tensor
 ) -> tuple[Tensor | None, Tensor | None]:
     """What the probe's scalar and its matrix get: I, or where the layer is called several times, G."""
     if probe is None:
@@ -192,5 +193,5 @@ def _probe_gradients(
     gradient = (g.T @ flat).to(probe.matrix.dtype)  # (out, in)
     if probe.is_shared:
         return None, gradient
-    update = lam_b.to(gradient).T @ rows_a.to(gradient)  # (out, r) @ (r, in)
+    update = (lam[:, None] * rows_b).to(gradient).T @ rows_a.to(gradient)  # (out, r) @ (r, in)
     return sensitivity(update, gradient, probe.reduction), None

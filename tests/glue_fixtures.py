@@ -1,4 +1,4 @@
-"""Tiny models with their tokenizers, sentence pairs, and files of them, for the tests of run_glue.py and its parts."""
+"""Tiny models with their tokenizers, sentence pairs, and files of them, for the tests of scripts and their parts."""
 
 import csv
 import json
@@ -16,6 +16,8 @@ from transformers import (
     BertForSequenceClassification,
     GPT2Config,
     GPT2Model,
+    LlamaConfig,
+    LlamaForCausalLM,
     PreTrainedTokenizerFast,
     set_seed,
 )
@@ -49,6 +51,17 @@ def save_tiny_decoder(folder: Path) -> Path:
     save_tokenizer(folder, eos_token="[SEP]")
     config = GPT2Config(vocab_size=len(VOCABULARY), n_embd=16, n_layer=1, n_head=2, n_positions=32)
     GPT2Model(config).save_pretrained(folder)
+    return folder
+
+
+def save_tiny_llama(folder: Path) -> Path:
+    """A two-layer Llama with random weights and a tokenizer with a padding token."""
+    save_tokenizer(folder, pad_token="[PAD]", eos_token="[SEP]")
+    set_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2}
+    ids = {"pad_token_id": VOCABULARY["[PAD]"], "eos_token_id": VOCABULARY["[SEP]"], "bos_token_id": None}
+    config = LlamaConfig(vocab_size=len(VOCABULARY), intermediate_size=24, **sizes, **ids)
+    LlamaForCausalLM(config).save_pretrained(folder)
     return folder
 
 

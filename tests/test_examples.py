@@ -8,26 +8,20 @@ from pathlib import Path
 
 import pytest
 import torch
+from glue_fixtures import save_tiny_llama, save_tiny_model
 from peft import PeftModel
 from PIL import Image
-from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageClassification,
     AutoModelForSequenceClassification,
-    BertConfig,
-    BertForSequenceClassification,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerFast,
     ViTConfig,
     ViTForImageClassification,
     ViTImageProcessorPil,
 )
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-WORDS = ["<pad>", "<eos>", "<unk>", *["the", "cat", "sat", "on", "a", "mat", "and", "dog", "ran"]]
-TEXTS = ["the cat sat on a mat", "a dog ran"] * 48
+TEXTS = ["red cat runs", "blue dog sleeps green"] * 48
 SIZES = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
 AUTO = {
     "text_classification": AutoModelForSequenceClassification,
@@ -36,25 +30,15 @@ AUTO = {
 }
 
 
-def save_tokenizer(folder: Path) -> None:
-    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    special = {"pad_token": "<pad>", "eos_token": "<eos>", "unk_token": "<unk>"}
-    PreTrainedTokenizerFast(tokenizer_object=words, **special).save_pretrained(folder)
-
-
 def text_classification(folder: Path) -> Path:
-    save_tokenizer(folder / "model")
-    BertForSequenceClassification(BertConfig(vocab_size=len(WORDS), **SIZES)).save_pretrained(folder / "model")
+    save_tiny_model(folder / "model")
     data = folder / "train.csv"
     data.write_text("text,label\n" + "".join(f"{text},{i % 2}\n" for i, text in enumerate(TEXTS)))
     return data
 
 
 def causal_lm(folder: Path) -> Path:
-    save_tokenizer(folder / "model")
-    ids = {"vocab_size": len(WORDS), "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None}
-    LlamaForCausalLM(LlamaConfig(num_key_value_heads=2, **SIZES, **ids)).save_pretrained(folder / "model")
+    save_tiny_llama(folder / "model")
     data = folder / "train.jsonl"
     data.write_text("".join(f'{{"text": "{text}"}}\n' for text in TEXTS))
     return data

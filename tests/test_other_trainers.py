@@ -8,15 +8,12 @@ import pytest
 import torch
 from conftest import arguments
 from datasets import Dataset
+from glue_fixtures import save_tiny_llama
 from model_zoo import ZOO
 from peft import LoraConfig, PeftModel
-from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerFast,
     Seq2SeqTrainer,
     Seq2SeqTrainingArguments,
 )
@@ -31,8 +28,7 @@ from increlora_hf.sft import IncreLoraSFTTrainer
 pytestmark = pytest.mark.filterwarnings("ignore:`.*gradient_checkpointing` is deprecated:FutureWarning")  # trl's
 
 CONFIG = IncreLoraConfig(r_avg=2, interval=2, start=2)
-WORDS = ["<pad>", "<eos>", "<unk>", *["the", "cat", "sat", "on", "a", "mat", "and", "dog", "ran"]]
-TEXTS = ["the cat sat on a mat", "a dog ran and the cat sat", "the mat", "a cat and a dog"] * 8
+TEXTS = ["red cat runs", "blue dog sleeps green", "bird runs", "green bird sleeps red cat"] * 8
 
 
 class IncreLoraSeq2SeqTrainer(IncreLoraTrainerMixin, Seq2SeqTrainer):
@@ -70,16 +66,7 @@ def test_seq2seq_trainer_trains_generates_saves_and_resumes(tmp_path: Path) -> N
 @pytest.fixture(scope="module")
 def language_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a tiny Llama and its tokenizer."""
-    folder = tmp_path_factory.mktemp("llama")
-    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    special = {"pad_token": "<pad>", "eos_token": "<eos>", "unk_token": "<unk>"}
-    PreTrainedTokenizerFast(tokenizer_object=words, **special).save_pretrained(folder)
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2}
-    ids = {"vocab_size": len(WORDS), "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None}
-    LlamaForCausalLM(LlamaConfig(intermediate_size=24, **sizes, **ids)).save_pretrained(folder)
-    return folder
+    return save_tiny_llama(tmp_path_factory.mktemp("llama"))
 
 
 def sft(model: Any, out: Path, trainer_class: type = IncreLoraSFTTrainer, **settings: Any) -> Any:
