@@ -40,11 +40,13 @@ class SavedState:
 
 def training_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Everything that training changes, by name: trainable parameters, and running statistics of normalisation."""
-    tensors = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
-    for prefix, module in model.named_modules():
-        if isinstance(module, nn.modules.batchnorm._NormBase):
-            tensors.update({f"{prefix}.{name}": buffer for name, buffer in module.named_buffers(recurse=False)})
-    return tensors
+    return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad} | running_statistics(model)
+
+
+def running_statistics(model: nn.Module) -> dict[str, Tensor]:
+    """The means, variances and counts that normalising layers keep of what they have seen, by name."""
+    layers = [(p, module) for p, module in model.named_modules() if isinstance(module, nn.modules.batchnorm._NormBase)]
+    return {f"{p}.{name}": buffer for p, module in layers for name, buffer in module.named_buffers(recurse=False)}
 
 
 def write_state(folder: Path, model: PeftModel) -> None:

@@ -15,17 +15,42 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import ProgressCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments, set_seed
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SchedulerType, TrainOutput
-from transformers.training_args import ParallelMode
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SchedulerType, TrainOutput, has_length
 
 from .config import IncreLoraConfig
 from .growth import Grown, Growth, attach, is_attached
 from .importance import SensitivityProbes
-from .manifest import check_manifest, new_checkpoint, resolve_checkpoint, rotate
+from .manifest import check_manifest, new_checkpoint, rotate
 from .orthogonality import add_orthogonality_gradient, orthogonality
+from .parallel import (
+    average_gradients,
+    give_up_after,
+    is_lost_process,
+    is_sharded,
+    num_processes,
+    of_rank_0,
+    share,
+    wait_for_all,
+)
+from .replicas import (
+    refuse_unsupported,
+    require_on_every_node,
+    require_same_replicas,
+    require_same_start,
+    same_checkpoint,
+)
 from .report import plan_line, rank_table
 from .scheduler import NO_CURVE, RestartWarmupLR, add_groups, group_of, narrow_state, remove_params, restart_curves
-from .state import SavedState, check_same_plan, check_same_run, read_state, restore, write_state
+from .state import (
+    SavedState,
+    check_same_plan,
+    check_same_run,
+    read_state,
+    restore,
+    running_statistics,
+    training_tensors,
+    write_state,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +81,7 @@ class IncreLoraTrainerMixin(_Base):
         self.increlora_config = increlora_config
         training_args = kwargs.get("args", args[0] if args else None) or TrainingArguments(output_dir="tmp_trainer")
         _refuse_unsupported(training_args, kwargs)
+        refuse_unsupported(training_args, model)
         self._increlora_seed = training_args.seed
         if isinstance(model, str):
             model = _load_by_name(model, training_args, kwargs.pop("quantization_config", None))
@@ -63,6 +89,7 @@ class IncreLoraTrainerMixin(_Base):
             model = self._attach(model)
         self._probes: SensitivityProbes | None = None
         self._sensitivities: Tensor | None = None
+        self._statistics: list[Tensor] = []
         self._loss_kwargs_checked = False
         self._resuming: SavedState | None = None
         self._optimizer_is_users = kwargs.get("optimizers", (None, None))[0] is not None
@@ -86,6 +113,14 @@ class IncreLoraTrainerMixin(_Base):
         """The user's fresh model, attached."""
         return self._attach(super().call_model_init(trial))
 
+    def create_accelerator_and_postprocess(self) -> None:
+        """Trainer's; but no DistributedDataParallel, which would forget every parameter that is born after it."""
+        super().create_accelerator_and_postprocess()
+        give_up_after(self.args.ddp_timeout)
+        if num_processes() > 1:
+            prepare_model = self.accelerator.prepare_model
+            self.accelerator.prepare_model = partial(prepare_model, evaluation_mode=True)
+
     # ---- Set-up, in Trainer's order ----------------------------------------------------------------------------
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
@@ -96,15 +131,25 @@ class IncreLoraTrainerMixin(_Base):
 
         Raises:
             AdapterFormatError: the checkpoint that was named is damaged.
-            ValueError: there is no checkpoint to resume, or it was written under other settings.
+            ValueError: there is no checkpoint to resume, or it was written under other settings; or the processes
+                were not started alike.
+            RuntimeError: another process of the run is gone.
         """
         folder = None
         if resume_from_checkpoint:
-            folder = resolve_checkpoint(resume_from_checkpoint, str(self.args.output_dir))
+            folder = same_checkpoint(resume_from_checkpoint, str(self.args.output_dir))
             self._resuming = read_state(folder)
             check_same_run(self._resuming, self.increlora)
         try:
             result = super().train(str(folder) if folder else None, *args, **kwargs)
+        except RuntimeError as error:
+            if not is_lost_process(error):
+                raise
+            raise RuntimeError(
+                f"Rank {self.args.process_index} of {num_processes()} lost another process, or waited longer for it "
+                "than ddp_timeout: the first error of all processes is the cause. Start all of them again with "
+                "resume_from_checkpoint=True; nothing before the last checkpoint is lost."
+            ) from error
         finally:
             self._resuming = None
         if folder is not None and self.state.global_step == _step_of(folder):
@@ -177,6 +222,17 @@ class IncreLoraTrainerMixin(_Base):
             logger.info(plan_line(self.increlora, self._other_trainable()))
         return self.lr_scheduler
 
+    def _begin_together(self) -> None:
+        """The processes have been started alike, and start from rank 0's values."""
+        assert isinstance(self.model, nn.Module)
+        loader = self.callback_handler.train_dataloader
+        require_same_start(self.args, self.increlora, self.model, len(loader) if has_length(loader) else None)
+        share(tensor for tensor in training_tensors(self.model).values() if not is_sharded(tensor))
+        self._statistics = [t for t in running_statistics(self.model).values() if t.is_floating_point()]
+
+    def _sync_replicated_trainable_parameters(self, model: nn.Module) -> None:
+        """Beside a sharded base Trainer would watch the parameters of this moment; `_average` knows later ones too."""
+
     def _other_trainable(self) -> int:
         assert isinstance(self.model, nn.Module)
         ours = {id(p) for p in self.increlora.parameters()}
@@ -190,7 +246,8 @@ class IncreLoraTrainerMixin(_Base):
         """Trainer's, with a correct account of who normalises the loss by ``num_items_in_batch``."""
         if not self._loss_kwargs_checked and num_items_in_batch is not None:
             self._loss_kwargs_checked = True
-            self.model_accepts_loss_kwargs &= self._loss_uses_num_items(model, inputs, num_items_in_batch)
+            uses_them = of_rank_0(self._loss_uses_num_items(model, inputs, num_items_in_batch))
+            self.model_accepts_loss_kwargs &= uses_them
         if not self.model_accepts_loss_kwargs and self.compute_loss_func is None:
             num_items_in_batch = None
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
@@ -214,7 +271,7 @@ class IncreLoraTrainerMixin(_Base):
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """Trainer's, then the sensitivities, and once per update the gradient of the orthogonality penalty."""
-        own_items = self._get_num_items_in_batch([inputs], self.args.device) if self._probes is not None else None
+        own_items = self._own_items(inputs) if self._probes is not None else None
         loss = super().training_step(model, inputs, num_items_in_batch)
         scale = self._loss_scale()
         if self._probes is not None:
@@ -225,7 +282,24 @@ class IncreLoraTrainerMixin(_Base):
         if self.accelerator.sync_gradients and config.orth_reg_weight > 0:
             weight = config.orth_reg_weight * scale
             add_orthogonality_gradient(self.increlora.factors(), weight, squared=config.orth_reg_squared)
+        if self.accelerator.sync_gradients and num_processes() > 1:
+            self._average()
         return loss
+
+    def _average(self) -> None:
+        """Make gradients, sensitivities and running statistics the same on every process: their means."""
+        assert self.optimizer is not None
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"] if not is_sharded(p)]
+        sensitivities = [] if self._sensitivities is None else [self._sensitivities]
+        average_gradients(parameters, [*sensitivities, *self._statistics])
+
+    def _own_items(self, inputs: Any) -> Any:
+        """How many items this process's micro-batch holds; Trainer would count those of all processes."""
+        across, self.args.average_tokens_across_devices = self.args.average_tokens_across_devices, False
+        try:
+            return self._get_num_items_in_batch([inputs], self.args.device)
+        finally:
+            self.args.average_tokens_across_devices = across
 
     def _loss_scale(self) -> float:
         scaler = getattr(self.accelerator, "scaler", None)
@@ -235,13 +309,14 @@ class IncreLoraTrainerMixin(_Base):
         """What turns this micro-batch's gradients into 1/M of those of its own mean loss, M micro-batches a step.
 
         Trainer divides a mean loss by M itself. A loss that is a sum over N items of the whole step is scaled by
-        N / (own items · M).
+        N / (own items · M); where N counts all P processes' items, Trainer has multiplied the loss by P.
         """
         if not self.model_accepts_loss_kwargs or num_items_in_batch is None or own_items is None:
             return 1.0
         if own_items == 0:
             return 0.0
-        return float(num_items_in_batch / own_items) / self.current_gradient_accumulation_steps
+        processes = num_processes() if self.args.average_tokens_across_devices else 1
+        return float(num_items_in_batch / own_items) / (self.current_gradient_accumulation_steps * processes)
 
     def _watch(self, step: int) -> None:
         """Collect sensitivities in this step if the plan scores it."""
@@ -269,6 +344,8 @@ class IncreLoraTrainerMixin(_Base):
             growth.tracker.update(self._sensitivities)
             self._sensitivities = None
         if growth.plan.is_due(step):
+            require_same_replicas(growth, self.model)  # type: ignore[arg-type]
+            growth.tracker = of_rank_0(growth.tracker)
             assert self.lr_scheduler is not None
             birth_step = self.lr_scheduler.last_epoch + 1 if growth.config.restart_warmup else 0
             self._follow(growth.grow(step, birth_step), birth_step)
@@ -292,6 +369,7 @@ class IncreLoraTrainerMixin(_Base):
         output_dir = self._get_output_dir(trial)
         folder = Path(output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         with new_checkpoint(folder) if self.args.should_save else nullcontext():
+            wait_for_all()  # what was left there is gone
             limit, self.args.save_total_limit = self.args.save_total_limit, None  # Trainer would rotate too early
             try:
                 super()._save_checkpoint(model, trial)
@@ -300,6 +378,9 @@ class IncreLoraTrainerMixin(_Base):
             if self.args.should_save:
                 torch.save(self.args, folder / TRAINING_ARGS_NAME)  # again, with the limit in place
                 write_state(folder, self.model)  # type: ignore[arg-type]
+            wait_for_all()  # the random state of every process is there
+        if self.args.load_best_model_at_end:
+            require_on_every_node(folder)
         if self.args.should_save and limit is not None and limit > 0:
             rotate(output_dir, limit, self.state.best_model_checkpoint)
 
@@ -341,6 +422,7 @@ class _GrowthCallback(TrainerCallback):
         self._trainer = trainer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._trainer._begin_together()
         self._trainer._watch(state.global_step + 1)
         self._trainer._show_total_rank()
 
@@ -388,11 +470,6 @@ def _refuse_unsupported(args: TrainingArguments, kwargs: Mapping[str, Any]) -> N
         raise ValueError(
             f"peft_config={type(kwargs['peft_config']).__name__}(...) asks for an adapter of its own, and IncreLoRA "
             "makes the one that grows. Leave it out, and give increlora_config."
-        )
-    if args.parallel_mode is not ParallelMode.NOT_PARALLEL:
-        raise ValueError(
-            f"parallel_mode={args.parallel_mode.value}: several devices would grow apart silently. "
-            "Run on one device, for instance with CUDA_VISIBLE_DEVICES=0."
         )
 
 

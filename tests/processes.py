@@ -1,0 +1,86 @@
+"""Several processes of one run on this machine, over gloo, for the tests of what happens between them."""
+
+import multiprocessing
+import os
+import pickle
+import socket
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.state import AcceleratorState, GradientState, PartialState
+
+FORK = multiprocessing.get_context("fork")  # the imports are paid once
+PATIENCE = 180  # seconds that a group of processes may take in all
+
+
+def free_port() -> int:
+    """A TCP port that nobody listens to."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _run(rank: int, world_size: int, port: int, work: Callable[..., Any], args: tuple[Any, ...], out: Path) -> None:
+    os.environ["OMP_NUM_THREADS"] = "1"
+    if world_size > 1:  # as torchrun does
+        ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
+        os.environ |= {name: str(value) for name, value in ranks.items()}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    for state in (AcceleratorState, PartialState, GradientState):
+        state._reset_state()  # what the forked parent has of its own
+    torch.set_num_threads(1)
+    try:
+        result, failure = work(rank, *args), None
+    except BaseException as error:
+        result, failure = None, (type(error).__name__, str(error), traceback.format_exc())
+    out.write_bytes(pickle.dumps((result, failure)))
+    os._exit(0 if failure is None else 1)  # without the goodbyes that would wait for those who are gone
+
+
+class Failed(AssertionError):
+    """A process raised: ``kinds`` and ``messages`` by rank, None where it did not, or left nothing behind."""
+
+    def __init__(self, failures: list[tuple[str, str, str] | None]) -> None:
+        self.kinds = [failure and failure[0] for failure in failures]
+        self.messages = [failure and failure[1] for failure in failures]
+        super().__init__("\n".join(f"rank {r}: {f[2]}" for r, f in enumerate(failures) if f))
+
+
+class Group:
+    """The processes of one run, started: work(rank, *args) in each; 1 process is one without torch.distributed."""
+
+    def __init__(self, world_size: int, folder: Path, work: Callable[..., Any], *args: Any) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.results = [folder / f"result-{rank}" for rank in range(world_size)]
+        for result in self.results:
+            result.unlink(missing_ok=True)
+        port = free_port()
+        self.processes = [
+            FORK.Process(target=_run, args=(rank, world_size, port, work, args, self.results[rank]))
+            for rank in range(world_size)
+        ]
+        for process in self.processes:
+            process.start()
+
+    def wait(self) -> list[Any]:
+        """What work returned, by rank; raises `Failed`."""
+        deadline = time.monotonic() + PATIENCE
+        for process in self.processes:
+            process.join(max(0.0, deadline - time.monotonic()))
+        late = [rank for rank, process in enumerate(self.processes) if process.is_alive()]
+        for process in self.processes:
+            process.kill()
+        assert not late, f"ranks {late} did not end within {PATIENCE} s"
+        pairs = [pickle.loads(path.read_bytes()) if path.exists() else (None, None) for path in self.results]
+        if any(failure for _, failure in pairs) or any(process.exitcode for process in self.processes):
+            raise Failed([failure for _, failure in pairs])
+        return [result for result, _ in pairs]
+
+
+def run(world_size: int, folder: Path, work: Callable[..., Any], *args: Any) -> list[Any]:
+    """Start a `Group` and wait for it."""
+    return Group(world_size, folder, work, *args).wait()
