@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -17,6 +18,7 @@ from torch.nn import Parameter
 from .config import DEFAULT_SEED, UNIT_STD, IncreLoraConfig
 from .factors import ADAPTER, GrowingA, GrowingB
 from .layers import fuse
+from .parallel import is_sharded
 from .targets import plain_alpha, resolve_targets
 
 
@@ -144,7 +146,8 @@ def inject(model: nn.Module, config: IncreLoraConfig, ranks: Mapping[str, int] |
 def _wrap(model: nn.Module, lora_config: LoraConfig) -> PeftModel:
     trainable = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     try:
-        return get_peft_model(model, lora_config)
+        with _whole_heads(model, lora_config):
+            return get_peft_model(model, lora_config)
     except (TypeError, ValueError, NotImplementedError) as error:  # of a kind of layer, when some are wrapped already
         for name, module in list(model.named_modules()):
             if isinstance(module, LoraLayer):
@@ -152,6 +155,32 @@ def _wrap(model: nn.Module, lora_config: LoraConfig) -> PeftModel:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(trainable[name])
         raise ValueError(f"PEFT cannot adapt {type(model).__name__}: {error}") from error
+
+
+@contextmanager
+def _whole_heads(model: nn.Module, lora_config: LoraConfig) -> Iterator[None]:
+    """Heads that are trained fully stand whole inside: PEFT copies them, and a sharded tensor has no copy.
+
+    What was sharded is put back into the originals, where FSDP2 looks for it.
+    """
+    heads = list(lora_config.modules_to_save or [])
+    sharded = [
+        (module, name, parameter)
+        for path, head in model.named_modules()
+        if any(path == one or path.endswith(f".{one}") for one in heads)
+        for module in head.modules()
+        for name, parameter in module.named_parameters(recurse=False)
+        if is_sharded(parameter)
+    ]
+    for module, name, parameter in sharded:
+        whole = parameter.full_tensor()
+        setattr(module, name, Parameter(whole, requires_grad=parameter.requires_grad))
+    try:
+        yield
+    finally:
+        for module, name, parameter in sharded:
+            parameter.requires_grad_(getattr(module, name).requires_grad)
+            setattr(module, name, parameter)
 
 
 def start_components(layers: Mapping[str, AdaptedLayer], ranks: Mapping[str, int], config: IncreLoraConfig) -> None:

@@ -14,8 +14,9 @@ from transformers import TrainingArguments
 from transformers.training_args import ParallelMode
 
 from .growth import Growth
-from .manifest import MANIFEST_NAME, resolve_checkpoint
+from .manifest import MANIFEST_NAME, read_json_object, resolve_checkpoint
 from .parallel import checksums, is_sharded, num_processes, require_equal, wait_for_all
+from .state import STATE_TENSORS
 
 SAMPLE = 1024  # elements of a frozen weight that are compared
 PACKAGES = ("torch", "transformers", "peft", "accelerate")
@@ -91,7 +92,8 @@ def same_checkpoint(wanted: str | bool, output_dir: str) -> Path:
     problem = None
     try:
         folder = resolve_checkpoint(wanted, output_dir)
-        found = f"{folder.name}, {hashlib.sha256((folder / MANIFEST_NAME).read_bytes()).hexdigest()[:16]}"
+        written = read_json_object(folder / MANIFEST_NAME)["files"][STATE_TENSORS]["sha256"]
+        found = f"{folder.name}, weights {written[:16]}"
     except ValueError as error:
         problem, found = error, str(error)
     require_equal({"the checkpoint to resume": found}, ON_EVERY_NODE)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -93,7 +93,8 @@ class IncreLoraTrainerMixin(_Base):
         self._loss_kwargs_checked = False
         self._resuming: SavedState | None = None
         self._optimizer_is_users = kwargs.get("optimizers", (None, None))[0] is not None
-        super().__init__(model, *args, **kwargs)
+        with _sharded_runs_can_resume(training_args, model):
+            super().__init__(model, *args, **kwargs)
         self.add_callback(_GrowthCallback(self))
 
     @property
@@ -135,11 +136,12 @@ class IncreLoraTrainerMixin(_Base):
                 were not started alike.
             RuntimeError: another process of the run is gone.
         """
-        folder = None
+        folder, resumed_step = None, -1
         if resume_from_checkpoint:
             folder = same_checkpoint(resume_from_checkpoint, str(self.args.output_dir))
             self._resuming = read_state(folder)
             check_same_run(self._resuming, self.increlora)
+            resumed_step = TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME)).global_step
         try:
             result = super().train(str(folder) if folder else None, *args, **kwargs)
         except RuntimeError as error:
@@ -152,7 +154,7 @@ class IncreLoraTrainerMixin(_Base):
             ) from error
         finally:
             self._resuming = None
-        if folder is not None and self.state.global_step == _step_of(folder):
+        if self.state.global_step == resumed_step:
             self._load_rng_state(str(folder))  # nothing was left to do, and Trainer restores it at the first batch
         return result
 
@@ -437,8 +439,15 @@ class _GrowthCallback(TrainerCallback):
         logger.info("IncreLoRA: final ranks, total %d\n%s", growth.total_rank, rank_table(growth.rank_pattern))
 
 
-def _step_of(checkpoint: Path) -> int:
-    return TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME)).global_step
+@contextmanager
+def _sharded_runs_can_resume(args: TrainingArguments, model: Any) -> Iterator[None]:
+    """Trainer refuses to save what a sharded base could not resume from; here the optimizer holds nothing sharded."""
+    only_model = args.save_only_model
+    args.save_only_model = only_model or bool(getattr(model, "is_distributed_loading_by_transformers", False))
+    try:
+        yield
+    finally:
+        args.save_only_model = only_model
 
 
 def _load_by_name(name: str, args: Any, quantization_config: Any) -> nn.Module:

@@ -6,21 +6,34 @@ import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from accelerate import ParallelismConfig
 from conftest import VOCABULARY, arguments, tiny_bert, token_rows
 from datasets import Dataset
 from peft import PeftModel
-from processes import Failed, Group, run
+from processes import Failed, run
 from test_resume import SaveAt, assert_same_bits, bits
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback, TrainingArguments, set_seed
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    DistributedConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
+from transformers.trainer_pt_utils import AcceleratorConfig
+from transformers.training_args import ParallelMode
 
 from increlora_hf import IncreLoraConfig, IncreLoraTrainer
-from increlora_hf.parallel import average, average_gradients, checksums, of_rank_0, require_equal, share
+from increlora_hf.parallel import average, average_gradients, checksums, is_sharded, of_rank_0, require_equal, share
 from increlora_hf.replicas import refuse_unsupported
 
 CONFIG = IncreLoraConfig(r_avg=4, top_h=3, interval=7, start=7)  # 12 rounds of a BERT's 12 layers, by step 84
@@ -167,7 +180,7 @@ def test_checksum_notices_any_changed_element(dtype: torch.dtype) -> None:
 # ---- Whole runs --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("world_size", [2, 4, pytest.param(8, marks=pytest.mark.slow)])
 def test_processes_stay_bitwise_equal_in_every_step(world_size: int, tmp_path: Path) -> None:
     results = run(world_size, tmp_path, train, tmp_path / "out", CONFIG, {"dropout": 0.1})
     first = results[0]
@@ -405,10 +418,24 @@ def test_checkpoint_on_one_node_only_is_a_clear_error(tmp_path: Path) -> None:
     assert "the checkpoint to resume" in failed.value.messages[0]
     assert "checkpoint-8" in failed.value.messages[0]
     assert "share" in failed.value.messages[1]
+    best = {"load_best_model_at_end": True, "eval_strategy": "steps", "save_strategy": "steps"}
     with pytest.raises(Failed) as failed:
-        best = {"load_best_model_at_end": True, "eval_strategy": "steps", "save_strategy": "steps"}
         run(2, tmp_path, on_its_own_disk, {**best, "eval_steps": 4, "save_steps": 4})
     assert "load_best_model_at_end" in failed.value.messages[1]
+
+
+def test_nodes_with_disks_of_their_own_resume_from_their_own_checkpoints(tmp_path: Path) -> None:
+    settings = {"max_steps": 16, "dropout": 0.1, "save_on_each_node": True}
+    outs = [tmp_path / "node-0", tmp_path / "node-1"]
+
+    def on_its_own_node(rank: int, more: dict[str, Any]) -> dict[str, Any]:
+        os.environ["LOCAL_RANK"] = "0"
+        return train(rank, outs[rank], SHORT, settings | more)
+
+    whole = run(2, tmp_path, on_its_own_node, {"save_at": {8}})
+    assert all((out / "checkpoint-8" / "increlora_manifest.json").exists() for out in outs)
+    for found, expected in zip(run(2, tmp_path, on_its_own_node, {"resume": True}), whole, strict=True):
+        assert_same_bits(found["bits"], expected["bits"])
 
 
 def test_a_killed_process_ends_the_others_with_a_clear_error(tmp_path: Path) -> None:
@@ -442,12 +469,96 @@ def test_a_process_that_hangs_is_given_up_after_ddp_timeout(tmp_path: Path) -> N
     assert time.monotonic() - started < 60
 
 
+# ---- A sharded base ----------------------------------------------------------------------------------------------
+
+
+def train_sharded(rank: int, base: Path, kind: str, out: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """As `train`, with FSDP2 below the adapter; the head of a classifier is sharded when it arrives."""
+    dist.init_process_group("gloo")
+    auto = AutoModelForCausalLM if kind == "decoder" else AutoModelForSequenceClassification
+    plan = {"bert.encoder.layer.*": "free_full_weight"} if kind == "classifier" else None
+    config = DistributedConfig(fsdp_size=2, fsdp_plan=plan)
+    model = auto.from_pretrained(base, distributed_config=config, dtype=torch.float64)
+    assert all(is_sharded(parameter) for parameter in model.parameters())
+    result = train(rank, out, SHARDED, {**settings, "model": model})
+    result["logits"] = model.eval()(torch.arange(5, 13)[None]).logits.detach()
+    assert sum(is_sharded(parameter) for parameter in model.parameters()) > 10  # still
+    return result
+
+
+SHARDED = IncreLoraConfig(r_avg=2, top_h=4, interval=5, start=4)
+
+
+@pytest.mark.parametrize("kind", ["classifier", "decoder"])
+def test_sharded_base_trains_as_a_whole_one(kind: str, tmp_path: Path) -> None:
+    model = tiny_bert().double() if kind == "classifier" else tiny_llama().double()
+    model.save_pretrained(tmp_path / "base")
+    settings = {"rows": token_rows() if kind == "classifier" else texts(), "max_steps": 24}
+    alone_settings = {**settings, "model": model, "gradient_accumulation_steps": 2}
+    alone = run(1, tmp_path, train, tmp_path / "alone", SHARDED, alone_settings)[0]
+    out = tmp_path / "out"
+    first, second = run(2, tmp_path, train_sharded, tmp_path / "base", kind, out, {**settings, "save_at": {9, 24}})
+    assert first["hashes"] == second["hashes"]
+    assert [record.layers for record in first["rounds"]] == [record.layers for record in alone["rounds"]]
+    assert len(first["rounds"]) >= 3
+    assert largest_difference(first["weights"], alone["weights"]) <= 1e-6
+
+    resumed = run(
+        2, tmp_path, train_sharded, tmp_path / "base", kind, out, {**settings, "resume": str(out / "checkpoint-9")}
+    )
+    for found, expected in zip(resumed, (first, second), strict=True):
+        assert_same_bits(found["bits"], expected["bits"])
+
+    whole: Any = type(model).from_pretrained(tmp_path / "base", dtype=torch.float64)
+    loaded = PeftModel.from_pretrained(whole, out / "checkpoint-24").eval()
+    ids = torch.arange(5, 13)[None]
+    logits = loaded(ids).logits
+    assert torch.allclose(logits, first["logits"], atol=1e-6)
+    with loaded.disable_adapter():
+        assert not torch.allclose(loaded(ids).logits, logits, atol=1e-6)
+
+
+# ---- What cannot be run ------------------------------------------------------------------------------------------
+
+
 class Pretended:
     """Training arguments with one thing changed, as on machines that are not at hand."""
 
-    def __init__(self, args: TrainingArguments, **changed: Any) -> None:
+    def __init__(self, **changed: Any) -> None:
         self.__dict__.update(changed)
-        self._args = args
+        self._args = TrainingArguments(output_dir="unused", use_cpu=True)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._args, name)
+
+
+@pytest.mark.parametrize(
+    "changed, remedy",
+    [
+        ({"deepspeed": "zero2.json"}, "start with torchrun"),
+        ({"fsdp": True}, r"DistributedConfig\(fsdp_size=N\)"),
+        ({"parallel_mode": ParallelMode.NOT_DISTRIBUTED, "n_gpu": 4}, "torchrun --nproc_per_node 4"),
+        ({"parallel_mode": ParallelMode.TPU}, "torchrun or accelerate launch"),
+        ({"auto_find_batch_size": True}, "per_device_train_batch_size"),
+        ({"parallelism_config": ParallelismConfig(tp_size=2)}, "fsdp_size=N"),
+        ({"world_size": 2, "accelerator_config": AcceleratorConfig(even_batches=False)}, "default"),
+    ],
+    ids=["deepspeed", "fsdp", "data-parallel", "tpu", "auto-batch", "tensor-parallel", "uneven"],
+)
+def test_what_a_growing_adapter_cannot_follow_is_refused(changed: dict[str, Any], remedy: str) -> None:
+    with pytest.raises(ValueError, match=remedy):
+        refuse_unsupported(Pretended(**changed), None)
+    refuse_unsupported(Pretended(), None)
+
+
+def test_fsdp_switched_on_by_the_launcher_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ValueError, match="shard the adapter too"):
+        refuse_unsupported(Pretended(), None)
+
+
+def test_refused_at_construction(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="auto_find_batch_size"):
+        IncreLoraTrainer(tiny_bert(), arguments(tmp_path, auto_find_batch_size=True))
+    with pytest.raises(ValueError, match="Tensor"):
+        refuse_unsupported(Pretended(), SimpleNamespace(tp_size=2))

@@ -373,6 +373,17 @@ def test_second_training_goes_on_from_the_first(tmp_path: Path) -> None:
     assert rates[3] == {0.01}
 
 
+def test_resumed_checkpoint_may_be_rotated_away(tmp_path: Path) -> None:
+    keep_one = {"save_strategy": "steps", "save_steps": 6, "save_total_limit": 1}
+    whole = make(tmp_path / "whole", **keep_one)
+    whole.train()
+    make(tmp_path, save_at={6}).train()
+    resumed = make(tmp_path, **keep_one)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
+    assert not (tmp_path / "checkpoint-6").exists()
+    assert_same_bits(bits(resumed), bits(whole))
+
+
 def test_rotation_keeps_the_newest_complete_checkpoint(tmp_path: Path) -> None:
     trainer = make(tmp_path, save_strategy="steps", save_steps=4, save_total_limit=1)
     leftover = tmp_path / "checkpoint-99"  # of a run that was killed while saving

@@ -1,6 +1,7 @@
 """run_glue.py as its users run it: every source of data, every refusal, and what is left on disk."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from glue_fixtures import (
     write_parquet,
 )
 from peft import PeftModel
+from processes import free_port
 from transformers import AutoModelForSequenceClassification
 
 ROOT = Path(__file__).parent.parent
@@ -424,6 +426,30 @@ def test_the_program_shows_plan_and_ranks_and_ends_well(model, out, tmp_path):
     assert "6 layers, rank 6 → 12" in done.stdout
     assert "final ranks, total 12" in done.stdout
     assert f"The adapter is in {out}" in done.stdout
+
+
+LAUNCHERS = {
+    "torchrun": "torch.distributed.run --nproc_per_node=2 --master_port={port}",
+    "accelerate": "accelerate.commands.launch --multi_gpu --num_processes=2 --num_machines=1 --mixed_precision=no "
+    "--dynamo_backend=no --main_process_port={port}",
+}
+
+
+@pytest.mark.slow
+def test_both_launchers_train_the_same_adapter_in_two_processes(model, tmp_path):
+    path = csv_file(tmp_path)
+    adapters = []
+    for name, launcher in LAUNCHERS.items():
+        out = tmp_path / name
+        settings = {**SETTINGS, "model_name_or_path": model, "output_dir": out, "train_file": path}
+        command = [sys.executable, "-m", *launcher.format(port=free_port()).split(), str(ROOT / "run_glue.py")]
+        command += ["--do_train", *(f"--{name}={value}" for name, value in settings.items())]
+        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("final ranks, total 12") == 1
+        assert json.loads((out / "train_results.json").read_text())["epoch"] > 1  # half the rows each
+        adapters.append((out / "adapter_model.safetensors").read_bytes())
+    assert adapters[0] == adapters[1]
 
 
 def test_help_lists_all_flags(capsys):
