@@ -56,7 +56,7 @@ class Contender:
         trainer = self.trainer
         trainer.training_step(self.run, dict(batch))
         self.after_backward()
-        nn.utils.clip_grad_norm_([p for p in self.model.parameters() if p.requires_grad], trainer.args.max_grad_norm)
+        trainer._clip_grad_norm(self.model)
         trainer.optimizer.step()
         self.step_number += 1
         self.after_step(self.step_number)

@@ -68,62 +68,113 @@ def optimizer_ms(contender: Contender, sync: Any) -> float:
     return statistics.median(times)
 
 
-def measure(point: Point, args: argparse.Namespace, folder: str) -> str:
-    """A row of the table."""
+def grown(point: Point, args: argparse.Namespace, folder: str, sync: Any) -> tuple[Contender, float]:
+    """IncreLoRA with its budget met, and the median seconds of its rounds: allocation, growth, optimizer."""
     model = point.model()
     n = len(layers_and_heads(model)[0])
     missing = n * (point.r_avg - 1)
     increment = max(1, missing // (n * point.rounds))  # all layers a round, as long as there are components for them
     top_h = -(-missing // (increment * point.rounds))
     growth = {"interval": 1, "start": 1, "increment": increment, "top_h": top_h}
-    settings: dict[str, Any] = {"use_cpu": args.device == "cpu"}
-    if args.dtype == "bfloat16":
-        settings["bf16"] = True
-    steps = point.rounds + TIMED + WARM_UP + 2
-    batch = {k: v.to(args.device) for k, v in models.batches(model, 1, args.batch, args.length)[0].items()}
-    ours = build("IncreLoRA", model.to(args.device), folder, steps, point.r_avg, settings, **growth)
-    lora = build("PEFT LoRA", point.model().to(args.device), folder, steps, point.r_avg, settings)
+    ours = build("IncreLoRA", model.to(args.device), folder, steps(point), point.r_avg, settings(args), **growth)
+    after_step, times = ours.after_step, []
 
-    def sync() -> None:
-        if args.device == "cuda":
-            torch.cuda.synchronize()
+    def timed(step: int) -> None:
+        sync()
+        start = time.perf_counter()
+        after_step(step)
+        sync()
+        times.append(time.perf_counter() - start)
 
+    ours.after_step = timed
+    batch = one_batch(ours.model, args)
     while ours.trainer.increlora.remaining:
         ours.step(batch)
-    times: dict[str, list[float]] = {"ours": [], "lora": []}
+    ours.after_step = after_step
+    return ours, statistics.median(times[1:])  # the first step holds no round
+
+
+def settings(args: argparse.Namespace) -> dict[str, Any]:
+    """Training arguments."""
+    return {"use_cpu": args.device == "cpu", "bf16": args.dtype == "bfloat16"}
+
+
+def steps(point: Point) -> int:
+    """Length of the run."""
+    return point.rounds + 2 * (TIMED + WARM_UP) + 2
+
+
+def one_batch(model: Any, args: argparse.Namespace) -> dict[str, torch.Tensor]:
+    """The batch of every step."""
+    return {k: v.to(args.device) for k, v in models.batches(model, 1, args.batch, args.length)[0].items()}
+
+
+def ratio(first: Contender, second: Contender, args: argparse.Namespace, sync: Any) -> tuple[float, float]:
+    """Median of the ratio of their steps taken in turns, and the second's median seconds."""
+    times: dict[int, list[float]] = {0: [], 1: []}
+    batch = one_batch(first.model, args)
     for _ in range(WARM_UP + TIMED):
-        for name, contender in (("ours", ours), ("lora", lora)):
+        for which, contender in enumerate((first, second)):
             start = time.perf_counter()
             contender.step(batch)
             sync()
-            times[name].append(time.perf_counter() - start)
-    ratio = statistics.median(a / b for a, b in zip(times["ours"][WARM_UP:], times["lora"][WARM_UP:], strict=True))
+            times[which].append(time.perf_counter() - start)
+    pairs = list(zip(times[0], times[1], strict=True))[WARM_UP:]
+    return statistics.median(a / b for a, b in pairs), statistics.median(b for _, b in pairs)
+
+
+def measure(point: Point, args: argparse.Namespace, folder: str, sync: Any) -> str:
+    """A row of the table."""
+    ours, a_round = grown(point, args, folder, sync)
+    lora = build("PEFT LoRA", point.model().to(args.device), folder, steps(point), point.r_avg, settings(args))
+    to_lora, lora_step = ratio(ours, lora, args, sync)
     groups = ours.trainer.optimizer.param_groups
     tensors = sum(len(group["params"]) for group in groups)
     optimizers = optimizer_ms(ours, sync), optimizer_ms(lora, sync)
-    rounds = len(ours.trainer.increlora.rounds)
+    growth = ours.trainer.increlora
     return (
-        f"| {point.sweep} = {point.value} | {n} | {point.r_avg} | {rounds} | {ratio:.3f} "
-        f"| {tensors} in {len(groups)} | {optimizers[0]:.1f} | {optimizers[1]:.1f} |\n"
+        f"| {point.sweep} = {point.value} | {len(growth.layers)} | {point.r_avg} | {len(growth.rounds)} | {to_lora:.3f} "
+        f"| {a_round / (to_lora * lora_step):.2f} | {tensors} in {len(groups)} "
+        f"| {optimizers[0]:.1f} | {optimizers[1]:.1f} |\n"
+    )
+
+
+def flat(args: argparse.Namespace, folder: str, sync: Any) -> str:
+    """How much more a step costs with 12 times the rank, grown in 30 rounds."""
+    small, _ = grown(Point("flat", 2, models.minilm, 2, 1), args, folder, sync)
+    large, _ = grown(Point("flat", 24, models.minilm, 24, 30), args, folder, sync)
+    to_small, seconds = ratio(large, small, args, sync)
+    rounds = len(large.trainer.increlora.rounds)
+    return (
+        f"step at r_avg 24 after {rounds} rounds ÷ at r_avg 2: {to_small:.3f} (the latter {1000 * seconds:.0f} ms)\n"
     )
 
 
 def main() -> None:
     """Print a table in Markdown."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sweeps", nargs="+", default=["r_avg", "layers", "rounds"])
+    parser.add_argument("--sweeps", nargs="+", default=["r_avg", "layers", "rounds", "flat"])
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="of autocast")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--length", type=int, default=64)
     args = parser.parse_args()
     write = sys.stdout.write
-    write("| point | layers | r_avg | rounds | step ÷ PEFT LoRA | tensors in groups | optimizer, ms | PEFT LoRA's |\n")
-    write("|---|---|---|---|---|---|---|---|\n")
+
+    def sync() -> None:
+        if args.device == "cuda":
+            torch.cuda.synchronize()
+
+    write(
+        "| point | layers | r_avg | rounds | step ÷ PEFT LoRA | a round ÷ a step | tensors in groups | optimizer, ms |"
+    )
+    write(" PEFT LoRA's |\n|---|---|---|---|---|---|---|---|---|\n")
     with tempfile.TemporaryDirectory() as folder:
         for point in points(args.sweeps):
-            write(measure(point, args, folder))
+            write(measure(point, args, folder, sync))
             sys.stdout.flush()
+        if "flat" in args.sweeps:
+            write("\n" + flat(args, folder, sync))
 
 
 if __name__ == "__main__":

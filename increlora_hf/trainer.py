@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,6 +23,7 @@ from .growth import Grown, Growth, attach, is_attached
 from .importance import SensitivityProbes
 from .manifest import check_manifest, new_checkpoint, rotate
 from .orthogonality import add_orthogonality_gradient, orthogonality
+from .packing import Packing
 from .parallel import (
     average_gradients,
     give_up_after,
@@ -90,6 +92,7 @@ class IncreLoraTrainerMixin(_Base):
         self._probes: SensitivityProbes | None = None
         self._sensitivities: Tensor | None = None
         self._statistics: list[Tensor] = []
+        self._packing: Packing | None = None
         self._loss_kwargs_checked = False
         self._resuming: SavedState | None = None
         self._optimizer_is_users = kwargs.get("optimizers", (None, None))[0] is not None
@@ -182,6 +185,9 @@ class IncreLoraTrainerMixin(_Base):
                 "Make a new trainer with a new optimizer for the next training."
             )
         optimizer = super().create_optimizer(*args, **kwargs)
+        if fresh or self._packing is None:
+            self._packing = Packing(None if self._optimizer_is_users else optimizer)
+        self._packing.unpack()
         multiplier = self.increlora.config.lam_lr_multiplier
         if fresh and multiplier != 1:
             lams = [lam for layer in self.increlora.layers.values() for lam in layer.A.lams()]
@@ -193,6 +199,7 @@ class IncreLoraTrainerMixin(_Base):
         for group in optimizer.param_groups:  # of an earlier training: there from the start of this one
             group.pop("birth_step", None)
         self._restore_growth() if self._resuming else self.increlora.begin_run()
+        self._packing.pack(self.increlora.parameters())
         return optimizer
 
     def _restore_growth(self) -> None:
@@ -284,9 +291,20 @@ class IncreLoraTrainerMixin(_Base):
         if self.accelerator.sync_gradients and config.orth_reg_weight > 0:
             weight = config.orth_reg_weight * scale
             add_orthogonality_gradient(self.increlora.factors(), weight, squared=config.orth_reg_squared)
-        if self.accelerator.sync_gradients and num_processes() > 1:
-            self._average()
+        if self.accelerator.sync_gradients:
+            if self._packing is not None:
+                self._packing.collect()
+            if num_processes() > 1:
+                self._average()
         return loss
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        """Trainer's, of the gradients as the optimizer holds them: few tensors."""
+        assert self.optimizer is not None
+        if self._packing is None or not self._packing.is_possible:
+            return super()._clip_grad_norm(model)
+        held = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        return super()._clip_grad_norm(SimpleNamespace(parameters=lambda: iter(held)))
 
     def _average(self) -> None:
         """Make gradients, sensitivities and running statistics the same on every process: their means."""
@@ -350,7 +368,10 @@ class IncreLoraTrainerMixin(_Base):
             growth.tracker = of_rank_0(growth.tracker)
             assert self.lr_scheduler is not None
             birth_step = self.lr_scheduler.last_epoch + 1 if growth.config.restart_warmup else 0
+            assert self._packing is not None
+            self._packing.unpack()
             self._follow(growth.grow(step, birth_step), birth_step)
+            self._packing.pack(growth.parameters())
             self._recompile()
         self._watch(step + 1)
 

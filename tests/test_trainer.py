@@ -27,9 +27,11 @@ class WatchedTrainer(IncreLoraTrainer):
         self.norms: list[float] = []
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        held = [id(p) for group in self.optimizer.param_groups for p in group["params"]]
-        assert sorted(held) == sorted(id(p) for p in self.model.parameters() if p.requires_grad)
-        assert {id(p) for p in self.optimizer.state} <= set(held)
+        held = [p for group in self.optimizer.param_groups for p in group["params"]]
+        packed = [member.parameter for pack in self._packing._packs.values() for member in pack]
+        members = [p for p in held if p not in self._packing._packs] + packed
+        assert sorted(map(id, members)) == sorted(id(p) for p in self.model.parameters() if p.requires_grad)
+        assert set(self.optimizer.state) <= set(held)
         loss = super().training_step(*args, **kwargs)
         if self.accelerator.sync_gradients and self._sensitivities is not None:
             self.seen.append(self._sensitivities.clone())
