@@ -133,8 +133,8 @@ def measure(point: Point, args: argparse.Namespace, folder: str, sync: Any) -> s
     optimizers = optimizer_ms(ours, sync), optimizer_ms(lora, sync)
     growth = ours.trainer.increlora
     return (
-        f"| {point.sweep} = {point.value} | {len(growth.layers)} | {point.r_avg} | {len(growth.rounds)} | {to_lora:.3f} "
-        f"| {a_round / (to_lora * lora_step):.2f} | {tensors} in {len(groups)} "
+        f"| {point.sweep} = {point.value} | {len(growth.layers)} | {point.r_avg} | {len(growth.rounds)} "
+        f"| {to_lora:.3f} | {a_round / (to_lora * lora_step):.2f} | {tensors} in {len(groups)} "
         f"| {optimizers[0]:.1f} | {optimizers[1]:.1f} |\n"
     )
 

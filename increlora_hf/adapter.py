@@ -60,37 +60,28 @@ class AdaptedLayer:
         """Adapter parameters of this layer at a rank: r · (in + out + 1)."""
         return rank * (self.A.features + self.B.features + 1)
 
-    def add_components(
-        self, count: int, generator: torch.Generator, init_std: float | str, like: Tensor
-    ) -> list[Parameter]:
+    def add_components(self, count: int, generator: torch.Generator, init_std: float | str) -> None:
         """New rows of A and B behind the active ones, drawn from N(0, std²): a reserve until they are activated.
 
-        They get the dtype and device of ``like``, and the same values on every device: they are drawn on the CPU.
+        They are the same on every device: they are drawn on the CPU.
         """
-        new = []
         for factor in (self.A, self.B):
             std = factor.features**-0.5 if init_std == UNIT_STD else float(init_std)
-            rows = torch.randn(count, factor.features, generator=generator, device="cpu") * std
-            new.append(factor.add_block(rows.to(like)))
-        return new
+            factor.append(torch.randn(count, factor.features, generator=generator, device="cpu") * std)
 
-    def activate(self, count: int, lam: float) -> Parameter:
+    def activate(self, count: int, lam: float) -> None:
         """Make ``count`` components of the reserve active: their λ becomes trainable, starting from ``lam``.
 
-        The rest of the reserve, if any, is cut off. Returns the new λ.
+        The rest of the reserve, if any, is cut off.
         """
-        for factor in (self.A, self.B):
-            block = factor.blocks()[-1]
-            if count < len(block):
-                block.data = block.data[:count].clone()
-        self.B.rank += count
-        return self.A.add_lam(self.A.blocks()[-1].new_full((count,), lam).detach())
+        self.A.activate(count, lam)
+        self.B.activate(count)
+        self.drop_reserve()
 
-    def drop_reserve(self) -> list[Parameter]:
-        """Remove the reserve; returns its parameters."""
-        if not self.A.reserve:
-            return []
-        return [self.A.drop_last_block(), self.B.drop_last_block()]
+    def drop_reserve(self) -> None:
+        """Remove the reserve."""
+        for factor in (self.A, self.B):
+            factor.cut(factor.rank)
 
 
 def component_generator(seed: int | None, layer_index: int, round_index: int) -> torch.Generator:
@@ -189,14 +180,14 @@ def start_components(layers: Mapping[str, AdaptedLayer], ranks: Mapping[str, int
     for layer in layers.values():
         module: Any = layer.module
         like = next(module.lora_A[ADAPTER].parameters())  # of PEFT's factor, or of the growing one that was there
-        module.lora_A[ADAPTER] = GrowingA(module.in_features, config.reserve_lambda).train(module.training)
-        module.lora_B[ADAPTER] = GrowingB(module.out_features).train(module.training)
+        module.lora_A[ADAPTER] = GrowingA(module.in_features, like, config.reserve_lambda).train(module.training)
+        module.lora_B[ADAPTER] = GrowingB(module.out_features, like).train(module.training)
         fuse(module)
         generator = component_generator(config.seed, layer.index, round_index=0)
-        layer.add_components(ranks[layer.name], generator, config.init_std, like)
+        layer.add_components(ranks[layer.name], generator, config.init_std)
         layer.activate(ranks[layer.name], lam=0.0)
         if config.advance_learning and grows:
-            layer.add_components(config.increment, generator, config.init_std, like)
+            layer.add_components(config.increment, generator, config.init_std)
 
 
 def record_ranks(peft_model: PeftModel, config: IncreLoraConfig) -> None:

@@ -1,53 +1,48 @@
-"""The growing A and B: components as rows, one Parameter per layer and round."""
+"""The growing A and B: components as rows of one Parameter each."""
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.nn import functional as F
 
-from .lowrank import Probe, joined
+from .lowrank import Probe
 
 ADAPTER = "default"  # PEFT's own name for the adapter of get_peft_model
 
 
 class _GrowingFactor(nn.Module):
-    """Rows of components, one Parameter per (layer, round), the reserve's last; PEFT reads ``weight`` and calls it."""
+    """Components as rows, the reserve's last; PEFT reads ``weight`` and calls it.
 
-    def __init__(self, features: int) -> None:
+    Rows are only ever appended, or cut from the end; ``components`` is a new Parameter then.
+    """
+
+    def __init__(self, features: int, like: Tensor) -> None:
         super().__init__()
         self.features = features
         self.rank = 0  # rows of active components
-        self._block_names: list[str] = []
-
-    def blocks(self, *, with_reserve: bool = True) -> list[Parameter]:
-        """The blocks in order of birth, (k, features) each; the reserve's last."""
-        blocks = cast("list[Parameter]", [self._parameters[name] for name in self._block_names])
-        return blocks if with_reserve or not self.reserve else blocks[:-1]
+        self.components = Parameter(like.new_empty(0, features))
 
     @property
     def reserve(self) -> int:
         """Rows of the reserve."""
-        return sum(len(block) for block in self.blocks()) - self.rank
+        return len(self.components) - self.rank
 
-    def add_block(self, rows: Tensor) -> Parameter:
-        block, name = Parameter(rows), f"block_{len(self._block_names)}"
-        self.register_parameter(name, block)
-        self._block_names.append(name)
-        return block
+    def append(self, rows: Tensor) -> None:
+        """Add rows, (k, features), to the reserve."""
+        self.components = Parameter(torch.cat([self.components.detach(), rows.to(self.components)]))
 
-    def drop_last_block(self) -> Parameter:
-        name = self._block_names.pop()
-        block = self.get_parameter(name)
-        delattr(self, name)
-        return block
+    def cut(self, count: int) -> None:
+        """Keep the first ``count`` rows."""
+        if count < len(self.components):
+            self.components = Parameter(self.components.detach()[:count].clone())
 
     def rows(self, *, with_reserve: bool) -> Tensor:
         """The components as rows, shape (r, features); the reserve's last."""
-        return joined(self.blocks(with_reserve=with_reserve))
+        return self.components if with_reserve or not self.reserve else self.components[: self.rank]
 
     @property
     def weight(self) -> Tensor:
@@ -56,13 +51,6 @@ class _GrowingFactor(nn.Module):
 
     def _set_weight(self, weight: Tensor) -> None:
         raise NotImplementedError
-
-    def _write_rows(self, rows: Tensor) -> None:
-        """Copy (rank, features) into the active blocks."""
-        start = 0
-        for block in self.blocks(with_reserve=False):
-            block.copy_(rows[start : start + len(block)])
-            start += len(block)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         weight = self.weight if keep_vars else self.weight.detach()
@@ -89,36 +77,27 @@ class GrowingA(_GrowingFactor):
     While training, the reserve's rows are used with their frozen λ; in evaluation they are left out.
     """
 
-    def __init__(self, in_features: int, reserve_lambda: float) -> None:
-        """Start without components; see `AdaptedLayer`."""
-        super().__init__(in_features)
+    def __init__(self, in_features: int, like: Tensor, reserve_lambda: float) -> None:
+        """Start without components, in the dtype and on the device of ``like``; see `AdaptedLayer`."""
+        super().__init__(in_features, like)
         self.reserve_lambda = reserve_lambda
         self.probe: Probe | None = None  # takes out the sensitivity while it is there
-        self._lam_names: list[str] = []
+        self.active_lam = Parameter(like.new_empty(0))  # the trainable λ, shape (rank,)
 
-    def lams(self) -> list[Parameter]:
-        """The trainable λ, one Parameter of shape (k,) per activation."""
-        return cast("list[Parameter]", [self._parameters[name] for name in self._lam_names])
-
-    def add_lam(self, values: Tensor) -> Parameter:
-        """Make the first components of the reserve active, with these λ, shape (k,)."""
-        lam, name = Parameter(values), f"lam_{len(self._lam_names)}"
-        self.register_parameter(name, lam)
-        self._lam_names.append(name)
-        self.rank += len(values)
-        return lam
+    def activate(self, count: int, lam: float) -> None:
+        """Make the first ``count`` components of the reserve active, with this λ."""
+        old = self.active_lam.detach()
+        self.active_lam = Parameter(torch.cat([old, old.new_full((count,), lam)]))
+        self.rank += count
 
     def lam(self, *, with_reserve: bool) -> Tensor:
         """λ, shape (r,); the reserve's constant last."""
-        parts: list[Tensor] = list(self.lams())
-        if with_reserve and self.reserve:
-            parts.append(parts[0].new_full((self.reserve,), self.reserve_lambda))
-        return joined(parts)
+        return F.pad(self.active_lam, (0, self.reserve if with_reserve else 0), value=self.reserve_lambda)
 
     @property
     def weight(self) -> Tensor:
         """diag(λ) A of the active components, shape (r, in)."""
-        return self.lam(with_reserve=False)[:, None] * self.rows(with_reserve=False)
+        return self.active_lam[:, None] * self.rows(with_reserve=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) ↦ (..., r)."""
@@ -127,16 +106,17 @@ class GrowingA(_GrowingFactor):
     def _set_weight(self, weight: Tensor) -> None:
         """λ_i = ‖row i‖ and a_i = row i / λ_i; a zero row keeps its a_i."""
         norms = torch.linalg.vector_norm(weight, dim=1)
-        rows = torch.where(norms[:, None] > 0, weight / norms[:, None], self.rows(with_reserve=False).to(weight))
-        self._write_rows(rows)
-        start = 0
-        for lam in self.lams():
-            lam.copy_(norms[start : start + len(lam)])
-            start += len(lam)
+        active = self.components[: self.rank]
+        active.copy_(torch.where(norms[:, None] > 0, weight / norms[:, None], active.to(weight)))
+        self.active_lam.copy_(norms)
 
 
 class GrowingB(_GrowingFactor):
     """h ↦ h Bᵀ, stored as rows b_i; ``weight`` = B, shape (out, r)."""
+
+    def activate(self, count: int) -> None:
+        """Make the first ``count`` components of the reserve active."""
+        self.rank += count
 
     @property
     def weight(self) -> Tensor:
@@ -148,4 +128,4 @@ class GrowingB(_GrowingFactor):
         return h @ self.rows(with_reserve=self.training)
 
     def _set_weight(self, weight: Tensor) -> None:
-        self._write_rows(weight.T)
+        self.components[: self.rank].copy_(weight.T)

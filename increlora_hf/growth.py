@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import MethodType
 from typing import Any
@@ -38,16 +38,6 @@ class Round:
     birth_step: int  # scheduler step at which its parameter group was born
     layers: list[str]  # chosen, best first
     scores: dict[str, float]  # S of all layers
-
-
-@dataclass(frozen=True, kw_only=True)
-class Grown:
-    """What a round did to the model's parameters; the optimizer has to follow."""
-
-    lams: list[Parameter] = field(default_factory=list)  # newly trainable
-    components: list[Parameter] = field(default_factory=list)  # new A and B
-    narrowed: list[Parameter] = field(default_factory=list)  # lost their last rows
-    removed: list[Parameter] = field(default_factory=list)
 
 
 class Growth:
@@ -126,37 +116,38 @@ class Growth:
         """S of every layer."""
         return dict(zip(self.layers, self.tracker.scores().tolist(), strict=True))
 
-    def grow(self, step: int, birth_step: int) -> Grown:
+    def grow(self, step: int, birth_step: int) -> None:
         """Hold a round: choose layers by their scores and grow them."""
         assert self.plan is not None
         scores = self.scores()
         chosen = choose(scores, remaining=self.remaining, top_h=self.plan.top_h, increment=self.config.increment)
-        return self.apply(Round(step=step, birth_step=birth_step, layers=chosen, scores=scores))
+        self.apply(Round(step=step, birth_step=birth_step, layers=chosen, scores=scores))
 
-    def apply(self, record: Round) -> Grown:
-        """Grow the layers of one round, decided now or recorded earlier."""
-        config, grown = self.config, Grown()
+    def apply(self, record: Round) -> None:
+        """Grow the layers of one round, decided now or recorded earlier.
+
+        Rows are appended to the factors or cut from their ends, never both in one round: a reserve is cut only where
+        the budget is met.
+        """
+        config = self.config
         gained = gains(record.layers, remaining=self.remaining, increment=config.increment)
         self.rounds.append(record)
         for name, count in gained.items():
-            layer = self.layers[name]
             if not config.advance_learning:
-                grown.components.extend(self._new_components(layer, count))
-            blocks = [layer.A.blocks()[-1], layer.B.blocks()[-1]]
-            grown.narrowed.extend(block for block in blocks if len(block) > count)
-            grown.lams.append(layer.activate(count, config.reserve_lambda if config.advance_learning else 0.0))
+                self._add_components(name, count)
+            self.layers[name].activate(count, config.reserve_lambda if config.advance_learning else 0.0)
         if self.remaining == 0:
             for layer in self.layers.values():
-                grown.removed.extend(layer.drop_reserve())
+                layer.drop_reserve()
         elif config.advance_learning:
             for name in gained:
-                grown.components.extend(self._new_components(self.layers[name], config.increment))
+                self._add_components(name, config.increment)
         record_ranks(self._model, config)
-        return grown
 
-    def _new_components(self, layer: AdaptedLayer, count: int) -> list[Parameter]:
+    def _add_components(self, name: str, count: int) -> None:
+        layer = self.layers[name]
         generator = component_generator(self.config.seed, layer.index, len(self.rounds))
-        return layer.add_components(count, generator, self.config.init_std, layer.A.lams()[0])
+        layer.add_components(count, generator, self.config.init_std)
 
     def parameters(self) -> list[Parameter]:
         """All λ, A and B, reserves included."""
@@ -167,9 +158,9 @@ class Growth:
         """Adapter parameters that are saved: active components only."""
         return sum(layer.num_parameters(layer.rank) for layer in self.layers.values())
 
-    def factors(self) -> list[list[Parameter]]:
-        """A and Bᵀ of all layers as blocks of rows, reserves included: what the orthogonality penalty sees."""
-        return [factor.blocks() for layer in self.layers.values() for factor in (layer.A, layer.B)]
+    def factors(self) -> list[Parameter]:
+        """A and Bᵀ of all layers, reserves included: what the orthogonality penalty sees."""
+        return [factor.components for layer in self.layers.values() for factor in (layer.A, layer.B)]
 
     def history(self) -> dict[str, Any]:
         """Settings, plan, rounds and final ranks as plain values."""

@@ -48,7 +48,7 @@ class SensitivityProbes:
         """Give every layer a probe."""
         self._layers = list(layers)
         for layer in self._layers:
-            layer.A.probe = Probe((layer.B.features, layer.A.features), layer.A.blocks()[0], reduction)
+            layer.A.probe = Probe((layer.B.features, layer.A.features), layer.A.components, reduction)
 
     def read(self) -> Tensor:
         """I of every layer for the one backward pass since the last reading, shape (n,); 0 where none arrived."""

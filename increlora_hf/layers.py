@@ -25,9 +25,9 @@ def factors_of(layer: Any) -> Factors:
     a: GrowingA = layer.lora_A[ADAPTER]
     b: GrowingB = layer.lora_B[ADAPTER]
     return Factors(
-        A=a.blocks(with_reserve=a.training),
-        B=b.blocks(with_reserve=a.training),
-        lam=a.lams(),
+        A=a.rows(with_reserve=a.training),
+        B=b.rows(with_reserve=a.training),
+        lam=a.active_lam,
         scale=layer.scaling[ADAPTER],
         reserve_lambda=a.reserve_lambda,
         probe=a.probe if a.training else None,

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 from torch.nn import functional as F
 
 NO_GRAPH_TASK = -1  # torch's number for "no backward pass is running"
@@ -25,11 +24,11 @@ def sensitivity(delta_weight: Tensor, gradient: Tensor, reduction: str = "mean")
 
 
 class Factors(NamedTuple):
-    """What makes ΔW = s · Bᵀ diag(λ) A, every factor in blocks of rows."""
+    """What makes ΔW = s · Bᵀ diag(λ) A."""
 
-    A: Sequence[Parameter]  # (k, in) each
-    B: Sequence[Parameter]  # (k, out) each, as rows
-    lam: Sequence[Parameter]  # (k,) each; rows of A and B beyond them have the constant `reserve_lambda`
+    A: Tensor  # (r, in)
+    B: Tensor  # (r, out), as rows
+    lam: Tensor  # (k,), k ≤ r; rows of A and B beyond them have the constant `reserve_lambda`
     scale: float  # s
     reserve_lambda: float
     probe: Probe | None = None
@@ -94,9 +93,10 @@ def _apply(x: Tensor, factors: Factors, result: Tensor | None, weight: Tensor | 
     if probe is not None:
         probe.count_call()
         scalar, matrix = probe.scalar, probe.matrix
-    sizes = len(factors.A), len(factors.B), factors.scale, factors.reserve_lambda
-    blocks = *factors.A, *factors.B, *factors.lam
-    return _LowRankUpdate.apply(x, result, weight, bias, probe, scalar, matrix, sizes, *blocks)
+    constants = factors.scale, factors.reserve_lambda
+    return _LowRankUpdate.apply(
+        x, result, weight, bias, probe, scalar, matrix, constants, factors.A, factors.B, factors.lam
+    )
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
@@ -104,11 +104,6 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
     if x.dtype is not torch.float64 and torch.is_autocast_enabled(kind):
         return torch.get_autocast_dtype(kind)
     return x.dtype
-
-
-def joined(blocks: Sequence[Tensor]) -> Tensor:
-    """The blocks as one tensor, (rows, ...); a single block as it is."""
-    return blocks[0] if len(blocks) == 1 else torch.cat(list(blocks))
 
 
 class _LowRankUpdate(torch.autograd.Function):
@@ -129,15 +124,15 @@ class _LowRankUpdate(torch.autograd.Function):
         probe: Probe | None,
         scalar: Tensor | None,
         matrix: Tensor | None,
-        sizes: tuple[int, int, float, float],
-        *blocks: Tensor,
+        constants: tuple[float, float],
+        rows_a: Tensor,
+        rows_b: Tensor,
+        active_lam: Tensor,
     ) -> Tensor:
-        num_a, num_b, scale, reserve_lambda = sizes
+        scale, reserve_lambda = constants
         dtype = _compute_dtype(x)
-        rows_a, rows_b = joined(blocks[:num_a]), scale * joined(blocks[num_a : num_a + num_b])  # (r, in), (r, out)
-        lam = joined(blocks[num_a + num_b :])
-        if len(lam) < len(rows_a):
-            lam = F.pad(lam, (0, len(rows_a) - len(lam)), value=reserve_lambda)
+        rows_b = scale * rows_b  # (r, out)
+        lam = F.pad(active_lam, (0, len(rows_a) - len(active_lam)), value=reserve_lambda)  # (r,)
         flat = x.reshape(-1, x.shape[-1]).to(dtype)  # (T, in)
         h = flat @ rows_a.to(dtype).T  # (T, r)
         lam_b = (lam[:, None] * rows_b).to(dtype)  # (r, out)
@@ -150,14 +145,14 @@ class _LowRankUpdate(torch.autograd.Function):
             y = torch.addmm(base, h, lam_b) if base.dtype == dtype else base + h @ lam_b
         ctx.save_for_backward(x, h, rows_a, rows_b, lam, weight)
         ctx.dtype, ctx.probe, ctx.scale = dtype, probe, scale
-        ctx.num_a, ctx.num_b, ctx.block_rows = num_a, num_b, [len(block) for block in blocks]
+        ctx.active = len(active_lam)
         ctx.result_dtype = None if result is None else result.dtype
         return y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, h, rows_a, rows_b, lam, weight = ctx.saved_tensors
-        dtype, num_a, num_ab = ctx.dtype, ctx.num_a, ctx.num_a + ctx.num_b
+        dtype = ctx.dtype
         g, flat = grad.reshape(-1, grad.shape[-1]).to(dtype), x.reshape(-1, x.shape[-1]).to(dtype)
         q = g @ rows_b.to(dtype).T  # (T, r); rows_b holds s · B
         m = (h.T @ g).to(rows_b.dtype)  # (r, out); M / s
@@ -169,7 +164,6 @@ class _LowRankUpdate(torch.autograd.Function):
             lam_a = (lam[:, None] * rows_a).to(dtype)  # (r, in)
             grad_x = q @ lam_a if weight is None else (g @ weight.to(dtype)).addmm_(q, lam_a)
             grad_x = grad_x.view(x.shape).to(x.dtype)
-        sizes = ctx.block_rows
         return (
             grad_x,
             None if ctx.result_dtype is None else grad.to(ctx.result_dtype),
@@ -178,9 +172,9 @@ class _LowRankUpdate(torch.autograd.Function):
             None,
             *_probe_gradients(ctx.probe, g, flat, rows_a, rows_b, lam),
             None,
-            *grad_a.split(sizes[:num_a]),
-            *grad_b.split(sizes[num_a:num_ab]),
-            *grad_lam[: sum(sizes[num_ab:])].split(sizes[num_ab:]),
+            grad_a,
+            grad_b,
+            grad_lam[: ctx.active],
         )
 
 

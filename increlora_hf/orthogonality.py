@@ -9,27 +9,25 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-Matrix = Sequence[Parameter]  # blocks of rows, (k, d) each
 
-
-def orthogonality(matrices: Iterable[Matrix], *, squared: bool = False) -> Tensor:
+def orthogonality(matrices: Iterable[Parameter], *, squared: bool = False) -> Tensor:
     """Mean over the matrices X of ‖X Xᵀ − I‖_F, a scalar; the squared norm with ``squared``.
 
     Args:
-        matrices: the A, shape (r, in), and the Bᵀ, shape (r, out), of all layers, reserves included, as blocks of
-            rows. Rows are components, so that ‖A Aᵀ − I‖ and ‖BᵀB − I‖ are the same expression.
+        matrices: the A, shape (r, in), and the Bᵀ, shape (r, out), of all layers, reserves included. Rows are
+            components, so that ‖A Aᵀ − I‖ and ‖BᵀB − I‖ are the same expression.
 
     Source: arXiv 2308.12043, equation (4); the mean is over the 2n matrices of n layers.
     """
     batches = _by_shape(matrices)
-    norms = [_norms(_deviation(_stack(batch))) for batch in batches]  # (m,) each
+    norms = [_norms(_deviation(torch.stack(batch))) for batch in batches]  # (m,) each
     total = torch.stack([(norm.square() if squared else norm).sum() for norm in norms]).sum()
     return total / sum(map(len, batches))
 
 
 @torch.no_grad()
-def add_orthogonality_gradient(matrices: Iterable[Matrix], weight: float, *, squared: bool = False) -> None:
-    """Add the gradient of weight · `orthogonality` to the ``grad`` of every block.
+def add_orthogonality_gradient(matrices: Iterable[Parameter], weight: float, *, squared: bool = False) -> None:
+    """Add the gradient of weight · `orthogonality` to the ``grad`` of every matrix.
 
     With E = X Xᵀ − I, of one matrix among N: ∂‖E‖/∂X = 2 E X / ‖E‖ and ∂‖E‖²/∂X = 4 E X, each times weight / N.
     At E = 0 the norm has no gradient, and 0 is taken.
@@ -37,41 +35,33 @@ def add_orthogonality_gradient(matrices: Iterable[Matrix], weight: float, *, squ
     batches = _by_shape(matrices)
     count = sum(map(len, batches))
     for batch in batches:
-        blocks = [block for matrix in batch for block in matrix]
-        stacked = _stack(batch)  # (m, r, d)
+        stacked = torch.stack(batch)  # (m, r, d)
         deviation = _deviation(stacked)
         if squared:
             deviation *= 4 * weight / count
         else:
             norms = _norms(deviation)[:, None, None]
             deviation *= torch.where(norms > 0, 2 * weight / (count * norms), 0)
-        parts = (deviation @ stacked).flatten(0, 1).split([len(block) for block in blocks])
-        _add(blocks, parts)
+        _add(batch, (deviation @ stacked).unbind())
 
 
-def _add(blocks: Sequence[Parameter], parts: Sequence[Tensor]) -> None:
+def _add(matrices: Sequence[Tensor], parts: Sequence[Tensor]) -> None:
     """Into the gradients that are there, and in place of those that the task's loss did not reach."""
-    known = [(block.grad, part) for block, part in zip(blocks, parts, strict=True) if block.grad is not None]
+    known = [(matrix.grad, part) for matrix, part in zip(matrices, parts, strict=True) if matrix.grad is not None]
     if known:
         gradients, additions = zip(*known, strict=True)
         torch._foreach_add_(gradients, additions)
-    if len(known) < len(blocks):
-        for block, part in zip(blocks, parts, strict=True):
-            if block.grad is None:
-                block.grad = part.clone()
+    if len(known) < len(matrices):
+        for matrix, part in zip(matrices, parts, strict=True):
+            if matrix.grad is None:
+                matrix.grad = part.clone()
 
 
-def _by_shape(matrices: Iterable[Matrix]) -> list[list[Matrix]]:
-    batches: dict[tuple[int, torch.Size], list[Matrix]] = defaultdict(list)
+def _by_shape(matrices: Iterable[Tensor]) -> list[list[Tensor]]:
+    batches: dict[torch.Size, list[Tensor]] = defaultdict(list)
     for matrix in matrices:
-        batches[sum(map(len, matrix)), matrix[0].shape[1:]].append(matrix)
+        batches[matrix.shape].append(matrix)
     return list(batches.values())
-
-
-def _stack(batch: Sequence[Matrix]) -> Tensor:
-    """(m, r, d)."""
-    rows = torch.cat([block for matrix in batch for block in matrix])
-    return rows.view(len(batch), -1, rows.shape[1])
 
 
 def _deviation(stacked: Tensor) -> Tensor:

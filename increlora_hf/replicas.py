@@ -89,6 +89,8 @@ def require_same_replicas(growth: Growth, model: nn.Module) -> None:
 
 def same_checkpoint(wanted: str | bool, output_dir: str) -> Path:
     """See `resolve_checkpoint`; raises ValueError where the processes find different ones."""
+    if num_processes() == 1:
+        return resolve_checkpoint(wanted, output_dir)
     problem = None
     try:
         folder = resolve_checkpoint(wanted, output_dir)

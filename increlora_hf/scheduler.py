@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch.nn import Parameter
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_scheduler
@@ -51,7 +50,7 @@ class RestartWarmupLR(LambdaLR):
     optimizer's own state carries it through a checkpoint.
 
     Args:
-        optimizer: groups may be added to it later, see `add_group`.
+        optimizer: groups may be added to it later, see `Packing.follow`.
         curves: birth step -> curve, see `restart_curves`.
     """
 
@@ -77,52 +76,3 @@ class RestartWarmupLR(LambdaLR):
         derived = ("_curves", "_by_birth", "base_lrs")
         kept = {name: value for name, value in super().state_dict().items() if name not in derived}
         return {**kept, "lr_lambdas": []}
-
-
-def group_of(optimizer: Optimizer, param: Parameter) -> dict[str, Any]:
-    """The parameter group that holds ``param``."""
-    for group in optimizer.param_groups:
-        if any(param is member for member in group["params"]):
-            return group
-    raise ValueError(
-        "The optimizer does not hold the adapter's parameters. Build it from the model that `attach` returns, or let "
-        "the Trainer build it."
-    )
-
-
-def add_groups(
-    optimizer: Optimizer, params_like: Iterable[tuple[list[Parameter], Parameter]], birth_step: int
-) -> None:
-    """Insert new parameters, one group for each distinct group of their models.
-
-    Args:
-        params_like: (new parameters, an older parameter whose group they follow in everything but time).
-        birth_step: t0 of their curve. Until the scheduler's next step their learning rate is 0.
-    """
-    merged: dict[int, dict[str, Any]] = {}
-    for params, like in params_like:
-        template = group_of(optimizer, like)
-        if id(template) not in merged:
-            settings = {key: value for key, value in template.items() if key not in ("params", "lr", "birth_step")}
-            peak = template.get("initial_lr", template["lr"])
-            merged[id(template)] = {**settings, "initial_lr": peak, "lr": 0.0, "birth_step": birth_step, "params": []}
-        merged[id(template)]["params"].extend(params)
-    for group in merged.values():
-        if group["params"]:
-            optimizer.add_param_group(group)
-
-
-def remove_params(optimizer: Optimizer, params: Iterable[Parameter]) -> None:
-    """Take parameters out of their groups, with their optimizer state."""
-    gone = {id(param) for param in params}
-    for group in optimizer.param_groups:
-        for param in [p for p in group["params"] if id(p) in gone]:
-            optimizer.state.pop(param, None)
-        group["params"] = [p for p in group["params"] if id(p) not in gone]
-
-
-def narrow_state(optimizer: Optimizer, param: Parameter, rows: int) -> None:
-    """Cut the optimizer state of a parameter that has just lost rows to its first ``rows``."""
-    for name, value in optimizer.state.get(param, {}).items():
-        if isinstance(value, torch.Tensor) and value.dim() == param.dim():
-            optimizer.state[param][name] = value[:rows].clone()

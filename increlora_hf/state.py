@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from .config import IncreLoraConfig
-from .growth import Grown, Growth, Round, write_json
+from .growth import Growth, Round, write_json
 from .manifest import AdapterFormatError, check_format, read_json_object
 
 STATE_JSON = "increlora_state.json"
@@ -173,19 +173,18 @@ def _refuse_differences(saved: SavedState, differences: list[str]) -> None:
         )
 
 
-def restore(
-    saved: SavedState, model: PeftModel, follow: Callable[[Grown, int], None] = lambda grown, birth_step: None
-) -> None:
+def restore(saved: SavedState, model: PeftModel, follow: Callable[[int], None] = lambda birth_step: None) -> None:
     """Bring a model that is at its first ranks to the saved state, bit for bit.
 
     Args:
-        follow: is told what each replayed round did, for an optimizer to follow.
+        follow: is told of each replayed round, with its birth step, for an optimizer to follow.
     """
     growth: Growth = model.increlora
     path = saved.folder / STATE_TENSORS
     loaded = read_tensors(path)
     for record in saved.rounds:
-        follow(growth.apply(record), record.birth_step)
+        growth.apply(record)
+        follow(record.birth_step)
     if growth.rank_pattern != saved.rank_pattern:
         key = next(name for name, rank in growth.rank_pattern.items() if saved.rank_pattern.get(name) != rank)
         found = f"{saved.rank_pattern.get(key)}"

@@ -19,7 +19,7 @@ from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SchedulerType, TrainOutput, has_length
 
 from .config import IncreLoraConfig
-from .growth import Grown, Growth, attach, is_attached
+from .growth import Growth, attach, is_attached
 from .importance import SensitivityProbes
 from .manifest import check_manifest, new_checkpoint, rotate
 from .orthogonality import add_orthogonality_gradient, orthogonality
@@ -42,7 +42,7 @@ from .replicas import (
     same_checkpoint,
 )
 from .report import plan_line, rank_table
-from .scheduler import NO_CURVE, RestartWarmupLR, add_groups, group_of, narrow_state, remove_params, restart_curves
+from .scheduler import NO_CURVE, RestartWarmupLR, restart_curves
 from .state import (
     SavedState,
     check_same_plan,
@@ -186,20 +186,13 @@ class IncreLoraTrainerMixin(_Base):
             )
         optimizer = super().create_optimizer(*args, **kwargs)
         if fresh or self._packing is None:
-            self._packing = Packing(None if self._optimizer_is_users else optimizer)
-        self._packing.unpack()
-        multiplier = self.increlora.config.lam_lr_multiplier
-        if fresh and multiplier != 1:
-            lams = [lam for layer in self.increlora.layers.values() for lam in layer.A.lams()]
-            learning_rate = optimizer.param_groups[0]["lr"]
-            remove_params(optimizer, lams)
-            optimizer.add_param_group({"params": lams, "lr": learning_rate * multiplier})
-        for parameter in self.increlora.parameters():
-            group_of(optimizer, parameter)
+            multiplier = self.increlora.config.lam_lr_multiplier
+            if fresh and multiplier != 1:
+                _separate(optimizer, [layer.A.active_lam for layer in self.increlora.layers.values()], multiplier)
+            self._packing = Packing(optimizer, self.increlora.parameters())
         for group in optimizer.param_groups:  # of an earlier training: there from the start of this one
             group.pop("birth_step", None)
         self._restore_growth() if self._resuming else self.increlora.begin_run()
-        self._packing.pack(self.increlora.parameters())
         return optimizer
 
     def _restore_growth(self) -> None:
@@ -292,24 +285,22 @@ class IncreLoraTrainerMixin(_Base):
             weight = config.orth_reg_weight * scale
             add_orthogonality_gradient(self.increlora.factors(), weight, squared=config.orth_reg_squared)
         if self.accelerator.sync_gradients:
-            if self._packing is not None:
-                self._packing.collect()
+            assert self._packing is not None
+            self._packing.gather()
             if num_processes() > 1:
                 self._average()
         return loss
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         """Trainer's, of the gradients as the optimizer holds them: few tensors."""
-        assert self.optimizer is not None
-        if self._packing is None or not self._packing.is_possible:
-            return super()._clip_grad_norm(model)
-        held = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        assert self._packing is not None
+        held = self._packing.parameters
         return super()._clip_grad_norm(SimpleNamespace(parameters=lambda: iter(held)))
 
     def _average(self) -> None:
         """Make gradients, sensitivities and running statistics the same on every process: their means."""
-        assert self.optimizer is not None
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"] if not is_sharded(p)]
+        assert self._packing is not None
+        parameters = [parameter for parameter in self._packing.parameters if not is_sharded(parameter)]
         sensitivities = [] if self._sensitivities is None else [self._sensitivities]
         average_gradients(parameters, [*sensitivities, *self._statistics])
 
@@ -368,22 +359,15 @@ class IncreLoraTrainerMixin(_Base):
             growth.tracker = of_rank_0(growth.tracker)
             assert self.lr_scheduler is not None
             birth_step = self.lr_scheduler.last_epoch + 1 if growth.config.restart_warmup else 0
-            assert self._packing is not None
-            self._packing.unpack()
-            self._follow(growth.grow(step, birth_step), birth_step)
-            self._packing.pack(growth.parameters())
+            growth.grow(step, birth_step)
+            self._follow(birth_step)
             self._recompile()
         self._watch(step + 1)
 
-    def _follow(self, grown: Grown, birth_step: int) -> None:
+    def _follow(self, birth_step: int) -> None:
         """Make the optimizer hold what the model now holds."""
-        assert self.optimizer is not None
-        first = next(iter(self.increlora.layers.values()))
-        like_lam, like_component = first.A.lams()[0], first.A.blocks()[0]
-        add_groups(self.optimizer, [(grown.lams, like_lam), (grown.components, like_component)], birth_step)
-        for param in grown.narrowed:
-            narrow_state(self.optimizer, param, len(param))
-        remove_params(self.optimizer, grown.removed)
+        assert self._packing is not None
+        self._packing.follow(self.increlora.parameters(), birth_step)
 
     # ---- Checkpoints ---------------------------------------------------------------------------------------------
 
@@ -458,6 +442,14 @@ class _GrowthCallback(TrainerCallback):
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         growth = self._trainer.increlora
         logger.info("IncreLoRA: final ranks, total %d\n%s", growth.total_rank, rank_table(growth.rank_pattern))
+
+
+def _separate(optimizer: torch.optim.Optimizer, lams: list[nn.Parameter], multiplier: float) -> None:
+    """Give the λ a group of their own, with this multiple of the learning rate."""
+    gone = {id(lam) for lam in lams}
+    for group in optimizer.param_groups:
+        group["params"] = [parameter for parameter in group["params"] if id(parameter) not in gone]
+    optimizer.add_param_group({"params": lams, "lr": optimizer.param_groups[0]["lr"] * multiplier})
 
 
 @contextmanager

@@ -38,9 +38,9 @@ def warm_start(peft_model: PeftModel, config: IncreLoraConfig) -> PeftModel:
     with torch.no_grad():
         for name, layer in adapted_layers(grown).items():
             rows_b, singular, rows_a = factors[name]
-            layer.A.blocks()[0].copy_(rows_a)
-            layer.B.blocks()[0].copy_(rows_b)
-            layer.A.lams()[0].copy_(singular / layer.scale)
+            layer.A.components[: layer.rank].copy_(rows_a)
+            layer.B.components[: layer.rank].copy_(rows_b)
+            layer.A.active_lam.copy_(singular / layer.scale)
     return grown
 
 

@@ -22,7 +22,7 @@ from transformers import (
 
 from increlora_hf import IncreLoraConfig, attach
 from increlora_hf.adapter import adapted_layers
-from increlora_hf.growth import Grown, Round
+from increlora_hf.growth import Round
 
 INPUT = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 0]])
 
@@ -33,9 +33,9 @@ def logits(model: nn.Module) -> Tensor:
         return model(input_ids=INPUT).logits
 
 
-def grow(model: PeftModel, *layers: str, step: int = 1) -> Grown:
+def grow(model: PeftModel, *layers: str, step: int = 1) -> None:
     scores = dict.fromkeys(model.increlora.layers, 0.0)
-    return model.increlora.apply(Round(step=step, birth_step=step, layers=list(layers), scores=scores))
+    model.increlora.apply(Round(step=step, birth_step=step, layers=list(layers), scores=scores))
 
 
 def trained(model: PeftModel, seed: int = 5) -> PeftModel:
@@ -43,7 +43,7 @@ def trained(model: PeftModel, seed: int = 5) -> PeftModel:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for layer in model.increlora.layers.values():
-            for parameter in (*layer.A.lams(), *layer.A.blocks(), *layer.B.blocks()):
+            for parameter in (layer.A.active_lam, layer.A.components, layer.B.components):
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
     return model
 
@@ -130,22 +130,20 @@ def test_per_rank_scale_follows_the_rank() -> None:
 def test_reserves_leave_when_the_budget_is_met() -> None:
     model = attach(tiny_bert(), IncreLoraConfig(r_avg=2, increment=2))
     names = list(model.increlora.layers)
-    first = grow(model, *names[:5])
-    assert (len(first.lams), len(first.components), first.removed) == (5, 10, [])
-    last = grow(model, names[5])
+    grow(model, *names[:5])
+    assert all(layer.A.reserve == layer.B.reserve == 2 for layer in model.increlora.layers.values())
+    grow(model, names[5])
     assert model.increlora.remaining == 0
-    assert not last.components
-    assert len(last.removed) == 2 * 11  # of every layer but the one whose reserve was activated
-    assert all(sum(map(len, layer.A.blocks())) == layer.rank for layer in model.increlora.layers.values())
+    assert all(layer.A.reserve == layer.B.reserve == 0 for layer in model.increlora.layers.values())
     assert sum(model.increlora.rank_pattern.values()) == 24
 
 
 def test_last_layer_gets_what_is_left_of_the_budget() -> None:
     model = attach(tiny_bert(), IncreLoraConfig(r_avg=2, increment=5))
     names = list(model.increlora.layers)
-    grown = grow(model, *names[:3])
+    grow(model, *names[:3])
     assert [model.increlora.rank_pattern[name] for name in names[:4]] == [6, 6, 3, 1]
-    assert [parameter.shape for parameter in grown.narrowed] == [(2, 16), (2, 16)]
+    assert len(model.increlora.layers[names[2]].B.components) == 3
 
 
 def test_new_components_depend_on_seed_layer_and_round_alone() -> None:
@@ -156,18 +154,19 @@ def test_new_components_depend_on_seed_layer_and_round_alone() -> None:
         grow(model, *names[:2])
         torch.manual_seed(noise + 1)
         grow(model, *names[:1])
-        return [block.detach() for name in names[:2] for block in model.increlora.layers[name].A.blocks()]
+        layers = [model.increlora.layers[name] for name in names[:2]]
+        return [row for layer in layers for row in layer.A.components.detach()]
 
     one, same, other = components(1, noise=0), components(1, noise=7), components(2, noise=0)
     assert all(torch.equal(a, b) for a, b in zip(one, same, strict=True))
     assert not any(torch.equal(a, b) for a, b in zip(one, other, strict=True))
-    assert len({block.sum().item() for block in one}) == len(one) == 7
+    assert len({row.sum().item() for row in one}) == len(one) == 7
 
 
 def test_unit_start_values_have_norms_near_one() -> None:
     model = attach(GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=256, n_head=2)), IncreLoraConfig(init_std="unit"))
     for factor in model.increlora.factors():
-        assert torch.linalg.vector_norm(torch.cat(factor), dim=1).tolist() == pytest.approx([1, 1], abs=0.3)
+        assert torch.linalg.vector_norm(factor, dim=1).tolist() == pytest.approx([1, 1], abs=0.3)
 
 
 # ---- Which layers -------------------------------------------------------------------------------------------------

@@ -269,7 +269,7 @@ def raw(change: Callable[[dict[str, Tensor]], Any]) -> Mutation:
 
 
 def first_lam(held: dict[str, Tensor]) -> str:
-    return next(key for key in held if key.endswith("lam_0"))
+    return next(key for key in held if key.endswith("active_lam"))
 
 
 # Behind a fresh manifest: these are whole files that say something wrong.
@@ -300,7 +300,7 @@ CHECKPOINT_MUTATIONS: dict[str, tuple[Mutation, str]] = {
     "average-text": (state(lambda held: held["uncertainty"].__setitem__(0, "x")), "uncertainty: expected 12 finite"),
     "tensors-missing": (removed(RAW), "expected safetensors, found no such file"),
     "tensors-truncated": (truncated(RAW, 0.7), "expected safetensors"),
-    "tensor-missing": (raw(lambda held: held.pop(first_lam(held))), "lam_0: expected a tensor, found nothing"),
+    "tensor-missing": (raw(lambda held: held.pop(first_lam(held))), "active_lam: expected a tensor, found nothing"),
     "tensor-extra": (raw(put("surplus", torch.ones(1))), "surplus: expected no such key"),
     "tensor-shape": (raw(lambda held: held.update({first_lam(held): torch.ones(7)})), r"shape \[1\], found \[7\]"),
     "tensor-dtype": (

@@ -17,7 +17,7 @@ from increlora_hf.layers import FusedLinear
 from increlora_hf.lowrank import Factors, Probe, add_update, linear_with_update, sensitivity
 
 IN, OUT, SCALE, RESERVE_LAMBDA = 5, 4, 1.7, 0.3
-BLOCKS = {"one block": (2,), "two blocks": (1, 2), "no reserve": (2, 0)}  # the last block is the reserve
+PARTS = {"reserve": (1, 2), "longer": (3, 1), "no reserve": (2, 0)}  # active components, components in reserve
 ROWS = torch.randint(5, 60, (6, 8), generator=torch.Generator().manual_seed(0))
 
 
@@ -25,13 +25,11 @@ def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tens
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
-def factors(blocks: tuple[int, ...], dtype: torch.dtype = torch.float64, probe: Probe | None = None) -> Factors:
-    sizes = [rows for rows in blocks if rows]
-    active = sizes if len(sizes) < len(blocks) or len(sizes) == 1 else sizes[:-1]
+def factors(sizes: tuple[int, int], dtype: torch.dtype = torch.float64, probe: Probe | None = None) -> Factors:
     return Factors(
-        A=[Parameter(draw(rows, IN, seed=i, dtype=dtype)) for i, rows in enumerate(sizes)],
-        B=[Parameter(draw(rows, OUT, seed=10 + i, dtype=dtype)) for i, rows in enumerate(sizes)],
-        lam=[Parameter(draw(rows, seed=20 + i, dtype=dtype)) for i, rows in enumerate(active)],
+        A=Parameter(draw(sum(sizes), IN, seed=1, dtype=dtype)),
+        B=Parameter(draw(sum(sizes), OUT, seed=10, dtype=dtype)),
+        lam=Parameter(draw(sizes[0], seed=20, dtype=dtype)),
         scale=SCALE,
         reserve_lambda=RESERVE_LAMBDA,
         probe=probe,
@@ -40,31 +38,29 @@ def factors(blocks: tuple[int, ...], dtype: torch.dtype = torch.float64, probe: 
 
 def delta_weight(parts: Factors) -> Tensor:
     """Σ s λ_i b_i a_iᵀ, one component after the other."""
-    rows_a, rows_b = torch.cat(list(parts.A)), torch.cat(list(parts.B))
-    lam = torch.cat(list(parts.lam)).tolist() if not parts.lam[0].requires_grad else torch.cat(list(parts.lam))
-    lams = [lam[i] if i < len(lam) else RESERVE_LAMBDA for i in range(len(rows_a))]
+    lams = [parts.lam[i] if i < len(parts.lam) else RESERVE_LAMBDA for i in range(len(parts.A))]
     return sum(
-        (SCALE * weight * torch.outer(b, a) for weight, b, a in zip(lams, rows_b, rows_a, strict=True)),
+        (SCALE * weight * torch.outer(b, a) for weight, b, a in zip(lams, parts.B, parts.A, strict=True)),
         torch.zeros(OUT, IN),
     )
 
 
-def parameters(parts: Factors) -> list[Parameter]:
-    return [*parts.A, *parts.B, *parts.lam]
+def parameters(parts: Factors) -> list[Tensor]:
+    return [parts.A, parts.B, parts.lam]
 
 
-@pytest.mark.parametrize("blocks", BLOCKS.values(), ids=BLOCKS)
+@pytest.mark.parametrize("sizes", PARTS.values(), ids=PARTS)
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
 @pytest.mark.parametrize("over_result", [True, False], ids=["over a result", "with the base"])
 def test_value_and_gradients_are_those_of_the_dense_form(
-    blocks: tuple[int, ...], bias: bool, over_result: bool
+    sizes: tuple[int, int], bias: bool, over_result: bool
 ) -> None:
     weight, offset = draw(OUT, IN, seed=30), draw(OUT, seed=31) if bias else None
     target = draw(2, 3, OUT, seed=32)
     found: list[Any] = []
     expected: list[Any] = []
     for naive, values in ((False, found), (True, expected)):
-        parts, x = factors(blocks), draw(2, 3, IN, seed=33).requires_grad_()
+        parts, x = factors(sizes), draw(2, 3, IN, seed=33).requires_grad_()
         if naive:
             y = F.linear(x, weight + delta_weight(parts), offset)
         elif over_result:
@@ -77,10 +73,10 @@ def test_value_and_gradients_are_those_of_the_dense_form(
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("blocks", BLOCKS.values(), ids=BLOCKS)
+@pytest.mark.parametrize("sizes", PARTS.values(), ids=PARTS)
 @pytest.mark.parametrize("over_result", [True, False], ids=["over a result", "with the base"])
-def test_gradcheck(blocks: tuple[int, ...], over_result: bool) -> None:
-    parts = factors(blocks)
+def test_gradcheck(sizes: tuple[int, int], over_result: bool) -> None:
+    parts = factors(sizes)
     weight, offset = draw(OUT, IN, seed=30), draw(OUT, seed=31)
     x, result = draw(3, IN, seed=33).requires_grad_(), draw(3, OUT, seed=34).requires_grad_()
 
@@ -137,7 +133,7 @@ def test_reserve_learns_in_float16_though_its_lambda_is_tiny() -> None:
     x = draw(3, IN, seed=33, dtype=torch.float32)
     with torch.autocast("cpu", torch.float16):
         linear_with_update(x, draw(OUT, IN, seed=30, dtype=torch.float32), None, parts).float().sum().backward()
-    assert all(block.grad.abs().min() > 0 for block in (parts.A[1], parts.B[1]))
+    assert all(factor.grad[1:].abs().min() > 0 for factor in (parts.A, parts.B))
 
 
 # ---- In a model ---------------------------------------------------------------------------------------------------
@@ -222,7 +218,7 @@ def test_compiled_model_with_probes_has_no_graph_break() -> None:
     for one in (model, twin):
         layers = list(one.increlora.layers.values())
         for layer in layers:
-            layer.A.probe = Probe((layer.B.features, layer.A.features), layer.A.blocks()[0], "mean")
+            layer.A.probe = Probe((layer.B.features, layer.A.features), layer.A.components, "mean")
         run = torch.compile(one, fullgraph=True, backend="aot_eager") if one is model else one
         run(input_ids=ROWS, labels=torch.tensor([0, 1, 1, 0, 1, 0])).loss.backward()
         both.append(torch.stack([layer.A.probe.read(layer.delta_weight) for layer in layers]))

@@ -395,7 +395,7 @@ def test_replicas_that_drift_apart_stop_the_run(tmp_path: Path) -> None:
         if trainer.args.process_index == 1 and trainer.state.global_step == 6:
             with torch.no_grad():
                 layer = trainer.increlora.layers["bert.encoder.layer.1.output.dense"]
-                layer.B.blocks()[0][0, 3] += 1e-7
+                layer.B.components[0, 3] += 1e-7
 
     with pytest.raises(Failed) as failed:
         run(2, tmp_path, train, tmp_path / "out", SHORT, {"max_steps": 16, "then": drift})

@@ -28,9 +28,12 @@ class WatchedTrainer(IncreLoraTrainer):
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         held = [p for group in self.optimizer.param_groups for p in group["params"]]
-        packed = [member.parameter for pack in self._packing._packs.values() for member in pack]
-        members = [p for p in held if p not in self._packing._packs] + packed
-        assert sorted(map(id, members)) == sorted(id(p) for p in self.model.parameters() if p.requires_grad)
+        strips = [strip.parameter for strip in self._packing._strips]
+        assert {id(strip) for strip in strips} <= {id(p) for p in held}
+        ours = {id(p) for p in self.increlora.parameters()}
+        others = [id(p) for p in self.model.parameters() if p.requires_grad and id(p) not in ours]
+        assert sorted(id(p) for p in held) == sorted([*map(id, strips), *others])
+        assert sum(strip.numel() for strip in strips) == sum(p.numel() for p in self.increlora.parameters())
         assert set(self.optimizer.state) <= set(held)
         loss = super().training_step(*args, **kwargs)
         if self.accelerator.sync_gradients and self._sensitivities is not None:
