@@ -77,8 +77,8 @@ def require_same_replicas(growth: Growth, model: nn.Module) -> None:
     sums = iter(checksums([*ours, *heads.values()]))
     facts: dict[str, Any] = {}
     for name, layer in growth.layers.items():
-        blocks = [*layer.A.parameters(), *layer.B.parameters()]
-        facts[f"layer {name}"] = {"rank": layer.rank, "checksums": [next(sums) for _ in blocks]}
+        factors = [*layer.A.parameters(), *layer.B.parameters()]
+        facts[f"layer {name}"] = {"rank": layer.rank, "checksums": [next(sums) for _ in factors]}
     facts |= {f"the trained {name}": next(sums) for name in heads}
     require_equal(
         facts,
@@ -111,7 +111,7 @@ def require_on_every_node(folder: Path) -> None:
     require_equal({f"{folder.name}, which load_best_model_at_end may need": found}, ON_EVERY_NODE)
 
 
-def refuse_unsupported(args: TrainingArguments, model: Any) -> None:
+def refuse_other_parallelism(args: TrainingArguments, model: Any) -> None:
     """Raise ValueError for the ways to spread a run that a growing adapter cannot follow; each says what can."""
     parallelism = getattr(args, "parallelism_config", None)
     if args.deepspeed or args.deepspeed_plugin is not None:

@@ -35,7 +35,7 @@ from .parallel import (
     wait_for_all,
 )
 from .replicas import (
-    refuse_unsupported,
+    refuse_other_parallelism,
     require_on_every_node,
     require_same_replicas,
     require_same_start,
@@ -83,7 +83,7 @@ class IncreLoraTrainerMixin(_Base):
         self.increlora_config = increlora_config
         training_args = kwargs.get("args", args[0] if args else None) or TrainingArguments(output_dir="tmp_trainer")
         _refuse_unsupported(training_args, kwargs)
-        refuse_unsupported(training_args, model)
+        refuse_other_parallelism(training_args, model)
         self._increlora_seed = training_args.seed
         if isinstance(model, str):
             model = _load_by_name(model, training_args, kwargs.pop("quantization_config", None))
@@ -292,10 +292,16 @@ class IncreLoraTrainerMixin(_Base):
         return loss
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
-        """Trainer's, of the gradients as the optimizer holds them: few tensors."""
+        """Trainer's, of the gradients as the optimizer holds them: few tensors, averaged and unscaled."""
+        return super()._clip_grad_norm(self._held())
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        return super()._get_grad_norm(self._held(), grad_norm)
+
+    def _held(self) -> Any:
         assert self._packing is not None
         held = self._packing.parameters
-        return super()._clip_grad_norm(SimpleNamespace(parameters=lambda: iter(held)))
+        return SimpleNamespace(parameters=lambda: iter(held))
 
     def _average(self) -> None:
         """Make gradients, sensitivities and running statistics the same on every process: their means."""

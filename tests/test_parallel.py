@@ -34,7 +34,7 @@ from transformers.training_args import ParallelMode
 
 from increlora_hf import IncreLoraConfig, IncreLoraTrainer
 from increlora_hf.parallel import average, average_gradients, checksums, is_sharded, of_rank_0, require_equal, share
-from increlora_hf.replicas import refuse_unsupported
+from increlora_hf.replicas import refuse_other_parallelism
 
 CONFIG = IncreLoraConfig(r_avg=4, top_h=3, interval=7, start=7)  # 12 rounds of a BERT's 12 layers, by step 84
 SHORT = IncreLoraConfig(r_avg=2, top_h=6, interval=5, start=4)  # 2 rounds, by step 10
@@ -547,18 +547,18 @@ class Pretended:
 )
 def test_what_a_growing_adapter_cannot_follow_is_refused(changed: dict[str, Any], remedy: str) -> None:
     with pytest.raises(ValueError, match=remedy):
-        refuse_unsupported(Pretended(**changed), None)
-    refuse_unsupported(Pretended(), None)
+        refuse_other_parallelism(Pretended(**changed), None)
+    refuse_other_parallelism(Pretended(), None)
 
 
 def test_fsdp_switched_on_by_the_launcher_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(ValueError, match="shard the adapter too"):
-        refuse_unsupported(Pretended(), None)
+        refuse_other_parallelism(Pretended(), None)
 
 
 def test_refused_at_construction(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="auto_find_batch_size"):
         IncreLoraTrainer(tiny_bert(), arguments(tmp_path, auto_find_batch_size=True))
     with pytest.raises(ValueError, match="Tensor"):
-        refuse_unsupported(Pretended(), SimpleNamespace(tp_size=2))
+        refuse_other_parallelism(Pretended(), SimpleNamespace(tp_size=2))
