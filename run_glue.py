@@ -30,11 +30,13 @@ from increlora_hf.tasks.script import (
     check_run,
     checkpoint_to_resume,
     flag,
+    how_to_load,
     load_model,
     parse_flags,
     set_up_logging,
     train_and_save,
 )
+from increlora_hf.tasks.tuners import TunerArguments, make_trainer
 
 PROG = "run_glue.py"
 logger = logging.getLogger("run_glue")
@@ -42,6 +44,10 @@ logger = logging.getLogger("run_glue")
 LOAD_ADAPTER = """The adapter is in {out}. To use it:
     model = AutoModelForSequenceClassification.from_pretrained("{base}", num_labels={num_labels})
     model = PeftModel.from_pretrained(model, "{out}")
+    tokenizer = AutoTokenizer.from_pretrained("{out}")
+"""
+LOAD_MODEL = """The model is in {out}. To use it:
+    model = AutoModelForSequenceClassification.from_pretrained("{out}")
     tokenizer = AutoTokenizer.from_pretrained("{out}")
 """
 
@@ -129,7 +135,11 @@ def metrics_of(task: TextTask) -> Callable[[Any], dict[str, float]]:
 
 
 def prepare(
-    model_args: ModelArguments, data_args: DataArguments, training_args: TrainingArguments, increlora_args: Any
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    training_args: TrainingArguments,
+    increlora_args: Any,
+    tuner: str = "increlora",
 ) -> Job:
     """Check, load and build everything; all that the user may have to correct is refused here."""
     check_run(model_args, training_args)
@@ -152,7 +162,10 @@ def prepare(
         "processing_class": tokenizer,
         "data_collator": DataCollatorWithPadding(tokenizer, pad_to_multiple_of=8 if training_args.fp16 else None),
     }
-    trainer = IncreLoraTrainer(increlora_config=config, **common) if training_args.do_train else Trainer(**common)
+    if training_args.do_train:
+        trainer = make_trainer(tuner, IncreLoraTrainer, Trainer, config, common)
+    else:
+        trainer = Trainer(**common)
     return Job(model_args, training_args, task, rows, trainer, checkpoint)
 
 
@@ -189,15 +202,15 @@ def predict(job: Job) -> None:
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Run what the flags ask for; returns all metrics."""
-    kinds = (ModelArguments, DataArguments, TrainingArguments, IncreLoraArguments)
+    kinds = (ModelArguments, DataArguments, TrainingArguments, IncreLoraArguments, TunerArguments)
     with Preparation(PROG):
-        model_args, data_args, training_args, increlora_args = parse_flags(
+        model_args, data_args, training_args, increlora_args, tuner_args = parse_flags(
             kinds, sys.argv[1:] if argv is None else argv, PROG
         )
     set_up_logging("run_glue", training_args)
     metrics: dict[str, Any] = {}
     with Preparation(PROG, training_args.output_dir) as preparation:
-        job = prepare(model_args, data_args, training_args, increlora_args)
+        job = prepare(model_args, data_args, training_args, increlora_args, tuner_args.tuner)
         job.trainer.add_callback(preparation)
         if training_args.do_train:
             metrics |= train(job)
@@ -209,7 +222,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         job.trainer.push_to_hub(tasks="text-classification", finetuned_from=model_args.model_name_or_path)
     if training_args.do_train and job.trainer.is_world_process_zero():
         base, out = model_args.model_name_or_path, training_args.output_dir
-        sys.stdout.write(LOAD_ADAPTER.format(base=base, out=out, num_labels=job.task.num_labels))
+        sys.stdout.write(
+            how_to_load(job.trainer.model, LOAD_ADAPTER, LOAD_MODEL).format(
+                base=base, out=out, num_labels=job.task.num_labels
+            )
+        )
     return metrics
 
 

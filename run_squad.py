@@ -29,6 +29,7 @@ from increlora_hf.tasks.script import (
     check_run,
     checkpoint_to_resume,
     flag,
+    how_to_load,
     load_model,
     parse_flags,
     require_span_encoder,
@@ -39,6 +40,7 @@ from increlora_hf.tasks.source import DataSource
 from increlora_hf.tasks.spans import SpanSettings, answers, write_answers
 from increlora_hf.tasks.squad import HUB_DATASETS, Rules, load_squad
 from increlora_hf.tasks.squad_metric import SquadMetric
+from increlora_hf.tasks.tuners import TunerArguments, make_trainer
 from increlora_hf.tasks.windows import Windows, WindowSettings
 
 PROG = "run_squad.py"
@@ -47,6 +49,10 @@ logger = logging.getLogger("run_squad")
 LOAD_ADAPTER = """The adapter is in {out}. To use it:
     model = AutoModelForQuestionAnswering.from_pretrained("{base}")
     model = PeftModel.from_pretrained(model, "{out}")
+    tokenizer = AutoTokenizer.from_pretrained("{out}")
+"""
+LOAD_MODEL = """The model is in {out}. To use it:
+    model = AutoModelForQuestionAnswering.from_pretrained("{out}")
     tokenizer = AutoTokenizer.from_pretrained("{out}")
 """
 
@@ -156,7 +162,11 @@ class Answering:
 
 
 def prepare(
-    model_args: ModelArguments, data_args: DataArguments, training_args: TrainingArguments, increlora_args: Any
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    training_args: TrainingArguments,
+    increlora_args: Any,
+    tuner: str = "increlora",
 ) -> Job:
     """Check, load and build everything; all that the user may have to correct is refused here."""
     check_run(model_args, training_args)
@@ -192,7 +202,7 @@ def prepare(
         "data_collator": DataCollatorWithPadding(tokenizer, pad_to_multiple_of=8 if training_args.fp16 else None),
     }
     if training_args.do_train:
-        trainer: Any = GrowingQuestionAnsweringTrainer(increlora_config=config, **common)
+        trainer: Any = make_trainer(tuner, GrowingQuestionAnsweringTrainer, QuestionAnsweringTrainer, config, common)
     else:
         trainer = QuestionAnsweringTrainer(**common)
     return Job(model_args, training_args, questions, windows, trainer, checkpoint)
@@ -217,15 +227,15 @@ def predict(job: Job) -> None:
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Run what the flags ask for; returns all metrics."""
-    kinds = (ModelArguments, DataArguments, TrainingArguments, IncreLoraArguments)
+    kinds = (ModelArguments, DataArguments, TrainingArguments, IncreLoraArguments, TunerArguments)
     with Preparation(PROG):
-        model_args, data_args, training_args, increlora_args = parse_flags(
+        model_args, data_args, training_args, increlora_args, tuner_args = parse_flags(
             kinds, sys.argv[1:] if argv is None else argv, PROG
         )
     set_up_logging("run_squad", training_args)
     metrics: dict[str, Any] = {}
     with Preparation(PROG, training_args.output_dir) as preparation:
-        job = prepare(model_args, data_args, training_args, increlora_args)
+        job = prepare(model_args, data_args, training_args, increlora_args, tuner_args.tuner)
         job.trainer.add_callback(preparation)
         if training_args.do_train:
             counts = {"train_samples": len(job.questions["train"]), "train_windows": len(job.windows["train"])}
@@ -238,7 +248,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         job.trainer.push_to_hub(tasks="question-answering", finetuned_from=model_args.model_name_or_path)
     if training_args.do_train and job.trainer.is_world_process_zero():
         base, out = model_args.model_name_or_path, training_args.output_dir
-        sys.stdout.write(LOAD_ADAPTER.format(base=base, out=out))
+        sys.stdout.write(how_to_load(job.trainer.model, LOAD_ADAPTER, LOAD_MODEL).format(base=base, out=out))
     return metrics
 
 

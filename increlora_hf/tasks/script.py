@@ -23,6 +23,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+MODEL_WEIGHTS = "model.safetensors"
 
 
 def flag(default: Any, text: str) -> Any:
@@ -105,9 +106,10 @@ def check_run(model: ModelArguments, training: TrainingArguments) -> None:
         )
     out = Path(str(training.output_dir))
     checkpoints = any(out.glob("checkpoint-*"))
-    if checkpoint_to_resume(training) is None and (checkpoints or (out / ADAPTER_WEIGHTS).exists()):
+    holds_weights = any((out / name).exists() for name in (ADAPTER_WEIGHTS, MODEL_WEIGHTS))
+    if checkpoint_to_resume(training) is None and (checkpoints or holds_weights):
         resume = "Continue that run with --resume_from_checkpoint true, or choose" if checkpoints else "Choose"
-        raise ValueError(f"--output_dir {out} holds another run's adapter. {resume} another --output_dir.")
+        raise ValueError(f"--output_dir {out} holds another run's weights. {resume} another --output_dir.")
 
 
 def checkpoint_to_resume(training: TrainingArguments) -> str | bool | None:
@@ -185,15 +187,21 @@ def require_span_encoder(config: PreTrainedConfig) -> None:
 
 
 def train_and_save(trainer: Any, checkpoint: str | bool | None, counts: Mapping[str, int]) -> dict[str, Any]:
-    """Train an IncreLoRA trainer and save the adapter; the returned metrics are those of train_results.json."""
+    """Train and save the adapter or model; the returned metrics are those of train_results.json."""
     metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics | counts
     metrics["trainable_parameters"] = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
-    metrics["total_rank"] = trainer.increlora.total_rank
+    if hasattr(trainer.model, "increlora"):
+        metrics["total_rank"] = trainer.increlora.total_rank
     trainer.save_model()
     trainer.log_metrics("train", metrics)
     trainer.save_metrics("train", metrics)
     trainer.save_state()
     return metrics
+
+
+def how_to_load(model: Any, adapter: str, whole: str) -> str:
+    """The text for what was saved."""
+    return adapter if isinstance(model, PeftModel) else whole
 
 
 class Preparation(TrainerCallback):

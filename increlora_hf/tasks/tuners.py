@@ -1,0 +1,101 @@
+"""The ways to fine-tune that the scripts offer: IncreLoRA and its rivals, on the same layers and heads."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from peft import AdaLoraConfig, LoraConfig, get_peft_model
+from torch import nn
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from ..config import IncreLoraConfig
+from ..targets import resolve_targets
+from .script import flag
+
+TUNERS = ("increlora", "lora", "adalora", "bitfit", "full", "head")
+ADALORA_START = 1.5  # AdaLoRA begins with this much more rank than it ends with, as in its paper
+ADALORA_WARM_UP, ADALORA_FINAL = 0.1, 0.5  # shares of the run before it takes rank away, and after
+ADALORA_INTERVAL = 0.01  # share of the run between two of its decisions
+
+
+@dataclass
+class TunerArguments:
+    """Which way of fine-tuning."""
+
+    tuner: str = flag(
+        "increlora",
+        f"One of {', '.join(TUNERS)}. The others take rank, alpha, dropout, target_modules and modules_to_save "
+        "from the --increlora_ flags.",
+    )
+
+    def __post_init__(self) -> None:
+        """Refuse an unknown one."""
+        if self.tuner not in TUNERS:
+            raise ValueError(f"--tuner {self.tuner} is unknown. Choose one of {', '.join(TUNERS)}.")
+
+
+class _Allocate(TrainerCallback):
+    """Calls AdaLoRA's `update_and_allocate` where its documentation asks for it, before the gradients are zeroed."""
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """Trainer counts the step a little later."""
+        model.base_model.update_and_allocate(state.global_step + 1)
+
+
+def make_trainer(
+    tuner: str, growing: type[Any], plain: type[Trainer], config: IncreLoraConfig, common: dict[str, Any]
+) -> Trainer:
+    """The trainer that fine-tunes ``common["model"]`` in this way.
+
+    Args:
+        tuner: one of `TUNERS`.
+        growing: the class for IncreLoRA.
+        plain: the class for all others.
+        config: rank r_avg, alpha, dropout and layers, for every tuner that has them.
+        common: the other arguments of the trainer.
+    """
+    if tuner == "increlora":
+        return growing(increlora_config=config, **common)
+    callbacks: list[TrainerCallback] = [_Allocate()] if tuner == "adalora" else []
+    model = _prepared(tuner, config, common)
+    trainer = plain(**{**common, "model": model, "callbacks": callbacks})
+    trainer.model_accepts_loss_kwargs = False  # heads here ignore the count by which Trainer thinks they divide
+    return trainer
+
+
+def _prepared(tuner: str, config: IncreLoraConfig, common: dict[str, Any]) -> nn.Module:
+    model = common["model"]
+    lora_config, layers = resolve_targets(model, config, None)
+    heads = list(lora_config.modules_to_save or [])
+    shared: dict[str, Any] = {
+        "lora_alpha": config.lora_alpha,
+        "lora_dropout": config.lora_dropout,
+        "target_modules": layers,
+        "modules_to_save": heads,
+        "task_type": lora_config.task_type,
+    }
+    if tuner == "lora":
+        return get_peft_model(model, LoraConfig(r=config.r_avg, **shared))
+    if tuner == "adalora":
+        steps = _steps(common["args"], len(common["train_dataset"]))
+        settings: dict[str, Any] = {
+            "init_r": round(ADALORA_START * config.r_avg),
+            "target_r": config.r_avg,
+            "total_step": steps,
+            "tinit": round(ADALORA_WARM_UP * steps),
+            "tfinal": round(ADALORA_FINAL * steps),
+            "deltaT": max(1, round(ADALORA_INTERVAL * steps)),
+        }
+        return get_peft_model(model, AdaLoraConfig(**settings, **shared))
+    for name, parameter in model.named_parameters():
+        in_head = any(name.startswith(f"{head}.") for head in heads)
+        is_bias = name.endswith(".bias")
+        parameter.requires_grad_(tuner == "full" or in_head or (tuner == "bitfit" and is_bias))
+    return model
+
+
+def _steps(args: TrainingArguments, rows: int) -> int:
+    if args.max_steps > 0:
+        return args.max_steps
+    batches = math.ceil(rows / (args.train_batch_size * args.world_size))
+    return math.ceil(math.ceil(batches / args.gradient_accumulation_steps) * args.num_train_epochs)
