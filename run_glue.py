@@ -65,6 +65,7 @@ class DataArguments:
     max_seq_length: int = flag(128, "Longer inputs are cut to this many tokens.")
     pad_to_max_length: bool = flag(False, "Pad every input to --max_seq_length; padding to the batch is faster.")
     overwrite_cache: bool = flag(False, "Tokenize again instead of reading the cached result.")
+    classifier_dropout: float | None = flag(None, "Dropout before the classifier. Default: the model's own.")
     max_train_samples: int | None = flag(None, "Train on the first so many rows.")
     max_eval_samples: int | None = flag(None, "Evaluate on the first so many rows of each set.")
     max_predict_samples: int | None = flag(None, "Predict the first so many rows of each set.")
@@ -97,11 +98,15 @@ class Job(NamedTuple):
     checkpoint: str | bool | None
 
 
-def head(task: TextTask) -> dict[str, Any]:
-    """The settings of a model's config that give its head the task's labels."""
+def head(task: TextTask, dropout: float | None = None) -> dict[str, Any]:
+    """The settings of a model's config that give its head the task's labels, and the dropout before it."""
+    own = {} if dropout is None else {"classifier_dropout": dropout, "cls_dropout": dropout}  # the latter DeBERTa's
     if task.is_regression:
-        return {"num_labels": 1}
-    return {"id2label": dict(enumerate(task.labels)), "label2id": {name: i for i, name in enumerate(task.labels)}}
+        return {"num_labels": 1, **own}
+    return own | {
+        "id2label": dict(enumerate(task.labels)),
+        "label2id": {name: i for i, name in enumerate(task.labels)},
+    }
 
 
 def encode(rows: Dataset, tokenizer: Any, task: TextTask, data_args: DataArguments, limit: int | None) -> Dataset:
@@ -148,7 +153,9 @@ def prepare(
     steps = {"train": training_args.do_train, "evaluate": training_args.do_eval, "predict": training_args.do_predict}
     task, texts = load_task(data_args.source(model_args), **steps)
     set_seed(training_args.seed)
-    model, tokenizer = load_model(model_args, AutoModelForSequenceClassification, head(task))
+    model, tokenizer = load_model(
+        model_args, AutoModelForSequenceClassification, head(task, data_args.classifier_dropout)
+    )
     with training_args.main_process_first(desc="tokenization"):
         rows = {
             name: encode(split, tokenizer, task, data_args, data_args.limit(name)) for name, split in texts.items()

@@ -73,7 +73,7 @@ def parse_flags(kinds: Sequence[Any], argv: Sequence[str], prog: str) -> tuple[A
 
 
 def json_flags(path: Path) -> list[str]:
-    """The settings of a JSON file as command-line flags; null leaves a setting at its default."""
+    """The settings of a JSON file as flags; null leaves a setting at its default, `comment` is for people."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: there is no such settings file. Check the path.")
     try:
@@ -82,6 +82,7 @@ def json_flags(path: Path) -> list[str]:
         raise ValueError(f"{path}, line {error.lineno}: not valid JSON ({error.msg}). Correct it.") from None
     if not isinstance(settings, dict):
         raise ValueError(f"{path} holds a {type(settings).__name__}. Write one JSON object, setting: value.")
+    settings.pop("comment", None)
     flags = []
     for name, value in settings.items():
         if isinstance(value, list):
