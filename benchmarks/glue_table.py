@@ -1,0 +1,363 @@
+"""The paper's tables on real data: every method, budget and seed through run_glue.py or run_squad.py, into one file.
+
+python benchmarks/glue_table.py run methods --model MODEL --data FOLDER --tasks rte mrpc --results R.jsonl
+python benchmarks/glue_table.py report --results R.jsonl --output docs/evidence.md
+
+A study is one of the paper's tables or figures. Every run is one line of the results, a failed one too; what is there
+is not run again, except what failed. Flags for the script come after --. With --tune, each method's learning rate is
+chosen first, from the same grid, on a tenth of the training data that is held out; the validation set is left alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import itertools
+import json
+import os
+import queue
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from datasets import Dataset, load_dataset
+
+ROOT = Path(__file__).parents[1]
+METRICS = {"cola": "matthews_correlation", "stsb": "pearson", "squad_v2": "f1", "mrpc": "accuracy", "rte": "accuracy"}
+PACKAGES = ("torch", "transformers", "peft")
+RESAMPLES = 10_000
+PAPER = {  # arXiv 2308.12043, Table 1, DeBERTaV3-base: the authors' numbers
+    "full": {"cola": 69.19, "rte": 83.75, "mrpc": 89.46, "stsb": 91.60},
+    "bitfit": {"cola": 66.96, "rte": 78.70, "mrpc": 87.75, "stsb": 91.35},
+    "lora r=8": {"cola": 69.82, "rte": 85.20, "mrpc": 89.95, "stsb": 91.60},
+    "lora r=2": {"cola": 68.71, "rte": 85.56, "mrpc": 89.71, "stsb": 91.68},
+    "adalora r=2": {"cola": 70.04, "rte": 87.36, "mrpc": 90.44, "stsb": 91.63},
+    "increlora r=2": {"cola": 71.13, "rte": 88.52, "mrpc": 91.13, "stsb": 91.89},
+    "O A R": {"rte": 88.81, "stsb": 92.07},
+    "O - R": {"rte": 87.86, "stsb": 91.85},
+    "O A -": {"rte": 88.09, "stsb": 91.88},
+    "O - -": {"rte": 87.73, "stsb": 91.78},
+    "- A -": {"rte": 87.00, "stsb": 91.89},
+    "- - -": {"rte": 85.92, "stsb": 91.64},
+}
+
+Flags = dict[str, Any]
+
+
+class Run(NamedTuple):
+    """One line to be."""
+
+    study: str
+    row: str
+    task: str
+    seed: int
+    flags: Flags
+
+    @property
+    def key(self) -> str:
+        """The same for the same run."""
+        return hashlib.sha256(json.dumps(self, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def tuner(name: str, rank: int | None = None) -> Flags:
+    """The flags of a method."""
+    return {"tuner": name} | ({} if rank is None else {"increlora_r_avg": rank})
+
+
+def studies(rank: int) -> dict[str, dict[str, Flags]]:
+    """Study -> row -> flags."""
+    ablation: dict[str, Flags] = {}
+    for orthogonal, advance, restart in itertools.product((False, True), repeat=3):
+        if restart and not orthogonal:
+            continue  # the paper has six of the eight
+        letters = zip("OAR", (orthogonal, advance, restart), strict=True)
+        ablation[" ".join(letter if on else "-" for letter, on in letters)] = tuner("increlora", rank) | {
+            "increlora_advance_learning": advance,
+            "increlora_restart_warmup": restart,
+            **({} if orthogonal else {"increlora_orth_reg_weight": 0}),
+        }
+    return {
+        "methods": {
+            **{f"{name} r={rank}": tuner(name, rank) for name in ("increlora", "lora", "adalora")},
+            f"lora r={4 * rank}": tuner("lora", 4 * rank),
+            **{name: tuner(name) for name in ("bitfit", "head", "full")},
+        },
+        "ablation": ablation,
+        "budgets": {f"{n} r={r}": tuner(n, r) for r in (2, 4, 8, 12, 16, 24) for n in ("increlora", "lora")},
+        "settings": {
+            "defaults": tuner("increlora", rank),
+            "score_reduction sqrt": tuner("increlora", rank) | {"increlora_score_reduction": "sqrt"},
+            "rank_scaling per_rank": tuner("increlora", rank) | {"increlora_rank_scaling": "per_rank"},
+            "init_std unit": tuner("increlora", rank) | {"increlora_init_std": "unit"},
+            "lam_lr_multiplier 4": tuner("increlora", rank) | {"increlora_lam_lr_multiplier": 4},
+            "orth_reg_squared": tuner("increlora", rank) | {"increlora_orth_reg_squared": True},
+            "growth_fraction 0.2": tuner("increlora", rank) | {"increlora_growth_fraction": 0.2},
+            "growth_fraction 0.7": tuner("increlora", rank) | {"increlora_growth_fraction": 0.7},
+            "reserve_lambda 1e-3": tuner("increlora", rank) | {"increlora_reserve_lambda": 1e-3},
+        },
+    }
+
+
+# ---- Running -----------------------------------------------------------------------------------------------------
+
+
+def held_out(data: Path, task: str, into: Path) -> Path:
+    """The training rows of a task, nine tenths as `train` and one as `validation`, in the form of a data folder."""
+    folder = into / task
+    if not folder.exists():
+        files = sorted((data / task).glob("train*.parquet"))
+        rows = load_dataset("parquet", data_files=[str(file) for file in files], split="train")
+        assert isinstance(rows, Dataset)
+        parts = rows.train_test_split(test_size=0.1, seed=0)
+        folder.mkdir(parents=True)
+        parts["train"].to_parquet(folder / "train.parquet")
+        parts["test"].to_parquet(folder / "validation.parquet")
+    return folder
+
+
+def execute(run: Run, settings: argparse.Namespace, data: Path, device: str | None) -> dict[str, Any]:
+    """Train and evaluate in a process of its own; the line for the results."""
+    script = "run_squad.py" if run.task.startswith("squad") else "run_glue.py"
+    line: dict[str, Any] = {"key": run.key, **run._asdict(), "versions": {name: version(name) for name in PACKAGES}}
+    with tempfile.TemporaryDirectory() as work:
+        out = Path(work) / "out"
+        flags: Flags = {
+            **({} if script == "run_squad.py" else {"task_name": run.task}),
+            "model_name_or_path": settings.model,
+            "dataset_name": data,
+            "output_dir": out,
+            "seed": run.seed,
+            "cache_dir": settings.cache,
+            "report_to": "none",
+            "disable_tqdm": True,
+            "save_strategy": "no",
+            **run.flags,
+        }
+        command = [sys.executable, str(ROOT / script), "--do_train", "--do_eval", *settings.more]
+        command += [f"--{name}={value}" for name, value in flags.items()]
+        environment = {**os.environ, **({} if device is None else {"CUDA_VISIBLE_DEVICES": device})}
+        started = time.time()
+        log = Path(work) / "log"
+        with log.open("wb") as stream:
+            process = subprocess.Popen(command, stdout=stream, stderr=subprocess.STDOUT, env=environment)
+            _, status, usage = os.wait4(process.pid, 0)
+        line |= {"seconds": round(time.time() - started, 1), "peak_mib": round(usage.ru_maxrss / 1024)}
+        if status != 0:
+            return line | {"error": log.read_text(errors="replace")[-2000:]}
+        return line | {"error": None} | read(out)
+
+
+def read(out: Path) -> dict[str, Any]:
+    """What a run left: metrics, curves, counts, ranks."""
+    metrics = json.loads((out / "all_results.json").read_text())
+    history = json.loads((out / "trainer_state.json").read_text())["log_history"]
+    ranks = out / "increlora_history.json"
+    return {
+        "metrics": metrics,
+        "evaluations": [entry for entry in history if any(name.startswith("eval_") for name in entry)],
+        "training": [
+            {k: v for k, v in e.items() if k in ("step", "loss", "orth_loss")} for e in history if "loss" in e
+        ],
+        "ranks": json.loads(ranks.read_text())["rank_pattern"] if ranks.exists() else None,
+    }
+
+
+def score(line: Mapping[str, Any], *, best: bool) -> float:
+    """The task's metric × 100, of the best evaluation or of the last."""
+    name = f"eval_{METRICS.get(line['task'], 'accuracy')}"
+    last = line["metrics"][name]
+    found = [entry[name] for entry in line["evaluations"] if name in entry] if best else []
+    factor = 1 if line["task"].startswith("squad") else 100
+    return factor * max([last, *found])
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    """What is in the results; of a run that was repeated the last line."""
+    if not path.exists():
+        return []
+    found = [json.loads(text) for text in path.read_text().splitlines()]
+    return list({line["key"]: line for line in found}.values())
+
+
+class Results:
+    """The results file, to which several workers add."""
+
+    def __init__(self, path: Path) -> None:
+        """Read what is there."""
+        self.path, self._lock = path, threading.Lock()
+        self.done = {line["key"]: line for line in lines(path) if line["error"] is None}
+        path.parent.mkdir(parents=True, exist_ok=True)
+
+    def add(self, line: dict[str, Any]) -> None:
+        """Append a line."""
+        with self._lock, self.path.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+            if line["error"] is None:
+                self.done[line["key"]] = line
+        outcome = "failed" if line["error"] else f"{score(line, best=False):.2f}"
+        sys.stdout.write(f"{line['study']} | {line['row']} | {line['task']} | seed {line['seed']}: {outcome}\n")
+        sys.stdout.flush()
+
+
+def run_all(runs: Iterable[tuple[Run, Path]], results: Results, settings: argparse.Namespace) -> None:
+    """Those that are not done yet, some at a time."""
+    waiting: queue.Queue[tuple[Run, Path]] = queue.Queue()
+    for run, data in runs:
+        if run.key not in results.done:
+            waiting.put((run, data))
+
+    def work(device: str | None) -> None:
+        while True:
+            try:
+                run, data = waiting.get_nowait()
+            except queue.Empty:
+                return
+            results.add(execute(run, settings, data, device))
+
+    devices: list[str | None] = list(settings.devices or [None])
+    workers = [threading.Thread(target=work, args=(devices[i % len(devices)],)) for i in range(settings.parallel)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+
+
+def run_study(settings: argparse.Namespace) -> None:
+    """All rows of a study on all tasks and seeds, each method's learning rate chosen first where that is asked for."""
+    rows, results = studies(settings.r_avg)[settings.study], Results(settings.results)
+    rates: dict[tuple[str, str], Flags] = {}
+    if settings.tune:
+        grid = list(itertools.product(rows, settings.tasks, settings.tune))
+        folder = settings.cache / "held-out"
+        tuning = {
+            cell: Run("tuning", cell[0], cell[1], settings.tuning_seed, rows[cell[0]] | {"learning_rate": cell[2]})
+            for cell in grid
+        }
+        run_all(((run, held_out(settings.data, run.task, folder)) for run in tuning.values()), results, settings)
+        for row, task in itertools.product(rows, settings.tasks):
+            found = {rate: results.done.get(tuning[row, task, rate].key) for rate in settings.tune}
+            scores = {rate: score(line, best=False) for rate, line in found.items() if line}
+            rates[row, task] = {"learning_rate": max(scores, key=scores.__getitem__)} if scores else {}
+    runs = [
+        Run(settings.study, row, task, seed, flags | rates.get((row, task), {}))
+        for seed, task, (row, flags) in itertools.product(settings.seeds, settings.tasks, rows.items())
+    ]
+    run_all(((run, settings.data / run.task) for run in runs), results, settings)
+
+
+# ---- Reporting ---------------------------------------------------------------------------------------------------
+
+
+def spread(values: Sequence[float]) -> str:
+    """Mean ± standard deviation (number of seeds)."""
+    deviation = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.2f}{deviation} ({len(values)})"
+
+
+def paired(ours: Mapping[int, float], theirs: Mapping[int, float]) -> str:
+    """Mean difference over common seeds with a 95 % bootstrap interval over the seeds."""
+    differences = np.array([ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())])
+    if len(differences) < 2:
+        return "—"
+    draws = np.random.default_rng(0).choice(differences, (RESAMPLES, len(differences))).mean(axis=1)
+    low, high = np.quantile(draws, [0.025, 0.975])
+    return f"{differences.mean():+.2f} [{low:+.2f}, {high:+.2f}]"
+
+
+def table(of_study: Sequence[Mapping[str, Any]], *, best: bool) -> str:
+    """Rows of the study by task, differences to its first row, parameters and time."""
+    names = list(dict.fromkeys(line["row"] for line in of_study))
+    tasks = list(dict.fromkeys(line["task"] for line in of_study))
+    scores = {
+        (row, task): {
+            line["seed"]: score(line, best=best) for line in of_study if (line["row"], line["task"]) == (row, task)
+        }
+        for row, task in itertools.product(names, tasks)
+    }
+    heads = [head for task in tasks for head in (task, f"first − this, {task}", f"paper, {task}")]
+    text = ["| | " + " | ".join(heads) + " | trained at the end | seconds |", "|---" * (len(heads) + 3) + "|"]
+    for row in names:
+        cells = []
+        for task in tasks:
+            own = scores[row, task]
+            against = paired(scores[names[0], task], own) if row != names[0] else ""
+            paper = PAPER.get(row, {}).get(task)
+            cells += [
+                spread(list(own.values())) if own else "failed",
+                against,
+                "" if paper is None else f"{paper:.2f}",
+            ]
+        mine = [line for line in of_study if line["row"] == row]
+        counts = sorted({line["metrics"]["trainable_parameters"] for line in mine})
+        trained = f"{counts[0]:,}" + (f"-{counts[-1]:,}" if len(counts) > 1 else "") if counts else ""
+        seconds = f"{statistics.median(line['seconds'] for line in mine):.0f}" if mine else ""
+        text.append(f"| {row} | " + " | ".join(cells) + f" | {trained} | {seconds} |")
+    return "\n".join(text)
+
+
+def report(settings: argparse.Namespace) -> None:
+    """Tables of every study in the results, into the file between its two marks, or onto the screen."""
+    parts = []
+    found = [line for path in settings.results_files for line in lines(path)]
+    for study in dict.fromkeys(line["study"] for line in found):
+        own = [line for line in found if line["study"] == study]
+        good = [line for line in own if line["error"] is None]
+        parts.append(
+            f"### {study}\n\n{len(own)} runs, {len(own) - len(good)} failed. Last step:\n\n{table(good, best=False)}\n"
+        )
+        if any(len(line["evaluations"]) > 1 for line in good):
+            parts.append(f"Best of the evaluations:\n\n{table(good, best=True)}\n")
+    text = "\n".join(parts)
+    if settings.output is None:
+        sys.stdout.write(text)
+        return
+    begin, end = "<!-- tables -->\n", "<!-- end of tables -->"
+    document = settings.output.read_text()
+    before, after = document.split(begin)[0], document.split(end)[1]
+    settings.output.write_text(f"{before}{begin}\n{text}\n{end}{after}")
+
+
+def main() -> None:
+    """Run a study or report."""
+    argv, more = sys.argv[1:], []
+    if "--" in argv:
+        cut = argv.index("--")
+        argv, more = argv[:cut], argv[cut + 1 :]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    running = commands.add_parser("run", help="run a study")
+    running.add_argument("study", choices=list(studies(2)))
+    running.add_argument("--model", required=True)
+    running.add_argument("--data", type=Path, required=True, help="folder with a folder of parquet files per task")
+    running.add_argument("--tasks", nargs="+", required=True)
+    running.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
+    running.add_argument("--r_avg", type=int, default=2)
+    running.add_argument("--results", type=Path, required=True)
+    running.add_argument("--tune", nargs="+", type=float, help="learning rates to choose from")
+    running.add_argument("--tuning_seed", type=int, default=0)
+    running.add_argument("--devices", nargs="+", help="CUDA devices, taken in turns")
+    running.add_argument("--parallel", type=int, default=1, help="runs at a time")
+    running.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir()) / "glue_table")
+    reporting = commands.add_parser("report", help="print tables, or put them into a document")
+    reporting.add_argument("--results", dest="results_files", nargs="+", type=Path, required=True)
+    reporting.add_argument(
+        "--output", type=Path, help="a document with the marks <!-- tables --> and <!-- end of tables -->"
+    )
+    settings = parser.parse_args(argv)
+    settings.more = more
+    if settings.command == "report":
+        report(settings)
+    else:
+        run_study(settings)
+
+
+if __name__ == "__main__":
+    main()
