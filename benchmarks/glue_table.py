@@ -149,8 +149,9 @@ def execute(run: Run, settings: argparse.Namespace, data: Path, device: str | No
         with log.open("wb") as stream:
             process = subprocess.Popen(command, stdout=stream, stderr=subprocess.STDOUT, env=environment)
             _, status, usage = os.wait4(process.pid, 0)
+            process.returncode = os.waitstatus_to_exitcode(status)
         line |= {"seconds": round(time.time() - started, 1), "peak_mib": round(usage.ru_maxrss / 1024)}
-        if status != 0:
+        if process.returncode != 0:
             return line | {"error": log.read_text(errors="replace")[-2000:]}
         return line | {"error": None} | read(out)
 

@@ -1,0 +1,134 @@
+"""The runner of the paper's tables: what it would run, what it keeps, what it reports."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from glue_fixtures import save_tiny_model, sentence_pairs, write_parquet
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import glue_table  # noqa: E402
+from glue_table import Results, Run, held_out, paired, report, run_all, run_study, score, studies, table  # noqa: E402
+
+
+def line(row: str, seed: int, value: float, best: float | None = None, **more: Any) -> dict[str, Any]:
+    """A line of the results."""
+    run = Run("methods", row, "rte", seed, {})
+    return {
+        **{"key": run.key, **run._asdict(), "error": None, "seconds": 10.0},
+        "metrics": {"eval_accuracy": value, "trainable_parameters": 100},
+        "evaluations": [{"eval_accuracy": value if best is None else best}, {"eval_accuracy": value}],
+        **more,
+    }
+
+
+def test_studies_are_those_of_the_paper() -> None:
+    found = studies(2)
+    assert list(found["ablation"]) == ["- - -", "- A -", "O - -", "O - R", "O A -", "O A R"]
+    assert "increlora_orth_reg_weight" not in found["ablation"]["O A R"]
+    assert list(found["methods"])[:4] == ["increlora r=2", "lora r=2", "adalora r=2", "lora r=8"]
+    assert len(found["budgets"]) == 12
+    assert studies(8)["methods"]["lora r=32"]["increlora_r_avg"] == 32
+
+
+def test_scores_are_of_the_last_step_or_the_best_evaluation() -> None:
+    one = line("lora", 1, 0.5, best=0.75)
+    assert (score(one, best=False), score(one, best=True)) == (50, 75)
+    assert score({**one, "task": "squad_v2", "metrics": {"eval_f1": 44.8}, "evaluations": []}, best=True) == 44.8
+
+
+def test_differences_are_paired_by_seed() -> None:
+    assert paired({1: 10.0, 2: 20.0, 3: 30.0}, {1: 9.0, 2: 19.0, 4: 0.0}) == "+1.00 [+1.00, +1.00]"
+    assert paired({1: 10.0}, {1: 9.0}) == "—"
+    mean, low, high = (
+        float(x.strip("[,]")) for x in paired({1: 1.0, 2: 5.0, 3: 3.0}, {1: 0.0, 2: 0.0, 3: 0.0}).split()
+    )
+    assert low < mean < high
+
+
+def test_table_holds_means_spreads_and_the_papers_column() -> None:
+    rows = [line("increlora r=2", seed, 0.5 + seed / 10) for seed in (1, 2)]
+    rows += [line("lora r=2", seed, 0.5) for seed in (1, 2)]
+    first, second = table(rows, best=False).splitlines()[2:]
+    assert first == "| increlora r=2 | 65.00 ± 7.07 (2) |  | 88.52 | 100 | 10 |"
+    assert second == "| lora r=2 | 50.00 ± 0.00 (2) | +15.00 [+10.00, +20.00] | 85.56 | 100 | 10 |"
+
+
+def test_what_is_done_is_not_run_again_and_what_failed_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = [Run("methods", "lora", "rte", seed, {}) for seed in (1, 2, 3)]
+    asked = []
+
+    def execute(run: Run, *_: Any) -> dict[str, Any]:
+        asked.append(run.seed)
+        failed = run.seed == 2 and len(asked) <= 3
+        return {**line("lora", run.seed, 0.5), "key": run.key, "error": "boom" if failed else None}
+
+    monkeypatch.setattr(glue_table, "execute", execute)
+    settings = argparse.Namespace(devices=None, parallel=1)
+    for expected in ([1, 2, 3], [1, 2, 3, 2], [1, 2, 3, 2]):
+        run_all(((run, tmp_path) for run in runs), Results(tmp_path / "r.jsonl"), settings)
+        assert asked == expected
+    assert len((tmp_path / "r.jsonl").read_text().splitlines()) == 4
+    assert len(glue_table.lines(tmp_path / "r.jsonl")) == 3
+
+
+def test_held_out_rows_come_from_the_training_set_alone(tmp_path: Path) -> None:
+    columns = sentence_pairs([0, 1], rows=40) | {"idx": list(range(40))}
+    write_parquet(
+        tmp_path / "data" / "rte", train=columns, validation=sentence_pairs([0, 1], rows=4) | {"idx": [90] * 4}
+    )
+    folder = held_out(tmp_path / "data", "rte", tmp_path / "held")
+    parts = [
+        glue_table.load_dataset("parquet", data_files=str(folder / f"{name}.parquet"), split="train")["idx"]
+        for name in ("train", "validation")
+    ]
+    assert [len(part) for part in parts] == [36, 4]
+    assert sorted([*parts[0], *parts[1]]) == list(range(40))
+
+
+@pytest.mark.slow
+def test_a_study_is_tuned_run_and_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = save_tiny_model(tmp_path / "model")
+    rows = sentence_pairs([0, 1], rows=40) | {"idx": list(range(40))}
+    write_parquet(tmp_path / "data" / "rte", train=rows, validation=rows)
+    settings = argparse.Namespace(
+        **{"study": "methods", "r_avg": 2, "tasks": ["rte"], "seeds": [1], "tune": [1e-3, 1e-2], "tuning_seed": 0},
+        **{
+            "model": str(model),
+            "data": tmp_path / "data",
+            "results": tmp_path / "r.jsonl",
+            "cache": tmp_path / "cache",
+        },
+        **{"devices": None, "parallel": 2},
+        more=["--max_steps=12", "--use_cpu", "--warmup_steps=2", "--logging_steps=4", "--dataloader_pin_memory=false"],
+    )
+    names = list(studies(2)["methods"])
+    kept = {name: studies(2)["methods"][name] for name in ("increlora r=2", "head")}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(glue_table, "studies", lambda rank: {"methods": kept | {"broken": {"tuner": "nothing"}}})
+        run_study(settings)
+    found = [json.loads(text) for text in settings.results.read_text().splitlines()]
+    assert len(found) == 3 * 3  # a rate each for three rows, then the runs
+    broken = [one for one in found if one["row"] == "broken"]
+    assert all("--tuner nothing is unknown" in one["error"] for one in broken)
+    ours = next(one for one in found if one["row"] == "increlora r=2" and one["study"] == "methods")
+    assert ours["flags"]["learning_rate"] in settings.tune
+    assert sum(ours["ranks"].values()) == 12
+    assert "orth_loss" in ours["training"][0]
+    assert "head" in names
+    report(argparse.Namespace(results_files=[settings.results], output=None))
+    printed = capsys.readouterr().out
+    assert "3 runs, 1 failed" in printed
+    document = tmp_path / "evidence.md"
+    document.write_text("before\n<!-- tables -->\nold\n<!-- end of tables -->\nafter\n")
+    report(argparse.Namespace(results_files=[settings.results], output=document))
+    text = document.read_text()
+    assert text.startswith("before\n")
+    assert text.endswith("after\n")
+    assert "old" not in text
+    assert "| increlora r=2 |" in text
