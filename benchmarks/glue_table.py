@@ -234,6 +234,10 @@ def run_all(runs: Iterable[tuple[Run, Path]], results: Results, settings: argpar
 def run_study(settings: argparse.Namespace) -> None:
     """All rows of a study on all tasks and seeds, each method's learning rate chosen first where that is asked for."""
     rows, results = studies(settings.r_avg)[settings.study], Results(settings.results)
+    unknown = sorted(set(settings.rows or []) - rows.keys())
+    if unknown:
+        raise SystemExit(f"--rows {unknown[0]!r} is not in {settings.study}. Choose from: {', '.join(rows)}.")
+    rows = {name: flags for name, flags in rows.items() if not settings.rows or name in settings.rows}
     rates: dict[tuple[str, str], Flags] = {}
     if settings.tune:
         grid = list(itertools.product(rows, settings.tasks, settings.tune))
@@ -340,6 +344,7 @@ def main() -> None:
     running.add_argument("--data", type=Path, required=True, help="folder with a folder of parquet files per task")
     running.add_argument("--tasks", nargs="+", required=True)
     running.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
+    running.add_argument("--rows", nargs="+", help="these of the study alone")
     running.add_argument("--r_avg", type=int, default=2)
     running.add_argument("--results", type=Path, required=True)
     running.add_argument("--tune", nargs="+", type=float, help="learning rates to choose from")

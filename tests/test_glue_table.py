@@ -104,13 +104,12 @@ def test_a_study_is_tuned_run_and_reported(tmp_path: Path, capsys: pytest.Captur
             "results": tmp_path / "r.jsonl",
             "cache": tmp_path / "cache",
         },
-        **{"devices": None, "parallel": 2},
+        **{"devices": None, "parallel": 2, "rows": ["increlora r=2", "head", "broken"]},
         more=["--max_steps=12", "--use_cpu", "--warmup_steps=2", "--logging_steps=4", "--dataloader_pin_memory=false"],
     )
-    names = list(studies(2)["methods"])
-    kept = {name: studies(2)["methods"][name] for name in ("increlora r=2", "head")}
+    methods = studies(2)["methods"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(glue_table, "studies", lambda rank: {"methods": kept | {"broken": {"tuner": "nothing"}}})
+        patch.setattr(glue_table, "studies", lambda rank: {"methods": methods | {"broken": {"tuner": "nothing"}}})
         run_study(settings)
     found = [json.loads(text) for text in settings.results.read_text().splitlines()]
     assert len(found) == 3 * 3  # a rate each for three rows, then the runs
@@ -120,7 +119,6 @@ def test_a_study_is_tuned_run_and_reported(tmp_path: Path, capsys: pytest.Captur
     assert ours["flags"]["learning_rate"] in settings.tune
     assert sum(ours["ranks"].values()) == 12
     assert "orth_loss" in ours["training"][0]
-    assert "head" in names
     report(argparse.Namespace(results_files=[settings.results], output=None))
     printed = capsys.readouterr().out
     assert "3 runs, 1 failed" in printed

@@ -32,7 +32,7 @@ from transformers import (
 from transformers.trainer_pt_utils import AcceleratorConfig
 from transformers.training_args import ParallelMode
 
-from increlora_hf import IncreLoraConfig, IncreLoraTrainer
+from increlora_hf import IncreLoraConfig, IncreLoraTrainer, replicas
 from increlora_hf.parallel import average, average_gradients, checksums, is_sharded, of_rank_0, require_equal, share
 from increlora_hf.replicas import refuse_other_parallelism
 
@@ -355,14 +355,17 @@ def test_saved_adapter_is_an_ordinary_one(tmp_path: Path) -> None:
         ({"seed": [42, 43]}, "the setting seed: 42 on rank 0, 43 on rank 1"),
         ({"rows": [token_rows(64), token_rows(80)]}, "the number of training batches: 16 on rank 0, 20 on rank 1"),
         ({"model": [0, 1]}, "the values of base_model"),
+        ({"version": ["1.0", "1.1"]}, 'torch: "1.0" on rank 0, "1.1" on rank 1'),
         ({"config": [SHORT, IncreLoraConfig(r_avg=2, top_h=6, interval=6, start=4)]}, "the setting interval: 5 on "),
     ],
-    ids=["argument", "seed", "data", "weights", "setting"],
+    ids=["argument", "seed", "data", "weights", "software", "setting"],
 )
 def test_processes_started_differently_are_refused(different: Any, named: str, tmp_path: Path) -> None:
     def start(rank: int) -> None:
         own = {name: values[rank] for name, values in different.items()}
-        config = own.pop("config", SHORT)
+        config, installed = own.pop("config", SHORT), own.pop("version", None)
+        if installed:
+            replicas.version = lambda distribution_name: str(installed)  # of this process, which then ends
         if "model" in own:
             own["model"] = tiny_bert(seed=own["model"])
         trainer, watch = make(tmp_path / "out", config, max_steps=16, **own)
