@@ -72,8 +72,11 @@ class Sizes(NamedTuple):
         return FLOAT * (self.at_end + self.head)
 
     def held(self, shards: int) -> float:
-        """GB on a device: the base in half precision, and what is trained with its gradients and moments."""
-        trained = (2 * FLOAT + ADAM) * (self.at_end + self.head)
+        """GB on a device: the base in half precision, and what is trained with its gradients and moments.
+
+        The adapter's values and gradients stand there twice: as factors, and in the optimizer's strips.
+        """
+        trained = 2 * FLOAT * (2 * self.at_end + self.head) + ADAM * (self.at_end + self.head)
         return (HALF * self.base / shards + trained) / 1e9
 
 
