@@ -60,6 +60,7 @@ class Run(NamedTuple):
     task: str
     seed: int
     flags: Flags
+    common: list[str]  # model and flags of all runs of the call
 
     @property
     def key(self) -> str:
@@ -131,7 +132,6 @@ def execute(run: Run, settings: argparse.Namespace, data: Path, device: str | No
         out = Path(work) / "out"
         flags: Flags = {
             **({} if script == "run_squad.py" else {"task_name": run.task}),
-            "model_name_or_path": settings.model,
             "dataset_name": data,
             "output_dir": out,
             "seed": run.seed,
@@ -141,7 +141,7 @@ def execute(run: Run, settings: argparse.Namespace, data: Path, device: str | No
             "save_strategy": "no",
             **run.flags,
         }
-        command = [sys.executable, str(ROOT / script), "--do_train", "--do_eval", *settings.more]
+        command = [sys.executable, str(ROOT / script), "--do_train", "--do_eval", *run.common]
         command += [f"--{name}={value}" for name, value in flags.items()]
         environment = {**os.environ, **({} if device is None else {"CUDA_VISIBLE_DEVICES": device})}
         started = time.time()
@@ -238,12 +238,13 @@ def run_study(settings: argparse.Namespace) -> None:
     if unknown:
         raise SystemExit(f"--rows {unknown[0]!r} is not in {settings.study}. Choose from: {', '.join(rows)}.")
     rows = {name: flags for name, flags in rows.items() if not settings.rows or name in settings.rows}
+    common = [f"--model_name_or_path={settings.model}", *settings.more]
     rates: dict[tuple[str, str], Flags] = {}
     if settings.tune:
         grid = list(itertools.product(rows, settings.tasks, settings.tune))
         folder = settings.cache / "held-out"
         tuning = {
-            cell: Run("tuning", cell[0], cell[1], settings.tuning_seed, rows[cell[0]] | {"learning_rate": cell[2]})
+            cell: Run("tuning", *cell[:2], settings.tuning_seed, rows[cell[0]] | {"learning_rate": cell[2]}, common)
             for cell in grid
         }
         run_all(((run, held_out(settings.data, run.task, folder)) for run in tuning.values()), results, settings)
@@ -252,7 +253,7 @@ def run_study(settings: argparse.Namespace) -> None:
             scores = {rate: score(line, best=False) for rate, line in found.items() if line}
             rates[row, task] = {"learning_rate": max(scores, key=scores.__getitem__)} if scores else {}
     runs = [
-        Run(settings.study, row, task, seed, flags | rates.get((row, task), {}))
+        Run(settings.study, row, task, seed, flags | rates.get((row, task), {}), common)
         for seed, task, (row, flags) in itertools.product(settings.seeds, settings.tasks, rows.items())
     ]
     run_all(((run, settings.data / run.task) for run in runs), results, settings)

@@ -18,7 +18,7 @@ from glue_table import Results, Run, held_out, paired, report, run_all, run_stud
 
 def line(row: str, seed: int, value: float, best: float | None = None, **more: Any) -> dict[str, Any]:
     """A line of the results."""
-    run = Run("methods", row, "rte", seed, {})
+    run = Run("methods", row, "rte", seed, {}, [])
     return {
         **{"key": run.key, **run._asdict(), "error": None, "seconds": 10.0},
         "metrics": {"eval_accuracy": value, "trainable_parameters": 100},
@@ -60,7 +60,7 @@ def test_table_holds_means_spreads_and_the_papers_column() -> None:
 
 
 def test_what_is_done_is_not_run_again_and_what_failed_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    runs = [Run("methods", "lora", "rte", seed, {}) for seed in (1, 2, 3)]
+    runs = [Run("methods", "lora", "rte", seed, {}, []) for seed in (1, 2, 3)]
     asked = []
 
     def execute(run: Run, *_: Any) -> dict[str, Any]:
