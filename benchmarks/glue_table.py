@@ -49,6 +49,8 @@ PAPER = {  # arXiv 2308.12043, Table 1, DeBERTaV3-base: the authors' numbers
     "- - -": {"rte": 85.92, "stsb": 91.64},
 }
 
+RANKS_OF = "ranks of"  # in place of a flag: this row of the study of methods, same task and seed, gives the ranks
+
 Flags = dict[str, Any]
 
 
@@ -93,6 +95,17 @@ def studies(rank: int) -> dict[str, dict[str, Flags]]:
         },
         "ablation": ablation,
         "budgets": {f"{n} r={r}": tuner(n, r) for r in (2, 4, 8, 12, 16, 24) for n in ("increlora", "lora")},
+        "ranks": {
+            "increlora": tuner("increlora", rank),
+            "lora": tuner("lora", rank),
+            "lora, increlora's ranks": tuner("lora", rank) | {RANKS_OF: f"increlora r={rank}"},
+            "lora, adalora's ranks": tuner("lora", rank) | {RANKS_OF: f"adalora r={rank}"},
+        },
+        "orthogonality": {
+            f"{'with' if advance else 'without'} advance learning, penalty {weight}": tuner("increlora", rank)
+            | {"increlora_advance_learning": advance, "increlora_orth_reg_weight": weight}
+            for advance, weight in itertools.product((True, False), (0.1, 0))
+        },
         "settings": {
             "defaults": tuner("increlora", rank),
             "score_reduction sqrt": tuner("increlora", rank) | {"increlora_score_reduction": "sqrt"},
@@ -122,6 +135,21 @@ def held_out(data: Path, task: str, into: Path) -> Path:
         parts["train"].to_parquet(folder / "train.parquet")
         parts["test"].to_parquet(folder / "validation.parquet")
     return folder
+
+
+def with_ranks(flags: Flags, task: str, seed: int, done: Iterable[Mapping[str, Any]], folder: Path) -> Flags:
+    """The flags, with the ranks of another run in the place of what names it."""
+    if RANKS_OF not in flags:
+        return flags
+    wanted = ("methods", flags[RANKS_OF], task, seed)
+    found = [line for line in done if (line["study"], line["row"], line["task"], line["seed"]) == wanted]
+    if not found:
+        raise SystemExit(f"There is no run {wanted} whose ranks could be taken. Run the study methods first.")
+    text = json.dumps(found[-1]["ranks"])
+    path = folder / f"ranks-{hashlib.sha256(text.encode()).hexdigest()[:16]}.json"
+    folder.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    return {**{name: value for name, value in flags.items() if name != RANKS_OF}, "increlora_rank_pattern": str(path)}
 
 
 def execute(run: Run, settings: argparse.Namespace, data: Path, device: str | None) -> dict[str, Any]:
@@ -160,15 +188,25 @@ def read(out: Path) -> dict[str, Any]:
     """What a run left: metrics, curves, counts, ranks."""
     metrics = json.loads((out / "all_results.json").read_text())
     history = json.loads((out / "trainer_state.json").read_text())["log_history"]
-    ranks = out / "increlora_history.json"
     return {
         "metrics": metrics,
         "evaluations": [entry for entry in history if any(name.startswith("eval_") for name in entry)],
         "training": [
             {k: v for k, v in e.items() if k in ("step", "loss", "orth_loss")} for e in history if "loss" in e
         ],
-        "ranks": json.loads(ranks.read_text())["rank_pattern"] if ranks.exists() else None,
+        "ranks": ranks(out),
     }
+
+
+def ranks(out: Path) -> dict[str, int] | None:
+    """The rank of each layer in a saved adapter of IncreLoRA's or AdaLoRA's; None for what has no ranks of its own."""
+    history, adapter = out / "increlora_history.json", out / "adapter_config.json"
+    if history.exists():
+        return json.loads(history.read_text())["rank_pattern"]
+    config = json.loads(adapter.read_text()) if adapter.exists() else {}
+    if config.get("peft_type") != "ADALORA" or not config.get("rank_pattern"):
+        return None
+    return {name.removesuffix(".lora_E"): int(np.sum(kept)) for name, kept in config["rank_pattern"].items()}
 
 
 def score(line: Mapping[str, Any], *, best: bool) -> float:
@@ -253,7 +291,14 @@ def run_study(settings: argparse.Namespace) -> None:
             scores = {rate: score(line, best=False) for rate, line in found.items() if line}
             rates[row, task] = {"learning_rate": max(scores, key=scores.__getitem__)} if scores else {}
     runs = [
-        Run(settings.study, row, task, seed, flags | rates.get((row, task), {}), common)
+        Run(
+            settings.study,
+            row,
+            task,
+            seed,
+            with_ranks(flags, task, seed, results.done.values(), settings.cache) | rates.get((row, task), {}),
+            common,
+        )
         for seed, task, (row, flags) in itertools.product(settings.seeds, settings.tasks, rows.items())
     ]
     run_all(((run, settings.data / run.task) for run in runs), results, settings)
@@ -321,6 +366,8 @@ def report(settings: argparse.Namespace) -> None:
         )
         if any(len(line["evaluations"]) > 1 for line in good):
             parts.append(f"Best of the evaluations:\n\n{table(good, best=True)}\n")
+    if settings.figures is not None:
+        figures([line for line in found if line["error"] is None], settings.figures)
     text = "\n".join(parts)
     if settings.output is None:
         sys.stdout.write(text)
@@ -329,6 +376,57 @@ def report(settings: argparse.Namespace) -> None:
     document = settings.output.read_text()
     before, after = document.split(begin)[0], document.split(end)[1]
     settings.output.write_text(f"{before}{begin}\n{text}\n{end}{after}")
+
+
+def figures(found: Sequence[Mapping[str, Any]], folder: Path) -> None:
+    """Pictures of what the lines hold: evaluations and the penalty over the steps, scores by budget."""
+    from matplotlib import pyplot
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for study, task in dict.fromkeys((line["study"], line["task"]) for line in found):
+        own = [line for line in found if (line["study"], line["task"]) == (study, task)]
+        curves = {
+            "evaluations": ("evaluations", f"eval_{METRICS.get(task, 'accuracy')}"),
+            "penalty": ("training", "orth_loss"),
+        }
+        for name, (where, key) in curves.items():
+            figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
+            _draw_curves(axes, own, where, key)
+            if axes.lines:
+                axes.set(title=f"{task}: {key}, a line a seed", xlabel="optimizer step")
+                axes.legend(fontsize="small")
+                figure.savefig(folder / f"{study}-{task}-{name}.png", dpi=120)
+            pyplot.close(figure)
+        if study == "budgets":
+            figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
+            _draw_budgets(axes, own)
+            axes.set(title=f"{task}: mean and deviation over seeds", xlabel="average rank")
+            axes.legend()
+            figure.savefig(folder / f"budgets-{task}.png", dpi=120)
+            pyplot.close(figure)
+
+
+def _draw_curves(axes: Any, own: Sequence[Mapping[str, Any]], where: str, key: str) -> None:
+    rows = list(dict.fromkeys(line["row"] for line in own))
+    labelled = set()
+    for line in own:
+        points = [(entry["step"], entry[key]) for entry in line[where] if key in entry]
+        if len(points) > 1:
+            label = None if line["row"] in labelled else line["row"]
+            labelled.add(line["row"])
+            axes.plot(*zip(*points, strict=True), color=f"C{rows.index(line['row']) % 10}", label=label, alpha=0.8)
+
+
+def _draw_budgets(axes: Any, own: Sequence[Mapping[str, Any]]) -> None:
+    scores: dict[str, dict[int, list[float]]] = {}
+    for line in own:
+        by_rank = scores.setdefault(line["row"].split()[0], {})
+        by_rank.setdefault(line["flags"]["increlora_r_avg"], []).append(score(line, best=False))
+    for method, by_rank in scores.items():
+        ranks_of_method = sorted(by_rank)
+        means = [statistics.mean(by_rank[rank]) for rank in ranks_of_method]
+        errors = [statistics.stdev(by_rank[rank]) if len(by_rank[rank]) > 1 else 0.0 for rank in ranks_of_method]
+        axes.errorbar(ranks_of_method, means, yerr=errors, marker="o", capsize=3, label=method)
 
 
 def main() -> None:
@@ -355,6 +453,7 @@ def main() -> None:
     running.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir()) / "glue_table")
     reporting = commands.add_parser("report", help="print tables, or put them into a document")
     reporting.add_argument("--results", dest="results_files", nargs="+", type=Path, required=True)
+    reporting.add_argument("--figures", type=Path, help="folder for pictures; needs matplotlib")
     reporting.add_argument(
         "--output", type=Path, help="a document with the marks <!-- tables --> and <!-- end of tables -->"
     )

@@ -77,6 +77,34 @@ def test_what_is_done_is_not_run_again_and_what_failed_is(tmp_path: Path, monkey
     assert len(glue_table.lines(tmp_path / "r.jsonl")) == 3
 
 
+def test_ranks_of_another_run_become_a_file(tmp_path: Path) -> None:
+    done = [line("adalora r=2", 1, 0.5, ranks={"a": 3, "b": 1})]
+    flags = studies(2)["ranks"]["lora, adalora's ranks"]
+    found = glue_table.with_ranks(flags, "rte", 1, done, tmp_path)
+    assert found["tuner"] == "lora"
+    assert json.loads(Path(found["increlora_rank_pattern"]).read_text()) == {"a": 3, "b": 1}
+    with pytest.raises(SystemExit, match="Run the study methods first"):
+        glue_table.with_ranks(flags, "rte", 2, done, tmp_path)
+
+
+def test_adalora_ranks_are_read_from_its_adapter(tmp_path: Path) -> None:
+    pattern = {"layer.0.query.lora_E": [[True], [False], [True]], "layer.0.key.lora_E": [[False]]}
+    config = {"peft_type": "ADALORA", "rank_pattern": pattern}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    assert glue_table.ranks(tmp_path) == {"layer.0.query": 2, "layer.0.key": 0}
+    assert glue_table.ranks(tmp_path / "nothing") is None
+
+
+def test_budgets_are_drawn(tmp_path: Path) -> None:
+    rows = [
+        {**line(f"lora r={rank}", seed, 0.5), "study": "budgets", "flags": {"increlora_r_avg": rank}, "training": []}
+        for rank in (2, 4)
+        for seed in (1, 2)
+    ]
+    glue_table.figures([{**row, "evaluations": []} for row in rows], tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["budgets-rte.png"]
+
+
 def test_held_out_rows_come_from_the_training_set_alone(tmp_path: Path) -> None:
     columns = sentence_pairs([0, 1], rows=40) | {"idx": list(range(40))}
     write_parquet(
@@ -119,12 +147,13 @@ def test_a_study_is_tuned_run_and_reported(tmp_path: Path, capsys: pytest.Captur
     assert ours["flags"]["learning_rate"] in settings.tune
     assert sum(ours["ranks"].values()) == 12
     assert "orth_loss" in ours["training"][0]
-    report(argparse.Namespace(results_files=[settings.results], output=None))
+    report(argparse.Namespace(results_files=[settings.results], output=None, figures=tmp_path / "figures"))
     printed = capsys.readouterr().out
     assert "3 runs, 1 failed" in printed
+    assert (tmp_path / "figures" / "methods-rte-penalty.png").stat().st_size > 1000
     document = tmp_path / "evidence.md"
     document.write_text("before\n<!-- tables -->\nold\n<!-- end of tables -->\nafter\n")
-    report(argparse.Namespace(results_files=[settings.results], output=document))
+    report(argparse.Namespace(results_files=[settings.results], output=document, figures=None))
     text = document.read_text()
     assert text.startswith("before\n")
     assert text.endswith("after\n")

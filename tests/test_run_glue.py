@@ -19,6 +19,7 @@ from glue_fixtures import (
 )
 from peft import PeftModel
 from processes import free_port
+from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 
 ROOT = Path(__file__).parent.parent
@@ -437,6 +438,23 @@ def test_rivals_train_on_the_same_layers_and_load_again(tuner, run, out, tmp_pat
         assert again["eval_accuracy"] == metrics["eval_accuracy"]
     with pytest.raises(SystemExit):
         run("--do_train", tuner=tuner, **data)  # would overwrite it
+
+
+def test_lora_takes_the_ranks_of_another_run(run, out, tmp_path):
+    path = csv_file(tmp_path)
+    run("--do_train", train_file=path)
+    ranks = json.loads((out / "increlora_history.json").read_text())["rank_pattern"]
+    again = tmp_path / "again"
+    flags = {"output_dir": again, "increlora_rank_pattern": out / "increlora_history.json"}
+    metrics = run("--do_train", tuner="lora", train_file=path, **flags)
+    weights = load_file(again / "adapter_model.safetensors")
+    found = {
+        name.removeprefix("base_model.model.").removesuffix(".lora_A.weight"): len(tensor)
+        for name, tensor in weights.items()
+        if name.endswith("lora_A.weight")
+    }
+    assert found == ranks
+    assert metrics["trainable_parameters"] == sum(tensor.numel() for tensor in weights.values())
 
 
 def test_unknown_tuner_is_refused(refused, tmp_path):

@@ -1,6 +1,7 @@
 """The ways to fine-tune that the scripts offer: IncreLoRA and its rivals, on the same layers and heads."""
 
 import math
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,7 +66,8 @@ def make_trainer(
 
 def _prepared(tuner: str, config: IncreLoraConfig, common: dict[str, Any]) -> nn.Module:
     model = common["model"]
-    lora_config, layers = resolve_targets(model, config, None)
+    adapted = {name: rank for name, rank in (config.fixed_ranks or {}).items() if rank > 0}
+    lora_config, layers = resolve_targets(model, config, adapted or None)
     heads = list(lora_config.modules_to_save or [])
     shared: dict[str, Any] = {
         "lora_alpha": config.lora_alpha,
@@ -75,7 +77,7 @@ def _prepared(tuner: str, config: IncreLoraConfig, common: dict[str, Any]) -> nn
         "task_type": lora_config.task_type,
     }
     if tuner == "lora":
-        return get_peft_model(model, LoraConfig(r=config.r_avg, **shared))
+        return get_peft_model(model, LoraConfig(r=config.r_avg, **_ranks(config), **shared))
     if tuner == "adalora":
         steps = _steps(common["args"], len(common["train_dataset"]))
         settings: dict[str, Any] = {
@@ -92,6 +94,13 @@ def _prepared(tuner: str, config: IncreLoraConfig, common: dict[str, Any]) -> nn
         is_bias = name.endswith(".bias")
         parameter.requires_grad_(tuner == "full" or in_head or (tuner == "bitfit" and is_bias))
     return model
+
+
+def _ranks(config: IncreLoraConfig) -> dict[str, Any]:
+    """Fixed ranks as LoRA takes them, all at the scale lora_alpha / r_avg."""
+    ranks = {f"^{re.escape(name)}": rank for name, rank in (config.fixed_ranks or {}).items() if rank > 0}
+    scale = config.lora_alpha / config.r_avg
+    return {"rank_pattern": ranks, "alpha_pattern": {name: scale * rank for name, rank in ranks.items()}}
 
 
 def _steps(args: TrainingArguments, rows: int) -> int:
