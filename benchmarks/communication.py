@@ -14,9 +14,9 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 import statistics
 import sys
+import tempfile
 import time
 from typing import Any, NamedTuple
 
@@ -124,10 +124,9 @@ def print_scaling(step: float, bandwidth: float, latency: float) -> None:
             write(f"| {name} | {r_avg} | " + " | ".join(f"{t:.3f} ({step / t:.0%})" for t in times) + " |\n")
 
 
-def _time_all_reduces(rank: int, world_size: int, port: int) -> None:
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+def _time_all_reduces(rank: int, world_size: int, meeting: str) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=world_size)
+    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=world_size)
     medians = []
     for size in SIZES:
         tensor, times = torch.zeros(size), []
@@ -148,9 +147,9 @@ def print_all_reduces(world_sizes: list[int]) -> None:
     megabytes = " | ".join(f"{FLOAT * size / 1e6:g} MB" for size in SIZES)
     sys.stdout.write(f"| gloo processes | {megabytes} |\n|---|" + "---|" * len(SIZES) + "\n")
     sys.stdout.flush()
-    for offset, world_size in enumerate(world_sizes):
-        port = 29600 + offset + os.getpid() % 300
-        multiprocessing.spawn(_time_all_reduces, args=(world_size, port), nprocs=world_size)
+    for world_size in world_sizes:
+        with tempfile.TemporaryDirectory() as folder:
+            multiprocessing.spawn(_time_all_reduces, args=(world_size, f"{folder}/meeting"), nprocs=world_size)
 
 
 def main() -> None:

@@ -16,11 +16,11 @@ from transformers import Trainer, TrainingArguments
 
 from increlora_hf import IncreLoraConfig, IncreLoraTrainer
 from increlora_hf.targets import resolve_targets
+from increlora_hf.tasks.tuners import ADALORA_START
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))  # for the naive form
 
 LORA_ALPHA = 16
-ADALORA_START = 1.5  # AdaLoRA begins with this much more rank than it ends with, as in its paper
 
 Batch = dict[str, Tensor]
 

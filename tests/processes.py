@@ -50,37 +50,30 @@ class Failed(AssertionError):
         super().__init__("\n".join(f"rank {r}: {f[2]}" for r, f in enumerate(failures) if f))
 
 
-class Group:
-    """The processes of one run, started: work(rank, *args) in each; 1 process is one without torch.distributed."""
-
-    def __init__(self, world_size: int, folder: Path, work: Callable[..., Any], *args: Any) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        self.results = [folder / f"result-{rank}" for rank in range(world_size)]
-        for result in self.results:
-            result.unlink(missing_ok=True)
-        port = free_port()
-        self.processes = [
-            FORK.Process(target=_run, args=(rank, world_size, port, work, args, self.results[rank]))
-            for rank in range(world_size)
-        ]
-        for process in self.processes:
-            process.start()
-
-    def wait(self) -> list[Any]:
-        """What work returned, by rank; raises `Failed`."""
-        deadline = time.monotonic() + PATIENCE
-        for process in self.processes:
-            process.join(max(0.0, deadline - time.monotonic()))
-        late = [rank for rank, process in enumerate(self.processes) if process.is_alive()]
-        for process in self.processes:
-            process.kill()
-        assert not late, f"ranks {late} did not end within {PATIENCE} s"
-        pairs = [pickle.loads(path.read_bytes()) if path.exists() else (None, None) for path in self.results]
-        if any(failure for _, failure in pairs) or any(process.exitcode for process in self.processes):
-            raise Failed([failure for _, failure in pairs])
-        return [result for result, _ in pairs]
-
-
 def run(world_size: int, folder: Path, work: Callable[..., Any], *args: Any) -> list[Any]:
-    """Start a `Group` and wait for it."""
-    return Group(world_size, folder, work, *args).wait()
+    """What work(rank, *args) returned in each process of one run, by rank; raises `Failed`.
+
+    One process is one without torch.distributed.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    results = [folder / f"result-{rank}" for rank in range(world_size)]
+    for result in results:
+        result.unlink(missing_ok=True)
+    port = free_port()
+    processes = [
+        FORK.Process(target=_run, args=(rank, world_size, port, work, args, results[rank]))
+        for rank in range(world_size)
+    ]
+    for process in processes:
+        process.start()
+    deadline = time.monotonic() + PATIENCE
+    for process in processes:
+        process.join(max(0.0, deadline - time.monotonic()))
+    late = [rank for rank, process in enumerate(processes) if process.is_alive()]
+    for process in processes:
+        process.kill()
+    assert not late, f"ranks {late} did not end within {PATIENCE} s"
+    pairs = [pickle.loads(path.read_bytes()) if path.exists() else (None, None) for path in results]
+    if any(failure for _, failure in pairs) or any(process.exitcode for process in processes):
+        raise Failed([failure for _, failure in pairs])
+    return [result for result, _ in pairs]
