@@ -234,6 +234,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
                 base=base, out=out, num_labels=job.task.num_labels
             )
         )
+    job.trainer.accelerator.end_training()  # a process group left open can abort the interpreter on its way out
     return metrics
 
 

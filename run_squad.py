@@ -249,6 +249,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     if training_args.do_train and job.trainer.is_world_process_zero():
         base, out = model_args.model_name_or_path, training_args.output_dir
         sys.stdout.write(how_to_load(job.trainer.model, LOAD_ADAPTER, LOAD_MODEL).format(base=base, out=out))
+    job.trainer.accelerator.end_training()  # a process group left open can abort the interpreter on its way out
     return metrics
 
 

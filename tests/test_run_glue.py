@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import processes
 import pytest
 from glue_fixtures import (
     save_tiny_decoder,
@@ -18,7 +19,6 @@ from glue_fixtures import (
     write_parquet,
 )
 from peft import PeftModel
-from processes import free_port
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 
@@ -496,7 +496,12 @@ def test_both_launchers_train_the_same_adapter_in_two_processes(model, tmp_path)
     for name, launcher in LAUNCHERS.items():
         out = tmp_path / name
         settings = {**SETTINGS, "model_name_or_path": model, "output_dir": out, "train_file": path}
-        command = [sys.executable, "-m", *launcher.format(port=free_port()).split(), str(ROOT / "run_glue.py")]
+        command = [
+            sys.executable,
+            "-m",
+            *launcher.format(port=processes.free_port()).split(),
+            str(ROOT / "run_glue.py"),
+        ]
         command += ["--do_train", *(f"--{name}={value}" for name, value in settings.items())]
         done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
         assert done.returncode == 0, done.stderr
@@ -504,6 +509,26 @@ def test_both_launchers_train_the_same_adapter_in_two_processes(model, tmp_path)
         assert json.loads((out / "train_results.json").read_text())["epoch"] > 1  # half the rows each
         adapters.append((out / "adapter_model.safetensors").read_bytes())
     assert adapters[0] == adapters[1]
+
+
+def threads_left(rank, argv):
+    """The names of the process's threads after a whole run."""
+    run_glue.main(argv)
+    return [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="reads the names of threads from /proc")
+def test_no_thread_of_the_process_group_outlives_a_run(model, tmp_path):
+    """One that does wakes up in the interpreter's last moments and now and then aborts it, after all is saved."""
+    settings = {
+        **SETTINGS,
+        "model_name_or_path": model,
+        "train_file": csv_file(tmp_path),
+        "output_dir": tmp_path / "out",
+    }
+    argv = ["--do_train", "--use_cpu", *(f"--{name}={value}" for name, value in settings.items())]
+    for names in processes.run(2, tmp_path / "results", threads_left, argv):
+        assert not [name for name in names if "gloo" in name], names
 
 
 def test_help_lists_all_flags(capsys):
