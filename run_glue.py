@@ -7,7 +7,8 @@ python run_glue.py CONFIG.json [--flag value ...]    # the settings of a JSON fi
 import logging
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,9 +23,10 @@ from transformers import (
 )
 
 from increlora_hf import IncreLoraArguments, IncreLoraTrainer
-from increlora_hf.tasks.glue import GlueSource, TextTask, load_task
+from increlora_hf.tasks.glue import TASKS, GlueSource, TextTask, load_task
 from increlora_hf.tasks.metrics import GlueMetric
 from increlora_hf.tasks.script import (
+    HubArguments,
     ModelArguments,
     Preparation,
     check_run,
@@ -33,6 +35,7 @@ from increlora_hf.tasks.script import (
     how_to_load,
     load_model,
     parse_flags,
+    publish,
     set_up_logging,
     train_and_save,
 )
@@ -145,6 +148,7 @@ def prepare(
     training_args: TrainingArguments,
     increlora_args: Any,
     tuner: str = "increlora",
+    hub_args: HubArguments | None = None,
 ) -> Job:
     """Check, load and build everything; all that the user may have to correct is refused here."""
     check_run(model_args, training_args)
@@ -170,7 +174,8 @@ def prepare(
         "data_collator": DataCollatorWithPadding(tokenizer, pad_to_multiple_of=8 if training_args.fp16 else None),
     }
     if training_args.do_train:
-        trainer = make_trainer(tuner, IncreLoraTrainer, Trainer, config, common)
+        growing = partial(IncreLoraTrainer, **asdict(hub_args or HubArguments()))
+        trainer = make_trainer(tuner, growing, Trainer, config, common)
     else:
         trainer = Trainer(**common)
     return Job(model_args, training_args, task, rows, trainer, checkpoint)
@@ -207,17 +212,28 @@ def predict(job: Job) -> None:
         logger.info("The predictions are in %s.", path)
 
 
+def card(task: TextTask, source: GlueSource) -> dict[str, Any]:
+    """What the model card says of the data."""
+    of_glue = task.name in TASKS
+    return {
+        "tasks": "text-classification",
+        "dataset": f"GLUE {task.name}" if of_glue else None,
+        "dataset_tags": source.hub_id,
+        "dataset_args": task.name if of_glue else None,
+    }
+
+
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Run what the flags ask for; returns all metrics."""
-    kinds = (ModelArguments, DataArguments, TrainingArguments, IncreLoraArguments, TunerArguments)
+    kinds = (ModelArguments, DataArguments, TrainingArguments, IncreLoraArguments, TunerArguments, HubArguments)
     with Preparation(PROG):
-        model_args, data_args, training_args, increlora_args, tuner_args = parse_flags(
+        model_args, data_args, training_args, increlora_args, tuner_args, hub_args = parse_flags(
             kinds, sys.argv[1:] if argv is None else argv, PROG
         )
     set_up_logging("run_glue", training_args)
     metrics: dict[str, Any] = {}
     with Preparation(PROG, training_args.output_dir) as preparation:
-        job = prepare(model_args, data_args, training_args, increlora_args, tuner_args.tuner)
+        job = prepare(model_args, data_args, training_args, increlora_args, tuner_args.tuner, hub_args)
         job.trainer.add_callback(preparation)
         if training_args.do_train:
             metrics |= train(job)
@@ -225,8 +241,6 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         metrics |= evaluate(job)
     if training_args.do_predict:
         predict(job)
-    if training_args.push_to_hub:
-        job.trainer.push_to_hub(tasks="text-classification", finetuned_from=model_args.model_name_or_path)
     if training_args.do_train and job.trainer.is_world_process_zero():
         base, out = model_args.model_name_or_path, training_args.output_dir
         sys.stdout.write(
@@ -234,6 +248,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
                 base=base, out=out, num_labels=job.task.num_labels
             )
         )
+    publish(job.trainer, PROG, card(job.task, data_args.source(model_args)))
     job.trainer.accelerator.end_training()  # a process group left open can abort the interpreter on its way out
     return metrics
 

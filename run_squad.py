@@ -8,7 +8,8 @@ python run_squad.py CONFIG.json [--flag value ...]    # the settings of a JSON f
 import logging
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +25,7 @@ from transformers import (
 from increlora_hf import IncreLoraArguments, IncreLoraTrainerMixin
 from increlora_hf.tasks.question_answering import QuestionAnsweringTrainer
 from increlora_hf.tasks.script import (
+    HubArguments,
     ModelArguments,
     Preparation,
     check_run,
@@ -32,6 +34,7 @@ from increlora_hf.tasks.script import (
     how_to_load,
     load_model,
     parse_flags,
+    publish,
     require_span_encoder,
     set_up_logging,
     train_and_save,
@@ -167,6 +170,7 @@ def prepare(
     training_args: TrainingArguments,
     increlora_args: Any,
     tuner: str = "increlora",
+    hub_args: HubArguments | None = None,
 ) -> Job:
     """Check, load and build everything; all that the user may have to correct is refused here."""
     check_run(model_args, training_args)
@@ -202,7 +206,8 @@ def prepare(
         "data_collator": DataCollatorWithPadding(tokenizer, pad_to_multiple_of=8 if training_args.fp16 else None),
     }
     if training_args.do_train:
-        trainer: Any = make_trainer(tuner, GrowingQuestionAnsweringTrainer, QuestionAnsweringTrainer, config, common)
+        growing = partial(GrowingQuestionAnsweringTrainer, **asdict(hub_args or HubArguments()))
+        trainer: Any = make_trainer(tuner, growing, QuestionAnsweringTrainer, config, common)
     else:
         trainer = QuestionAnsweringTrainer(**common)
     return Job(model_args, training_args, questions, windows, trainer, checkpoint)
@@ -225,17 +230,22 @@ def predict(job: Job) -> None:
     logger.info("The answers are in %s/predict_predictions.json.", job.training_args.output_dir)
 
 
+def card(source: DataSource) -> dict[str, Any]:
+    """What the model card says of the data."""
+    return {"tasks": "question-answering", "dataset_tags": source.hub_id}
+
+
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Run what the flags ask for; returns all metrics."""
-    kinds = (ModelArguments, DataArguments, TrainingArguments, IncreLoraArguments, TunerArguments)
+    kinds = (ModelArguments, DataArguments, TrainingArguments, IncreLoraArguments, TunerArguments, HubArguments)
     with Preparation(PROG):
-        model_args, data_args, training_args, increlora_args, tuner_args = parse_flags(
+        model_args, data_args, training_args, increlora_args, tuner_args, hub_args = parse_flags(
             kinds, sys.argv[1:] if argv is None else argv, PROG
         )
     set_up_logging("run_squad", training_args)
     metrics: dict[str, Any] = {}
     with Preparation(PROG, training_args.output_dir) as preparation:
-        job = prepare(model_args, data_args, training_args, increlora_args, tuner_args.tuner)
+        job = prepare(model_args, data_args, training_args, increlora_args, tuner_args.tuner, hub_args)
         job.trainer.add_callback(preparation)
         if training_args.do_train:
             counts = {"train_samples": len(job.questions["train"]), "train_windows": len(job.windows["train"])}
@@ -244,11 +254,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         metrics |= evaluate(job)
     if training_args.do_predict:
         predict(job)
-    if training_args.push_to_hub:
-        job.trainer.push_to_hub(tasks="question-answering", finetuned_from=model_args.model_name_or_path)
     if training_args.do_train and job.trainer.is_world_process_zero():
         base, out = model_args.model_name_or_path, training_args.output_dir
         sys.stdout.write(how_to_load(job.trainer.model, LOAD_ADAPTER, LOAD_MODEL).format(base=base, out=out))
+    publish(job.trainer, PROG, card(data_args.source(model_args)))
     job.trainer.accelerator.end_training()  # a process group left open can abort the interpreter on its way out
     return metrics
 

@@ -5,5 +5,5 @@ from trl import SFTTrainer
 from .trainer import IncreLoraTrainerMixin
 
 
-class IncreLoraSFTTrainer(IncreLoraTrainerMixin, SFTTrainer):
+class IncreLoraSFTTrainer(IncreLoraTrainerMixin, SFTTrainer):  # type: ignore[misc]
     """SFTTrainer that grows: give ``increlora_config`` where you gave ``peft_config``; see `IncreLoraTrainerMixin`."""

@@ -9,13 +9,13 @@ from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import ProgressCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments, set_seed
-from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SchedulerType, TrainOutput, has_length
 
 from .config import IncreLoraConfig
@@ -34,6 +34,7 @@ from .parallel import (
     share,
     wait_for_all,
 )
+from .publishing import PublishingMixin, refuse_pickles
 from .replicas import (
     refuse_other_parallelism,
     require_on_every_node,
@@ -56,13 +57,8 @@ from .state import (
 
 logger = logging.getLogger(__name__)
 
-if TYPE_CHECKING:
-    _Base = Trainer
-else:
-    _Base = object
 
-
-class IncreLoraTrainerMixin(_Base):
+class IncreLoraTrainerMixin(PublishingMixin):
     """IncreLoRA on any Trainer class: ``class MyTrainer(IncreLoraTrainerMixin, SomeTrainer): pass``.
 
     A plain model is wrapped by `attach` with ``increlora_config``; a model that is already attached is taken as it is.
@@ -71,19 +67,27 @@ class IncreLoraTrainerMixin(_Base):
     Args:
         model: plain or attached, or a name where the Trainer class takes one (TRL's); or give ``model_init``.
         increlora_config: default `IncreLoraConfig()`; ``seed`` defaults to the training arguments' seed.
+        allow_pickles_on_hub: let ``hub_strategy`` checkpoint and all_checkpoints upload optimizer and random states,
+            which are pickles and run code where they are loaded.
 
     Raises:
         ValueError: a setting that IncreLoRA cannot work with, before anything is trained or written.
     """
 
     def __init__(
-        self, model: Any = None, *args: Any, increlora_config: IncreLoraConfig | None = None, **kwargs: Any
+        self,
+        model: Any = None,
+        *args: Any,
+        increlora_config: IncreLoraConfig | None = None,
+        allow_pickles_on_hub: bool = False,
+        **kwargs: Any,
     ) -> None:
-        """As the Trainer's, with one more argument."""
+        """As the Trainer's, with two more arguments."""
         self.increlora_config = increlora_config
         training_args = kwargs.get("args", args[0] if args else None) or TrainingArguments(output_dir="tmp_trainer")
         _refuse_unsupported(training_args, kwargs)
         refuse_other_parallelism(training_args, model)
+        refuse_pickles(training_args, allow_pickles_on_hub)
         self._increlora_seed = training_args.seed
         if isinstance(model, str):
             model = _load_by_name(model, training_args, kwargs.pop("quantization_config", None))
@@ -389,11 +393,12 @@ class IncreLoraTrainerMixin(_Base):
             finally:
                 self.args.save_total_limit = limit
             if self.args.should_save:
-                torch.save(self.args, folder / TRAINING_ARGS_NAME)  # again, with the limit in place
+                self._write_arguments(folder)  # again, with the limit in place
                 write_state(folder, self.model)  # type: ignore[arg-type]
             wait_for_all()  # the random state of every process is there
         if self.args.load_best_model_at_end:
             require_on_every_node(folder)
+        self._push_checkpoint(folder)
         if self.args.should_save and limit is not None and limit > 0:
             rotate(output_dir, limit, self.state.best_model_checkpoint)
 

@@ -103,3 +103,7 @@ def write_parquet(folder: Path, **splits: Columns) -> Path:
     for name, columns in splits.items():
         Dataset.from_dict(dict(columns)).to_parquet(folder / f"{name}-00000-of-00001.parquet")
     return folder
+
+
+def csv_file(folder, name="rows.csv", labels=("yes", "no"), rows=24):
+    return write_csv(folder / name, sentence_pairs(labels, rows))

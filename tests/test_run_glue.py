@@ -11,6 +11,7 @@ from typing import Any
 import processes
 import pytest
 from glue_fixtures import (
+    csv_file,
     save_tiny_decoder,
     save_tiny_model,
     sentence_pairs,
@@ -81,10 +82,6 @@ def refused(run, out, capsys):
         return line
 
     return call
-
-
-def csv_file(folder, name="rows.csv", labels=("yes", "no"), rows=24):
-    return write_csv(folder / name, sentence_pairs(labels, rows))
 
 
 def results(out, name="all"):

@@ -21,6 +21,8 @@ from transformers import (
 from transformers.models.auto import modeling_auto
 from transformers.trainer_utils import get_last_checkpoint
 
+from ..hub import HubPushError
+
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 MODEL_WEIGHTS = "model.safetensors"
@@ -57,6 +59,16 @@ class ModelArguments:
     def is_adapter(self) -> bool:
         """Whether the model is a saved adapter, to be used on top of its base model."""
         return os.path.isfile(os.path.join(self.model_name_or_path, ADAPTER_CONFIG))
+
+
+@dataclass
+class HubArguments:
+    """What may go to the Hub, beside transformers' own flags."""
+
+    allow_pickles_on_hub: bool = flag(
+        False,
+        "Let --hub_strategy checkpoint and all_checkpoints upload optimizer and random states, which are pickles.",
+    )
 
 
 def parse_flags(kinds: Sequence[Any], argv: Sequence[str], prog: str) -> tuple[Any, ...]:
@@ -198,6 +210,19 @@ def train_and_save(trainer: Any, checkpoint: str | bool | None, counts: Mapping[
     trainer.save_metrics("train", metrics)
     trainer.save_state()
     return metrics
+
+
+def publish(trainer: Any, prog: str, card: Mapping[str, Any]) -> None:
+    """Write the model card, and push where that is asked for; a Hub that fails ends the program with status 1."""
+    if hasattr(trainer.model, "increlora"):
+        trainer.create_model_card(**card)
+    if not trainer.args.push_to_hub:
+        return
+    try:
+        trainer.push_to_hub(**card)
+    except HubPushError as error:
+        sys.stderr.write(f"{prog}: error: {error}\n")
+        raise SystemExit(1) from error
 
 
 def how_to_load(model: Any, adapter: str, whole: str) -> str:

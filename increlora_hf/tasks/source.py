@@ -39,6 +39,11 @@ class DataSource:
         """The dataset's name."""
         return self.dataset_name or self.hub_dataset
 
+    @property
+    def hub_id(self) -> str | None:
+        """Its name on the Hub; None where it comes from this machine."""
+        return None if self.files or Path(self.name).exists() else self.name
+
     def where(self, split: str) -> str:
         """A split, as error messages name it."""
         return self.files.get(split) or f"split {split!r} of {self.name}"

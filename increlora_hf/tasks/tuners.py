@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,13 +45,13 @@ class _Allocate(TrainerCallback):
 
 
 def make_trainer(
-    tuner: str, growing: type[Any], plain: type[Trainer], config: IncreLoraConfig, common: dict[str, Any]
+    tuner: str, growing: Callable[..., Any], plain: type[Trainer], config: IncreLoraConfig, common: dict[str, Any]
 ) -> Trainer:
     """The trainer that fine-tunes ``common["model"]`` in this way.
 
     Args:
         tuner: one of `TUNERS`.
-        growing: the class for IncreLoRA.
+        growing: makes the trainer for IncreLoRA.
         plain: the class for all others.
         config: rank r_avg, alpha, dropout and layers, for every tuner that has them.
         common: the other arguments of the trainer.

@@ -1,0 +1,176 @@
+"""Folders to the Hub: what may go there, another try where the Hub is busy, and a way on where it refuses."""
+
+from __future__ import annotations
+
+import re
+import time
+import zipfile
+from collections.abc import Callable, Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, TypeVar
+
+from huggingface_hub import CommitInfo, HfApi
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+PICKLE_SUFFIXES = frozenset({".bin", ".ckpt", ".joblib", ".pickle", ".pkl", ".pt", ".pth"})
+PICKLE_START = re.compile(rb"\x80[\x02-\x05]")  # protocol 2 and later say which they are
+BUSY = frozenset({429, 500, 502, 503, 504})
+ATTEMPTS = 4
+FIRST_WAIT, LONGEST_WAIT = 1.0, 60.0  # seconds; the wait doubles, and the Hub's own Retry-After goes before it
+
+_LIBRARY = "increlora_hf"
+_REMEDIES = {
+    401: "The token is missing or no longer valid. Log in with `hf auth login`, or set HF_TOKEN.",
+    403: "The token may not write there. Use one with write access, or push to a namespace of your own.",
+    404: "There is no such repository or branch, or the token cannot see it. Check the name.",
+    429: "The Hub asks for fewer requests. Wait as long as it says.",
+}
+_UNREACHABLE = "The Hub did not answer as it should. Check the connection and https://status.huggingface.co."
+
+T = TypeVar("T")
+
+
+class HubPushError(OSError):
+    """The Hub did not take a folder, which is complete where it is; says why, and how to push it later."""
+
+    def __init__(self, what: str, error: Exception, folder: Path | None, repo_id: str) -> None:
+        """For an error of the client's."""
+        status = _status(error)
+        remedy = _REMEDIES.get(status or 0, _UNREACHABLE)
+        if isinstance(error, NotADirectoryError):
+            remedy = "Give a folder."
+        elif isinstance(error, HFValidationError):
+            remedy = "Give NAME or NAMESPACE/NAME, of letters, digits, '-', '_' and '.'."
+        later = "" if folder is None else f" Nothing is lost: push later with `increlora push {folder} {repo_id}`."
+        cause = _cause(error)
+        reason = next(iter(str(cause).strip().splitlines()), type(cause).__name__).rstrip(".")
+        super().__init__(f"{what} failed: {reason}. {remedy}{later}")
+
+
+def is_pickle(path: Path) -> bool:
+    """Whether a file runs code when it is loaded, by its name or by how it begins; torch.save's files are such."""
+    if path.suffix.lower() in PICKLE_SUFFIXES:
+        return True
+    with path.open("rb") as file:
+        if PICKLE_START.match(file.read(2)):
+            return True
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return any(name.endswith(".pkl") for name in archive.namelist())
+
+
+def create_repository(repo_id: str, *, token: str | None = None, private: bool | None = None) -> str:
+    """The full name, namespace included, of a repository that is there from now on; raises HubPushError."""
+    try:
+        return _patiently(lambda: _create(repo_id, token, private))
+    except Exception as error:
+        raise HubPushError(f"Creating {repo_id} on the Hub", error, None, repo_id) from error
+
+
+def push_folder(
+    folder: str | Path,
+    repo_id: str,
+    *,
+    token: str | None = None,
+    private: bool | None = None,
+    revision: str | None = None,
+    commit_message: str = "Upload LoRA adapter",
+    path_in_repo: str | None = None,
+    ignore: Sequence[str] = ("_*", "checkpoint-*"),
+    allow_pickles: bool = False,
+) -> CommitInfo:
+    """Upload a folder in one commit, and create the repository and branch where they are missing.
+
+    A busy Hub (429, 5xx, a connection that breaks) is asked again, as late as its Retry-After says, up to `ATTEMPTS`
+    times in all.
+
+    Args:
+        folder: what is uploaded, but for pickles and what ``ignore`` matches.
+        repo_id: NAME or NAMESPACE/NAME.
+        private: of a repository that is created; None leaves it to the user's settings on the Hub.
+        ignore: patterns of files and folders at any depth.
+        allow_pickles: upload them too.
+
+    Returns:
+        The commit; as a string it is its address.
+
+    Raises:
+        HubPushError: it could not be done; nothing is lost.
+    """
+    folder = Path(folder)
+
+    def push() -> CommitInfo:
+        full = _create(repo_id, token, private)
+        api = HfApi(library_name=_LIBRARY)
+        if revision is not None and not revision.startswith("refs/"):
+            api.create_branch(full, branch=revision, token=token, exist_ok=True)
+        return api.upload_folder(
+            repo_id=full,
+            folder_path=folder,
+            path_in_repo=path_in_repo,
+            commit_message=commit_message,
+            token=token,
+            revision=revision,
+            ignore_patterns=[re.sub(r"([\[?*])", r"[\1]", name) for name in _left_out(folder, ignore, allow_pickles)],
+        )
+
+    try:
+        if not folder.is_dir():
+            raise NotADirectoryError(f"{folder} is no folder")
+        return _patiently(push)
+    except Exception as error:  # the client raises its own, httpx's, the system's and RuntimeError
+        raise HubPushError(f"Pushing {folder} to {repo_id}", error, folder, repo_id) from error
+
+
+def _create(repo_id: str, token: str | None, private: bool | None) -> str:
+    return HfApi(library_name=_LIBRARY).create_repo(repo_id, token=token, private=private, exist_ok=True).repo_id
+
+
+def _left_out(folder: Path, ignore: Sequence[str], allow_pickles: bool) -> list[str]:
+    """The files that stay here, relative to ``folder``."""
+    names = []
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        relative = path.relative_to(folder)
+        matched = any(fnmatchcase(part, pattern) for part in relative.parts for pattern in ignore)
+        if matched or (not allow_pickles and is_pickle(path)):
+            names.append(relative.as_posix())
+    return names
+
+
+def _patiently(action: Callable[[], T]) -> T:
+    for attempt in range(ATTEMPTS):
+        try:
+            return action()
+        except Exception as error:
+            if attempt + 1 == ATTEMPTS or not _may_pass(error):
+                raise
+            time.sleep(_wait(error, attempt))
+    raise AssertionError("unreachable")
+
+
+def _cause(error: BaseException) -> BaseException:
+    """The error beneath: the client wraps what happened to a single file in a RuntimeError."""
+    return error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ is not None else error
+
+
+def _status(error: BaseException) -> int | None:
+    cause = _cause(error)
+    response: Any = getattr(cause, "response", None)
+    return getattr(response, "status_code", None)
+
+
+def _may_pass(error: Exception) -> bool:
+    status, cause = _status(error), _cause(error)
+    if status is not None:
+        return status in BUSY
+    local = isinstance(cause, FileNotFoundError | NotADirectoryError | PermissionError | ValueError)
+    return not local and not isinstance(cause, HfHubHTTPError)
+
+
+def _wait(error: Exception, attempt: int) -> float:
+    response: Any = getattr(_cause(error), "response", None)
+    asked = "" if response is None else response.headers.get("Retry-After", "")
+    seconds = float(asked) if asked.isdigit() else FIRST_WAIT * 2**attempt
+    return min(seconds, LONGEST_WAIT)

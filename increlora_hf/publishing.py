@@ -1,0 +1,247 @@
+"""What a Trainer sends to the Hub, and when: a plain adapter without pickles, and no push that ends a training."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from functools import partial
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+from transformers import Trainer, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
+from transformers.trainer_utils import HubStrategy
+from transformers.utils import hub
+
+from .card import Dataset, card_text, describe
+from .hub import HubPushError, create_repository, push_folder
+from .manifest import MANIFEST_NAME
+from .state import STATE_JSON, STATE_TENSORS
+
+logger = logging.getLogger(__name__)
+
+ARGUMENTS_NAME = "training_args.json"
+CARD_NAME = "README.md"
+STAYS = ("_*", "checkpoint-*")  # of an output folder, as Trainer has it
+WHOLE_CHECKPOINTS = (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS)
+OF_A_CHECKPOINT_ONLY = (STATE_JSON, STATE_TENSORS, MANIFEST_NAME, TRAINER_STATE_NAME)
+
+if TYPE_CHECKING:
+    _Base = Trainer
+else:
+    _Base = object
+
+
+def refuse_pickles(args: TrainingArguments, allowed: bool) -> None:
+    """Refuse a strategy that uploads optimizer and random states, unless the user has said that it may."""
+    strategy = HubStrategy(args.hub_strategy)
+    if args.push_to_hub and strategy in WHOLE_CHECKPOINTS and not allowed:
+        raise ValueError(
+            f"hub_strategy={strategy.value!r} uploads optimizer and random states, which are pickles: they run code "
+            "where they are loaded. Choose every_save, which uploads the adapter, or say allow_pickles_on_hub=True "
+            "(--allow_pickles_on_hub in the scripts)."
+        )
+
+
+class PublishingMixin(_Base):
+    """Trainer's pushing, without pickles and without a failure that costs anything."""
+
+    push_in_progress: Any = None
+    hub_model_id: Any = None
+    _of_the_card: Mapping[str, Any] = MappingProxyType({})  # what `create_model_card` was told
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """Create the repository before step 1, so that a refusal is known early; it is tried again at every push."""
+        if not self.is_world_process_zero():
+            return
+        name = self.args.hub_model_id or Path(str(self.args.output_dir)).absolute().name
+        token, private = self._credentials(token, private)
+        try:
+            self.hub_model_id = create_repository(name, token=token, private=private)
+        except HubPushError as error:
+            self.hub_model_id = name
+            logger.warning("IncreLoRA: %s Training goes on; every push will try again.", error)
+
+    def _credentials(self, token: str | None = None, private: bool | None = None) -> tuple[str | None, bool | None]:
+        return token or self.args.hub_token, self.args.hub_private_repo if private is None else private
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """Trainer's, with a card; and the training arguments as JSON, for a pickle runs code and holds the token."""
+        super()._save(output_dir, state_dict)
+        if self.args.should_save:
+            folder = Path(str(output_dir or self.args.output_dir))
+            self._write_arguments(folder)
+            try:
+                self._write_card(folder)
+            except Exception as error:  # a card is no reason to lose a checkpoint
+                logger.warning("IncreLoRA: the model card of %s could not be written: %s", folder, error)
+
+    def _write_arguments(self, folder: Path) -> None:
+        (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)
+        (folder / ARGUMENTS_NAME).write_text(self.args.to_json_string() + "\n", encoding="utf-8")
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Trainer's; where it pushes, a failure is reported and nothing else."""
+        try:
+            super().save_model(output_dir, _internal_call)
+        except HubPushError as error:
+            logger.warning("IncreLoRA: %s", error)
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Save, write the card, and upload output_dir without checkpoints and pickles.
+
+        Args:
+            blocking: wait for the upload; else what is returned is a Future.
+            kwargs: for `create_model_card`.
+
+        Returns:
+            The commit, or its Future; None on processes other than the first.
+
+        Raises:
+            HubPushError: the Hub did not take it; the folder is complete, and the message says how to push it later.
+        """
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        if self.hub_model_id is None:
+            self.init_hf_repo(token=token, private=private)
+        self.save_model(_internal_call=True)
+        if not self.is_world_process_zero():
+            return None
+        self.create_model_card(**kwargs)
+        self._finish_current_push()
+        token, private = self._credentials(token, private)
+        push = partial(
+            push_folder,
+            Path(str(self.args.output_dir)),
+            self._repository,
+            token=token,
+            private=private,
+            revision=revision or self.args.hub_revision,
+            commit_message=commit_message or "End of training",
+            ignore=STAYS,
+        )
+        return push() if blocking else self._in_background([push])[0]
+
+    @property
+    def _repository(self) -> str:
+        assert self.hub_model_id is not None
+        return self.hub_model_id
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Nothing yet: Trainer calls it while the checkpoint is not complete; see `_push_checkpoint`."""
+
+    def _push_checkpoint(self, folder: Path) -> None:
+        """Upload a copy of a complete checkpoint's adapter, or of all of it, while training goes on."""
+        strategy = HubStrategy(self.args.hub_strategy)
+        if not self.args.push_to_hub or not self.is_world_process_zero() or strategy == HubStrategy.END:
+            return
+        if self._is_pushing() and not self.args.hub_always_push:
+            return
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        try:
+            self._in_background(self._pushes_of(folder, whole=strategy in WHOLE_CHECKPOINTS))
+        except Exception as error:  # of a full disk, a broken card: whatever it is, the checkpoint is there
+            logger.warning("IncreLoRA: %s could not be prepared for the Hub: %s", folder, error)
+
+    def _pushes_of(self, folder: Path, *, whole: bool) -> list[Callable[[], Any]]:
+        copy = Path(tempfile.mkdtemp(prefix="increlora-push-")) / folder.name  # rotation may delete the original
+        shutil.copytree(folder, copy)
+        token, private = self._credentials()
+        push = partial(
+            push_folder, copy, self._repository, token=token, private=private, revision=self.args.hub_revision
+        )
+        message = f"Training in progress, step {self.state.global_step}"
+        pushes = [partial(push, commit_message=message, ignore=(*STAYS, *OF_A_CHECKPOINT_ONLY))]
+        if whole:
+            strategy = HubStrategy(self.args.hub_strategy)
+            path = "last-checkpoint" if strategy == HubStrategy.CHECKPOINT else folder.name
+            message += ", checkpoint"
+            pushes.append(partial(push, path_in_repo=path, commit_message=message, ignore=(), allow_pickles=True))
+        return [*pushes, partial(shutil.rmtree, copy.parent)]
+
+    def _is_pushing(self) -> bool:
+        return self.push_in_progress is not None and not self.push_in_progress.is_done()
+
+    def _in_background(self, actions: Sequence[Callable[[], Any]]) -> list[Future[Any]]:
+        jobs = [hub.hf_api().run_as_future(action) for action in actions]  # one after the other
+        if self._is_pushing():
+            self.push_in_progress.jobs.extend(jobs)
+        else:
+            self._report_failures()
+            self.push_in_progress = hub.PushInProgress(jobs)  # type: ignore[arg-type]
+        return jobs
+
+    def _finish_current_push(self) -> None:
+        """Wait for what is being uploaded, and report what was not."""
+        super()._finish_current_push()
+        self._report_failures()
+
+    def _report_failures(self) -> None:
+        finished, self.push_in_progress = self.push_in_progress, None
+        for job in finished.jobs if finished is not None else []:
+            error = job.exception()
+            if error is not None:
+                logger.warning(
+                    "IncreLoRA: %s Training goes on; the checkpoints are in %s.", error, self.args.output_dir
+                )
+
+    def create_model_card(
+        self,
+        language: str | None = None,
+        license: str | None = None,
+        tags: str | Sequence[str] | None = None,
+        model_name: str | None = None,
+        finetuned_from: str | None = None,
+        tasks: str | Sequence[str] | None = None,
+        dataset_tags: str | Sequence[str] | None = None,
+        dataset: str | Sequence[str] | None = None,
+        dataset_args: str | Sequence[str] | None = None,
+        dataset_name: str | None = None,
+    ) -> None:
+        """Write README.md into output_dir: what was trained, how it is used, what it scored, where the ranks went.
+
+        Args:
+            language, license, tags: of the card's metadata.
+            model_name: its title; default the repository's name.
+            finetuned_from: the base model, where the adapter does not know it.
+            tasks: as the Hub calls them, such as text-classification; default by the model's class.
+            dataset_tags, dataset, dataset_args: Hub id, name and configuration of the data.
+            dataset_name: another word for ``dataset``, which some trainers use.
+        """
+        if not self.is_world_process_zero():
+            return
+        self._of_the_card = {
+            "language": language,
+            "license": license,
+            "tags": _listed(tags),
+            "model_name": model_name,
+            "base": finetuned_from,
+            "tasks": _listed(tasks),
+            "dataset": Dataset(
+                id=next(iter(_listed(dataset_tags)), None),
+                name=next(iter(_listed(dataset or dataset_name)), None),
+                config=next(iter(_listed(dataset_args)), None),
+            ),
+        }
+        folder = Path(str(self.args.output_dir))
+        folder.mkdir(parents=True, exist_ok=True)
+        self._write_card(folder)
+
+    def _write_card(self, folder: Path) -> None:
+        text = card_text(describe(self, folder, self.hub_model_id), **self._of_the_card)
+        (folder / CARD_NAME).write_text(text, encoding="utf-8")
+
+
+def _listed(value: str | Sequence[str] | None) -> list[str]:
+    return [] if value is None else [value] if isinstance(value, str) else list(value)

@@ -1,0 +1,129 @@
+"""The model card: metadata that the Hub takes, a snippet that runs, and the run's own numbers."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import yaml
+from conftest import arguments, tiny_bert, token_rows
+from huggingface_hub import ModelCard
+
+from increlora_hf import IncreLoraConfig, IncreLoraTrainer
+from increlora_hf.card import Dataset, Facts, card_text, describe, is_hub_id
+
+FACTS = Facts(
+    repository="user/adapter",
+    title="adapter",
+    base="microsoft/deberta-v3-base",
+    task_type="SEQ_CLS",
+    auto_class="DebertaV2ForSequenceClassification",
+    labels={0: "entailment", 1: "neutral", 2: "contradiction"},
+    history={
+        "config": IncreLoraConfig(r_avg=3).to_dict(),
+        "rounds": [{}, {}],
+        "rank_pattern": {"encoder.layer.0.query": 2, "encoder.layer.0.key": 1},
+        "total_rank": 3,
+        "target_total_rank": 6,
+    },
+    adapter_parameters=1234,
+    head_parameters=56,
+    metrics={"eval_loss": 0.5, "eval_accuracy": 0.875, "eval_runtime": 3.0, "eval_f1": 0.9},
+    step=120,
+    hyperparameters={"learning_rate": 1e-3, "seed": 7},
+)
+
+
+def metadata(text: str) -> dict[str, Any]:
+    return yaml.safe_load(text.split("---\n")[1])
+
+
+def test_metadata_is_what_the_hub_reads():
+    data = Dataset(id="nyu-mll/glue", name="GLUE MNLI", config="mnli")
+    text = card_text(FACTS, dataset=data, license="apache-2.0", language="en", tags=["glue"])
+    found = metadata(text)
+    assert found["library_name"] == "peft"
+    assert found["base_model"] == "microsoft/deberta-v3-base"
+    assert found["pipeline_tag"] == "text-classification"
+    assert found["tags"] == ["increlora", "lora", "glue"]
+    assert found["datasets"] == ["nyu-mll/glue"]
+    assert found["metrics"] == ["accuracy", "f1"]
+    (result,) = found["model-index"][0]["results"]
+    assert result["dataset"] == {"type": "nyu-mll/glue", "name": "GLUE MNLI", "config": "mnli"}
+    assert {m["type"]: m["value"] for m in result["metrics"]} == {"accuracy": 0.875, "f1": 0.9}
+    assert ModelCard(text).data.eval_results is not None
+
+
+def test_a_base_that_is_a_folder_is_not_named_as_one_on_the_hub(tmp_path):
+    text = card_text(replace(FACTS, base=str(tmp_path)))
+    assert "base_model" not in metadata(text)
+    assert str(tmp_path.parent) not in text
+    assert f'AutoModelForSequenceClassification.from_pretrained("{tmp_path.name}", num_labels=3)' in text
+
+
+@pytest.mark.parametrize(
+    "name, expected",
+    [("bert-base-uncased", True), ("a/b", True), ("a/b/c", False), ("/a/b", False), ("./a", False), ("", False)],
+)
+def test_what_can_be_a_name_on_the_hub(name, expected):
+    assert is_hub_id(name) is expected
+
+
+@pytest.mark.parametrize("task", ["SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "CAUSAL_LM", "SEQ_2_SEQ_LM", None])
+@pytest.mark.parametrize("base", ["user/base", "/some/folder", ""])
+def test_snippet_is_python_for_every_task(task, base):
+    text = card_text(replace(FACTS, task_type=task, base=base))
+    snippet = text.split("```python\n")[1].split("```")[0]
+    compile(snippet, "card", "exec")
+    assert '"user/adapter"' in snippet
+
+
+def test_counts_ranks_settings_and_versions_are_the_runs():
+    text = card_text(replace(FACTS, best={"adapter_parameters_at_best": 1000, "adapter_parameters_at_end": 1234}))
+    assert "Total rank 3 of a budget of 6" in text
+    assert "1,000 parameters in the adapter, the best checkpoint's (1,234 at the end of training)" in text
+    assert "56 trained fully" in text
+    assert "| increlora r_avg | 3 |" in text
+    assert "| learning_rate | 0.001 |" in text
+    assert "0 = entailment, 1 = neutral, 2 = contradiction" in text
+    assert "At" not in text.split("## Results")[0]
+    assert "at step 120" in text
+    assert "peft " in text.split("## Software")[1]
+
+
+def test_images_are_shown_where_they_are_there(tmp_path):
+    run = IncreLoraTrainer(
+        tiny_bert(), arguments(tmp_path), train_dataset=token_rows(), increlora_config=IncreLoraConfig(r_avg=2)
+    )
+    assert "![" not in card_text(describe(run, tmp_path, None))
+    (tmp_path / "increlora_rank_map.png").write_bytes(b"")
+    assert "![The rank of every layer](increlora_rank_map.png)" in card_text(describe(run, tmp_path, None))
+
+
+def test_checkpoints_and_output_folder_carry_the_card_of_the_run(tmp_path):
+    run = IncreLoraTrainer(
+        tiny_bert(),
+        arguments(tmp_path, max_steps=12, save_strategy="steps", save_steps=6, eval_strategy="steps", eval_steps=6),
+        train_dataset=token_rows(),
+        eval_dataset=token_rows(16),
+        increlora_config=IncreLoraConfig(r_avg=2, interval=2, start=2, top_h=6),
+    )
+    run.train()
+    run.create_model_card(dataset="random tokens", tasks="text-classification", model_name="mine")
+    run.save_model()
+    text = (tmp_path / "README.md").read_text()
+    assert text.count("random tokens") == 1
+    assert "# mine" in text
+    assert f"{run.increlora.num_parameters():,} parameters in the adapter" in text
+    assert f"| loss | {run.state.log_history[-2]['eval_loss']:.4f} |" in text
+    assert "total  " in text
+    assert "IncreLoRA" in (tmp_path / "checkpoint-6" / "README.md").read_text()
+
+
+def test_a_card_that_fails_costs_no_checkpoint(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("increlora_hf.publishing.card_text", lambda *args, **kwargs: 1 / 0)
+    run = IncreLoraTrainer(
+        tiny_bert(), arguments(tmp_path), train_dataset=token_rows(), increlora_config=IncreLoraConfig(r_avg=2)
+    )
+    run.save_model()
+    assert (tmp_path / "adapter_model.safetensors").exists()
+    assert "could not be written: division by zero" in caplog.text
