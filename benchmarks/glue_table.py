@@ -49,6 +49,7 @@ PAPER = {  # arXiv 2308.12043, Table 1, DeBERTaV3-base: the authors' numbers
     "- - -": {"rte": 85.92, "stsb": 91.64},
 }
 
+TUNING = "tuning"  # the study of learning rates, on what is held out of the training data
 RANKS_OF = "ranks of"  # in place of a flag: this row of the study of methods, same task and seed, gives the ranks
 
 Flags = dict[str, Any]
@@ -282,7 +283,7 @@ def run_study(settings: argparse.Namespace) -> None:
         grid = list(itertools.product(rows, settings.tasks, settings.tune))
         folder = settings.cache / "held-out"
         tuning = {
-            cell: Run("tuning", *cell[:2], settings.tuning_seed, rows[cell[0]] | {"learning_rate": cell[2]}, common)
+            cell: Run(TUNING, *cell[:2], settings.tuning_seed, rows[cell[0]] | {"learning_rate": cell[2]}, common)
             for cell in grid
         }
         run_all(((run, held_out(settings.data, run.task, folder)) for run in tuning.values()), results, settings)
@@ -323,6 +324,17 @@ def paired(ours: Mapping[int, float], theirs: Mapping[int, float]) -> str:
     return f"{differences.mean():+.2f} [{low:+.2f}, {high:+.2f}]"
 
 
+def learning_rate(runs: Iterable[Mapping[str, Any]]) -> str:
+    """Of a cell's runs, a row's own flag or the one for all."""
+    given = {str(line["flags"].get("learning_rate") or _flag(line["common"], "--learning_rate")) for line in runs}
+    return ", ".join(sorted(given))
+
+
+def _flag(argv: Sequence[str], name: str) -> str:
+    words = [word for argument in argv for word in argument.split("=", 1)]
+    return words[words.index(name) + 1] if name in words else "default"
+
+
 def table(of_study: Sequence[Mapping[str, Any]], *, best: bool) -> str:
     """Rows of the study by task, differences to its first row, parameters and time."""
     names = list(dict.fromkeys(line["row"] for line in of_study))
@@ -333,7 +345,7 @@ def table(of_study: Sequence[Mapping[str, Any]], *, best: bool) -> str:
         }
         for row, task in itertools.product(names, tasks)
     }
-    heads = [head for task in tasks for head in (task, f"first − this, {task}", f"paper, {task}")]
+    heads = [h for task in tasks for h in (task, f"first − this, {task}", f"paper, {task}", f"learning rate, {task}")]
     text = ["| | " + " | ".join(heads) + " | trained at the end | seconds |", "|---" * (len(heads) + 3) + "|"]
     for row in names:
         cells = []
@@ -345,12 +357,28 @@ def table(of_study: Sequence[Mapping[str, Any]], *, best: bool) -> str:
                 spread(list(own.values())) if own else "failed",
                 against,
                 "" if paper is None else f"{paper:.2f}",
+                learning_rate(line for line in of_study if (line["row"], line["task"]) == (row, task)),
             ]
         mine = [line for line in of_study if line["row"] == row]
         counts = sorted({line["metrics"]["trainable_parameters"] for line in mine})
         trained = f"{counts[0]:,}" + (f"-{counts[-1]:,}" if len(counts) > 1 else "") if counts else ""
         seconds = f"{statistics.median(line['seconds'] for line in mine):.0f}" if mine else ""
         text.append(f"| {row} | " + " | ".join(cells) + f" | {trained} | {seconds} |")
+    return "\n".join(text)
+
+
+def tuning_table(lines_of_task: Sequence[Mapping[str, Any]]) -> str:
+    """Scores on what was held out of the training data, by method and learning rate; the best of each row in bold."""
+    rates = sorted({line["flags"]["learning_rate"] for line in lines_of_task})
+    text = ["| | " + " | ".join(f"{rate:g}" for rate in rates) + " |", "|---" * (len(rates) + 1) + "|"]
+    for row in dict.fromkeys(line["row"] for line in lines_of_task):
+        found = {
+            line["flags"]["learning_rate"]: score(line, best=False) for line in lines_of_task if line["row"] == row
+        }
+        cells = [f"{found[rate]:.2f}" if rate in found else "" for rate in rates]
+        best = rates.index(max(found, key=found.__getitem__))
+        cells[best] = f"**{cells[best]}**"
+        text.append(f"| {row} | " + " | ".join(cells) + " |")
     return "\n".join(text)
 
 
@@ -361,9 +389,13 @@ def report(settings: argparse.Namespace) -> None:
     for study in dict.fromkeys(line["study"] for line in found):
         own = [line for line in found if line["study"] == study]
         good = [line for line in own if line["error"] is None]
-        parts.append(
-            f"### {study}\n\n{len(own)} runs, {len(own) - len(good)} failed. Last step:\n\n{table(good, best=False)}\n"
-        )
+        parts.append(f"### {study}\n\n{len(own)} runs, {len(own) - len(good)} failed.\n")
+        if study == TUNING:
+            for task in dict.fromkeys(line["task"] for line in good):
+                of_task = [line for line in good if line["task"] == task]
+                parts.append(f"{task}, by learning rate:\n\n{tuning_table(of_task)}\n")
+            continue
+        parts.append(f"Last step:\n\n{table(good, best=False)}\n")
         if any(len(line["evaluations"]) > 1 for line in good):
             parts.append(f"Best of the evaluations:\n\n{table(good, best=True)}\n")
     if settings.figures is not None:
@@ -384,7 +416,14 @@ def figures(found: Sequence[Mapping[str, Any]], folder: Path) -> None:
 
     folder.mkdir(parents=True, exist_ok=True)
     for study, task in dict.fromkeys((line["study"], line["task"]) for line in found):
+        if study == TUNING:
+            continue
         own = [line for line in found if (line["study"], line["task"]) == (study, task)]
+        figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
+        _draw_scores(axes, own)
+        axes.set(title=f"{task}, {study}: last step; a dot a seed, | their mean", xlabel=METRICS.get(task, "accuracy"))
+        figure.savefig(folder / f"{study}-{task}.png", dpi=120)
+        pyplot.close(figure)
         curves = {
             "evaluations": ("evaluations", f"eval_{METRICS.get(task, 'accuracy')}"),
             "penalty": ("training", "orth_loss"),
@@ -404,6 +443,17 @@ def figures(found: Sequence[Mapping[str, Any]], folder: Path) -> None:
             axes.legend()
             figure.savefig(folder / f"budgets-{task}.png", dpi=120)
             pyplot.close(figure)
+
+
+def _draw_scores(axes: Any, own: Sequence[Mapping[str, Any]]) -> None:
+    rows = list(dict.fromkeys(line["row"] for line in own))
+    for index, row in enumerate(rows):
+        values = [score(line, best=False) for line in own if line["row"] == row]
+        axes.plot(values, [index] * len(values), "o", color=f"C{index % 10}", alpha=0.7)
+        axes.plot(statistics.mean(values), index, "|", color="black", markersize=18)
+    axes.set_yticks(range(len(rows)), rows)
+    axes.invert_yaxis()
+    axes.grid(axis="x", alpha=0.3)
 
 
 def _draw_curves(axes: Any, own: Sequence[Mapping[str, Any]], where: str, key: str) -> None:

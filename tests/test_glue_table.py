@@ -55,7 +55,7 @@ def test_table_holds_means_spreads_and_the_papers_column() -> None:
     rows = [line("increlora r=2", seed, 0.5 + seed / 10) for seed in (1, 2)]
     rows += [line("lora r=2", seed, 0.5) for seed in (1, 2)]
     first, second = table(rows, best=False).splitlines()[2:]
-    assert first == "| increlora r=2 | 65.00 ± 7.07 (2) |  | 88.52 | 100 | 10 |"
+    assert first == "| increlora r=2 | 65.00 ± 7.07 (2) |  | 88.52 | default | 100 | 10 |"
     assert second == "| lora r=2 | 50.00 ± 0.00 (2) | +15.00 [+10.00, +20.00] | 85.56 | 100 | 10 |"
 
 
@@ -159,3 +159,10 @@ def test_a_study_is_tuned_run_and_reported(tmp_path: Path, capsys: pytest.Captur
     assert text.endswith("after\n")
     assert "old" not in text
     assert "| increlora r=2 |" in text
+
+
+def test_tuning_is_a_table_of_its_own_with_the_best_rate_marked():
+    runs = [
+        {**line("lora", 1, value), "flags": {"learning_rate": rate}} for rate, value in ((1e-3, 0.7), (1e-2, 0.8))
+    ]
+    assert tuning_table(runs).splitlines() == ["| | 0.001 | 0.01 |", "|---|---|---|", "| lora | 70.00 | **80.00** |"]
