@@ -5,7 +5,7 @@ RUN := HF_HUB_OFFLINE=1 $(VENV)/bin/python
 # Errors that come of peft, transformers and torch typing their attributes as unions; tests reach into those freely.
 LAX := override union-attr index operator misc arg-type attr-defined call-arg
 
-.PHONY: demo test lint types fast slow docs clean
+.PHONY: demo test lint types fast slow docs site clean
 
 ## Train on an embedded task: a real 22M-parameter encoder on generated sentence pairs, about three minutes.
 demo: $(VENV)/.ready
@@ -19,8 +19,8 @@ demo: $(VENV)/.ready
 test: lint types fast slow
 
 lint: $(VENV)/.ready
-	$(VENV)/bin/ruff format --check increlora_hf benchmarks demo examples tests run_glue.py run_squad.py
-	$(VENV)/bin/ruff check increlora_hf benchmarks demo examples tests run_glue.py run_squad.py
+	$(VENV)/bin/ruff format --check increlora_hf benchmarks demo docs examples tests run_glue.py run_squad.py
+	$(VENV)/bin/ruff check increlora_hf benchmarks demo docs examples tests run_glue.py run_squad.py
 
 types: $(VENV)/.ready
 	$(VENV)/bin/mypy
@@ -40,6 +40,10 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 ## The tables in docs/ that tests write.
 docs: $(VENV)/.ready
 	$(RUN) -m pytest -q tests/test_models.py --write-docs
+
+## The documentation, in build/site; a warning is an error.
+site: $(VENV)/.ready
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict
 
 clean:
 	rm -rf $(VENV) build

@@ -84,5 +84,5 @@ def models_table(request: pytest.FixtureRequest) -> Iterator[Callable[[str], Non
     yield add
     if write:
         text = MODELS_TABLE.read_text(encoding="utf-8")
-        until_table = text[: text.index("|---") + len(text[text.index("|---") :].split("\n")[0])]
+        until_table = text[: text.index("\n", text.rindex("|---"))]  # the page's last table
         MODELS_TABLE.write_text("\n".join([until_table, *rows]) + "\n", encoding="utf-8")

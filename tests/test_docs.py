@@ -1,0 +1,114 @@
+"""The documentation: the site builds without a warning and fetches nothing, links lead somewhere, code is true."""
+
+import ast
+import importlib
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from dataclasses import fields
+from html.parser import HTMLParser
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import pytest
+
+from increlora_hf import IncreLoraConfig
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
+BLOCK = re.compile(r"```python\n(.*?)```", re.DOTALL)
+FETCHED = {"script": "src", "link": "href", "img": "src", "iframe": "src", "source": "src"}
+NOT_FETCHED = {"canonical", "next", "prev"}
+CSS_ADDRESS = re.compile(r"(?:url\(|@import)\s*[\"']?([^\"');]+)")
+
+
+class Page(HTMLParser):
+    """What a page links to, what a browser fetches with it, and the places in it that links may name."""
+
+    def __init__(self, file: Path) -> None:
+        super().__init__()
+        self.links: list[str] = []
+        self.fetched: list[str] = []
+        self.places: set[str] = {""}
+        self.feed(file.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        values = {name: value or "" for name, value in attrs}
+        self.places |= {values.get("id", ""), values.get("name", "")}
+        if tag == "a" and "href" in values:
+            self.links.append(values["href"])
+        if tag in FETCHED and FETCHED[tag] in values and values.get("rel") not in NOT_FETCHED:
+            self.fetched.append(values[FETCHED[tag]])
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pytest.importorskip("mkdocs")
+    folder = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)]
+    quiet = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=quiet, capture_output=True, text=True)
+    said = done.stdout + done.stderr
+    assert done.returncode == 0, said
+    assert "WARNING" not in said
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pages(site: Path) -> dict[Path, Page]:
+    return {file: Page(file) for file in site.rglob("*.html") if file.name != "404.html"}
+
+
+def test_every_page_of_the_folder_is_in_the_site(pages: dict[Path, Page]) -> None:
+    assert len(pages) == len(list((ROOT / "docs").rglob("*.md")))
+
+
+def test_no_page_fetches_anything_from_elsewhere(site: Path, pages: dict[Path, Page]) -> None:
+    fetched = [address for page in pages.values() for address in page.fetched]
+    for css in site.rglob("*.css"):
+        fetched += CSS_ADDRESS.findall(css.read_text(encoding="utf-8"))
+    elsewhere = [a for a in fetched if urlsplit(a).scheme not in ("", "data") or a.startswith("//")]
+    assert fetched
+    assert not elsewhere
+
+
+def test_every_link_inside_the_site_leads_to_a_page_and_a_place_on_it(pages: dict[Path, Page]) -> None:
+    for file, page in pages.items():
+        for link in page.links:
+            parts = urlsplit(link)
+            if parts.scheme or parts.netloc:
+                continue
+            target = (file.parent / unquote(parts.path)).resolve() if parts.path else file
+            target = target / "index.html" if target.is_dir() else target
+            assert target in pages, f"{file}: {link}"
+            assert unquote(parts.fragment) in pages[target].places, f"{file}: {link}"
+
+
+def test_the_table_of_settings_has_every_field_with_its_default_and_help() -> None:
+    spec = importlib.util.spec_from_file_location("settings_table", ROOT / "docs" / "settings_table.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    expected = [(field.name, field.default, field.metadata["help"]) for field in fields(IncreLoraConfig)]
+    assert list(module.settings()) == expected
+
+
+def test_text_of_the_table_reads_as_it_was_written(site: Path) -> None:
+    text = (site / "reference" / "settings" / "index.html").read_text(encoding="utf-8")
+    assert "'mean' over the out*in entries (equation 5), or 'sqrt': sum / sqrt(out*in)." in text
+
+
+@pytest.mark.parametrize("file", PAGES, ids=lambda file: str(file.relative_to(ROOT)))
+def test_python_blocks_compile_and_import_what_exists(file: Path) -> None:
+    for block in BLOCK.findall(file.read_text(encoding="utf-8")):
+        for node in ast.walk(ast.parse(block)):
+            if isinstance(node, ast.Import):
+                for name in node.names:
+                    importlib.import_module(name.name)
+            if isinstance(node, ast.ImportFrom):
+                module = importlib.import_module(str(node.module))
+                for name in node.names:
+                    assert hasattr(module, name.name), f"{node.module} has no {name.name}"
