@@ -13,7 +13,19 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import glue_table  # noqa: E402
-from glue_table import Results, Run, held_out, paired, report, run_all, run_study, score, studies, table  # noqa: E402
+from glue_table import (  # noqa: E402
+    Results,
+    Run,
+    held_out,
+    paired,
+    report,
+    run_all,
+    run_study,
+    score,
+    studies,
+    table,
+    tuning_table,
+)
 
 
 def line(row: str, seed: int, value: float, best: float | None = None, **more: Any) -> dict[str, Any]:
@@ -56,7 +68,7 @@ def test_table_holds_means_spreads_and_the_papers_column() -> None:
     rows += [line("lora r=2", seed, 0.5) for seed in (1, 2)]
     first, second = table(rows, best=False).splitlines()[2:]
     assert first == "| increlora r=2 | 65.00 ± 7.07 (2) |  | 88.52 | default | 100 | 10 |"
-    assert second == "| lora r=2 | 50.00 ± 0.00 (2) | +15.00 [+10.00, +20.00] | 85.56 | 100 | 10 |"
+    assert second == "| lora r=2 | 50.00 ± 0.00 (2) | +15.00 [+10.00, +20.00] | 85.56 | default | 100 | 10 |"
 
 
 def test_what_is_done_is_not_run_again_and_what_failed_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -162,7 +174,5 @@ def test_a_study_is_tuned_run_and_reported(tmp_path: Path, capsys: pytest.Captur
 
 
 def test_tuning_is_a_table_of_its_own_with_the_best_rate_marked():
-    runs = [
-        {**line("lora", 1, value), "flags": {"learning_rate": rate}} for rate, value in ((1e-3, 0.7), (1e-2, 0.8))
-    ]
+    runs = [{**line("lora", 1, value), "flags": {"learning_rate": rate}} for rate, value in ((1e-3, 0.7), (1e-2, 0.8))]
     assert tuning_table(runs).splitlines() == ["| | 0.001 | 0.01 |", "|---|---|---|", "| lora | 70.00 | **80.00** |"]
