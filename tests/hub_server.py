@@ -75,8 +75,10 @@ class Hub:
             if path.is_file():
                 repository.branches["main"][path.relative_to(folder).as_posix()] = path.read_bytes()
 
-    def files(self, repo_id: str, branch: str = "main") -> dict[str, bytes]:
-        return self.repositories[repo_id].branches[branch]
+    def files(self, repo_id: str, revision: str = "main") -> dict[str, bytes]:
+        """Those of a branch; the only commits that are handed out are of main."""
+        branches = self.repositories[repo_id].branches
+        return branches.get(revision, branches["main"])
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -200,10 +202,10 @@ class _Handler(BaseHTTPRequestHandler):
         self.answer(200, content=json.dumps(entries).encode())
 
     def resolve(self, body: bytes, repo_id: str, revision: str, name: str) -> None:
-        repository = self.hub.repositories.get(repo_id)
-        data = repository and repository.branches.get(revision, repository.branches["main"]).get(name)
+        known = repo_id in self.hub.repositories
+        data = self.hub.files(repo_id, revision).get(name) if known else None
         if data is None:
-            code = "EntryNotFound" if repository else "RepoNotFound"
+            code = "EntryNotFound" if known else "RepoNotFound"
             self.answer(404, headers={"X-Error-Code": code, "X-Repo-Commit": "0" * 40})
             return
         etag = f'"{hashlib.sha256(data).hexdigest()}"'

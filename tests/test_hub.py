@@ -323,12 +323,14 @@ LOADING = """
 import torch
 from peft import AutoPeftModelForSequenceClassification, PeftModel
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from increlora_hf import load_adapter
 inputs = AutoTokenizer.from_pretrained("user/adapter")("red cat runs", return_tensors="pt")
 base = AutoModelForSequenceClassification.from_pretrained("user/base", num_labels=3)
 models = [
     PeftModel.from_pretrained(base, "user/adapter"),
     AutoPeftModelForSequenceClassification.from_pretrained("user/adapter", num_labels=3),
     AutoModelForSequenceClassification.from_pretrained("user/adapter", num_labels=3),
+    load_adapter(AutoModelForSequenceClassification.from_pretrained("user/base", num_labels=3), "user/adapter"),
 ]
 for model in models:
     with torch.no_grad():
@@ -337,7 +339,7 @@ for model in models:
 
 
 @pytest.mark.filterwarnings("ignore:Could not find a config file in user/base")  # by peft, which keeps to its endpoint
-def test_loads_back_from_the_hub_in_three_ways_and_by_the_cards_snippet(hub, tmp_path):
+def test_loads_back_from_the_hub_in_every_way_and_by_the_cards_snippet(hub, tmp_path):
     base = save_tiny_model(tmp_path / "base")
     hub.add("user/base", base)
     tokenizer = AutoTokenizer.from_pretrained(base)
@@ -371,7 +373,7 @@ def test_loads_back_from_the_hub_in_three_ways_and_by_the_cards_snippet(hub, tmp
     )
     assert done.returncode == 0, done.stderr
     logits = [json.loads(line.removeprefix("logits ")) for line in done.stdout.splitlines() if "logits" in line]
-    assert len(logits) == 3
+    assert len(logits) == 4
     for found in logits:
         torch.testing.assert_close(torch.tensor(found), expected)
     assert "tensor([[" in done.stdout
