@@ -35,6 +35,7 @@ Log = Sequence[Mapping[str, Any]]  # log_history of trainer_state.json
 FORMATS = ("png", "svg")
 DPI = 150
 WIDTH = 7.0  # inches
+FEW = 60  # points of a curve that can each be marked
 POINTS = 400  # of a learning-rate curve: more would not be seen
 # Okabe and Ito's colours, told apart by all kinds of colour vision, and markers for print in grey.
 STYLES = list(zip(("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"), "os^Dv*", strict=True))
@@ -57,8 +58,8 @@ def budget_curve(history: History, log: Log = ()) -> Figure | None:
     axes = figure.subplots(2 if rates else 1, 1, sharex=True, squeeze=False)[:, 0]
     axes[0].step(steps, [total[step] for step in steps], where="post", color=STYLES[0][0], label="total rank")
     budget = history["target_total_rank"]
-    axes[0].axhline(budget, color=STYLES[1][0], linestyle="--", label=f"budget {budget}", zorder=1)
-    axes[0].set(title=f"Total rank in {len(rounds)} rounds", ylabel="total rank")
+    axes[0].axhline(budget, color=STYLES[1][0], linestyle="--", label=f"budget {budget}", zorder=3)
+    axes[0].set(title=f"Total rank in {len(rounds)} round{'s' * (len(rounds) > 1)}", ylabel="total rank")
     axes[0].yaxis.set_major_locator(MaxNLocator(integer=True))
     axes[0].legend(loc="lower right")
     if rates:
@@ -94,7 +95,9 @@ def orthogonality_curve(history: History, log: Log) -> Figure | None:
     axes = figure.subplots()
     for number, (record, _) in enumerate(_own_rounds(history)):
         axes.axvline(record["step"], color="0.85", linewidth=1, zorder=0, label=None if number else "a round")
-    axes.plot(*zip(*points, strict=True), color=STYLES[0][0], marker=".", label="penalty")
+    axes.plot(
+        *zip(*points, strict=True), color=STYLES[0][0], marker="." if len(points) < FEW else None, label="penalty"
+    )
     axes.set(title="Orthogonality penalty, before its weight", xlabel="optimizer step", ylabel="penalty")
     axes.set_ylim(bottom=0)
     axes.legend()
@@ -111,18 +114,19 @@ def score_history(history: History) -> Figure | None:
     steps = [record["step"] for record in rounds]
     figure = Figure(figsize=(WIDTH + 1.5, 4), layout="constrained")
     axes = figure.subplots()
-    for name in times.keys() - named:
-        axes.plot(steps, [record["scores"][name] for record in rounds], color="0.85", linewidth=0.8, zorder=1)
+    for number, name in enumerate([name for name in times if name not in named]):
+        label = None if number else f"{len(times) - len(named)} more"
+        axes.plot(steps, [record["scores"][name] for record in rounds], color="0.85", linewidth=0.8, label=label)
     for name, (colour, marker) in zip(named, STYLES, strict=False):
         chosen = [i for i, record in enumerate(rounds) if name in record["layers"]]
-        style = {"color": colour, "marker": marker, "markevery": chosen, "markersize": 5, "linewidth": 1.2}
         scores = [record["scores"][name] for record in rounds]
-        axes.plot(steps, scores, label=f"{names[name]} ({times[name]}×)", **style)
+        label = f"{names[name]}, {times[name]}×"
+        axes.plot(steps, scores, label=label, color=colour, marker=marker, markevery=chosen, markersize=5)
     if all(record["scores"][name] > 0 for record in rounds for name in times):
         axes.set_yscale("log")
-    rest = f", {len(times) - len(named)} others in grey" if len(times) > len(named) else ""
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set(title=f"Scores of the {len(times)} layers that grew", xlabel="optimizer step", ylabel="score S")
-    figure.legend(loc="outside right upper", fontsize="small", title=f"chosen most often (marks){rest}")
+    figure.legend(loc="outside right upper", fontsize="small", title="marked where chosen")
     return figure
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Collection, Mapping, Sequence
+from itertools import takewhile
 from typing import Any
 
 import numpy as np
@@ -23,9 +23,10 @@ SEQUENTIAL = ListedColormap(colormaps["YlGnBu"](np.linspace(0.12, 1, 256)))
 DIVERGING = colormaps["PuOr_r"]  # violet is less, orange more; for print in grey the numbers carry a sign
 EVEN_LUMINANCE = 0.18  # relative luminance on which black and white stand out alike (WCAG)
 RANK_SCALE, BLANKS = "rank of a layer: darker is more", "; blank: not adapted"
-TEXT_SIZE, TITLE_SIZE = 8, 10  # points
+TEXT_SIZE = 8  # points
+TITLE: dict[str, Any] = {"fontsize": 10, "pad": 10}
 MIN_WIDTH, MIN_CELL_WIDTH, CELL_HEIGHT, CHARACTER_WIDTH, LINE_HEIGHT = 5.5, 0.4, 0.24, 0.062, 0.13  # inches
-TITLE_AND_SCALE_HEIGHT = 1.3  # inches
+TITLE_AND_SCALE_HEIGHT = 1.4  # inches
 TOTALS_AT, TOTALS_COLOUR = 0.35, "0.3"  # cells to the right of the last one
 TALL = 30  # rows from which the modules are named below the map, too
 BAR: dict[str, Any] = {"aspect": 40, "shrink": 0.8, "pad": 0.02}
@@ -44,8 +45,8 @@ def rank_map(history: Mapping[str, Any]) -> Figure:
     _draw(panels[0], matrix, scale)
     panels[0].set_title(
         f"Rank map: total rank {history['total_rank']} of a budget of {history['target_total_rank']}\n"
-        f"{len(ranks)} {'layer' if len(ranks) == 1 else 'layers'}, {_span(ranks.values())}",
-        fontsize=TITLE_SIZE,
+        f"{len(ranks)} {'layer' if len(ranks) == 1 else 'layers'} {_span(ranks.values())}",
+        **TITLE,
     )
     _name(panels, rows, columns)
     _explain(figure, scale, panels, RANK_SCALE + (BLANKS if np.isnan(matrix).any() else ""))
@@ -71,8 +72,8 @@ def compare(ranks_a: Ranks, ranks_b: Ranks, titles: tuple[str, str]) -> Figure:
     _draw(panels[1], second, scale)
     _draw(panels[2], difference, signed)
     for axes, title, matrix in zip(panels, titles, (first, second), strict=False):
-        axes.set_title(f"{title}\ntotal rank {np.nansum(matrix):.0f}", fontsize=TITLE_SIZE)
-    panels[2].set_title("difference\nthe second less the first", fontsize=TITLE_SIZE)
+        axes.set_title(f"{title}\ntotal rank {np.nansum(matrix):.0f}", **TITLE)
+    panels[2].set_title("difference\nthe second less the first", **TITLE)
     _name(panels, rows, columns)
     _explain(figure, scale, panels[:2], RANK_SCALE + (BLANKS if np.isnan(difference).any() else ""))
     _explain(figure, signed, panels[2:], "difference in rank")
@@ -83,8 +84,9 @@ def block_names(rows: Sequence[str]) -> list[str]:
     """The names of rows without what all have in common before the last two parts: ``layer.0``."""
     split = [row.split(".") for row in rows]
     named = [parts for parts in split if parts != [""]]  # that row is of layers whose names hold no number
-    start = min([len(os.path.commonprefix(named)) - 1, *(len(parts) - 2 for parts in named)])
-    return [".".join(parts[max(0, start) :]) or "elsewhere" for parts in split]
+    common = len(list(takewhile(lambda parts: len(set(parts)) == 1, zip(*named, strict=False))))
+    start = max(0, min([common - 1, *(len(parts) - 2 for parts in named)]))
+    return [".".join(parts[start:]) or ("elsewhere" if named else "all") for parts in split]
 
 
 def module_names(columns: Sequence[str]) -> list[str]:
@@ -108,7 +110,7 @@ def _matrix(ranks: Ranks, rows: Sequence[str], columns: Sequence[str]) -> np.nda
 
 def _span(ranks: Collection[int]) -> str:
     low, high = min(ranks), max(ranks)
-    return f"each with rank {low}" if low == high else f"with ranks {low} to {high}"
+    return f"of rank {low}" if low == high else f"of ranks {low} to {high}"
 
 
 def _scale(ranks: Collection[int]) -> ScalarMappable:

@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import INTEGRATION_TO_CALLBACK, TensorBoardCallback, TrackioCallback, WandbCallback
 from transformers.trainer_callback import CallbackHandler
@@ -26,8 +27,8 @@ logger = logging.getLogger(__name__)
 class GrowthReportCallback(TrainerCallback):
     """Shows every round, and draws the whole growth at the end of training; on the main process only.
 
-    - To Trainer's integrations (``report_to``): the total rank and the ranks that changed, at the step of the round, and
-      the rank map as a picture where TensorBoard, Weights & Biases or Trackio is among them.
+    - To Trainer's integrations (``report_to``): the total rank and the ranks that changed, at the step of the round,
+      and the rank map as a picture where TensorBoard, Weights & Biases or Trackio is among them.
     - To the log, a line; in a notebook, the rank map, in place. Neither with ``disable_tqdm``.
     - To ``output_dir``, at the end, what `plots.draw_all` draws.
 
@@ -63,7 +64,8 @@ class GrowthReportCallback(TrainerCallback):
             if isinstance(callback, INTEGRATIONS):  # not `Trainer.log`: that writes the state and postpones due logs
                 callback.on_log(args, state, control, logs={TOTAL_RANK: growth.total_rank, **ranks}, model=model)
         if not args.disable_tqdm:
-            logger.info(round_line(growth, state.global_step))
+            with logging_redirect_tqdm():  # above the progress bar, not into it
+                logger.info(round_line(growth, state.global_step))
         self._send_picture(state.global_step, growth)
         self._show_in_notebook(args, state, growth)
 
@@ -132,8 +134,5 @@ def _harmless() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        logger.warning("IncreLoRA: a picture could not be made (%s: %s); training is not touched.", *_named(error))
-
-
-def _named(error: Exception) -> tuple[str, Exception]:
-    return type(error).__name__, error
+        reason = f"{type(error).__name__}: {error}"
+        logger.warning("IncreLoRA: a picture could not be made (%s). Training and adapter are not affected.", reason)
