@@ -131,7 +131,7 @@ def _panels(rows: Sequence[str], columns: Sequence[str], count: int) -> tuple[Fi
 def _draw(axes: Any, matrix: np.ndarray, scale: ScalarMappable) -> None:
     """Coloured cells with their numbers, the sums of rows and columns beside them on white."""
     rows, columns = matrix.shape
-    form = "{:+.0f}" if (scale.norm.vmin or 0) < 0 else "{:.0f}"
+    form = "{:+.0f}" if scale.cmap is DIVERGING else "{:.0f}"
     axes.pcolormesh(np.ma.masked_invalid(matrix), cmap=scale.cmap, norm=scale.norm, edgecolors="white", linewidth=1)
     for (row, column), value in np.ndenumerate(matrix):
         if not math.isnan(value):
@@ -148,7 +148,7 @@ def _write(axes: Any, row: float, column: float, text: str, colour: str) -> None
     axes.text(column + 0.5, row + 0.5, "0" if text == "+0" else text, fontsize=TEXT_SIZE, color=colour, **place)
 
 
-def _readable_on(colour: Sequence[float]) -> str:
+def _readable_on(colour: Any) -> str:
     """Black or white, whichever stands out more."""
     linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in colour[:3]]
     return "black" if np.dot(linear, (0.2126, 0.7152, 0.0722)) > EVEN_LUMINANCE else "white"

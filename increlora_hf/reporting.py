@@ -19,7 +19,7 @@ from .growth import Growth
 from .report import RANK_OF, TOTAL_RANK, round_line
 
 RANK_MAP = "train/increlora/rank_map"  # integrations put `train/` before the names of numbers; so do we for pictures
-INTEGRATIONS = tuple(INTEGRATION_TO_CALLBACK.values())
+INTEGRATIONS: tuple[type[TrainerCallback], ...] = tuple(INTEGRATION_TO_CALLBACK.values())
 
 logger = logging.getLogger(__name__)
 
