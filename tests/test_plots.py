@@ -26,8 +26,10 @@ from increlora_hf.plots import (
 from increlora_hf.rank_map import block_names, module_names
 
 CONFIG = IncreLoraConfig(r_avg=2, top_h=5, interval=4, start=4)  # rounds of 5, 5 and 2 at 8, 12, 16
-LLAMA = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
-LLAMA += ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+LLAMA = (
+    *(f"self_attn.{name}_proj" for name in "qkvo"),
+    *(f"mlp.{name}_proj" for name in ("gate", "up", "down")),
+)
 
 
 class Rates(TrainerCallback):
@@ -203,7 +205,13 @@ def test_rates_are_those_that_the_optimizer_had(settings: dict[str, Any], tmp_pa
 
 def test_long_run_is_drawn_with_its_exact_peak() -> None:
     schedule = {"name": "linear", "warmup_steps": 333, "total_steps": 100_000, "learning_rate": 2e-4, "kwargs": {}}
-    empty = {"config": {"increment": 1}, "plan": None, "rounds": [], "initial_ranks": {}, "target_total_rank": 0}
+    empty: dict[str, Any] = {
+        "config": {"increment": 1},
+        "plan": None,
+        "rounds": [],
+        "initial_ranks": {},
+        "target_total_rank": 0,
+    }
     steps, rates = learning_rates({**empty, "schedule": schedule})[0]
     assert len(steps) < 500
     assert steps[np.argmax(rates)] == 333

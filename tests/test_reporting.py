@@ -228,8 +228,8 @@ class Notebook:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, shell: Any) -> None:
         self.shown: list[tuple[str, Any]] = []
         ipython, displays = ModuleType("IPython"), ModuleType("IPython.display")
-        ipython.get_ipython = lambda: shell  # type: ignore[attr-defined]
-        displays.display = self.display  # type: ignore[attr-defined]
+        ipython.get_ipython = lambda: shell
+        displays.display = self.display
         monkeypatch.setitem(sys.modules, "IPython", ipython)
         monkeypatch.setitem(sys.modules, "IPython.display", displays)
 
