@@ -193,7 +193,9 @@ def read(out: Path) -> dict[str, Any]:
         "metrics": metrics,
         "evaluations": [entry for entry in history if any(name.startswith("eval_") for name in entry)],
         "training": [
-            {k: v for k, v in e.items() if k in ("step", "loss", "orth_loss")} for e in history if "loss" in e
+            {k.removeprefix("increlora/"): e[k] for k in ("step", "loss", "increlora/orth_loss") if k in e}
+            for e in history
+            if "loss" in e
         ],
         "ranks": ranks(out),
     }

@@ -48,6 +48,7 @@ class Growth:
         layers: the adapted layers by name, in the model's order.
         plan: the schedule of rounds; None until a Trainer knows how long the run is.
         rounds: one record per round so far.
+        schedule: the learning rate's, with the names and values that `restart_curves` takes; None until then, too.
         tracker: Ī and U of all layers.
     """
 
@@ -56,6 +57,7 @@ class Growth:
         self.config = config
         self.layers: dict[str, AdaptedLayer] = adapted_layers(model)
         self.plan: Plan | None = None
+        self.schedule: dict[str, Any] | None = None
         self.rounds: list[Round] = []
         self.tracker = ImportanceTracker(len(self.layers), config.beta1, config.beta2)
         self.initial_ranks = self.rank_pattern
@@ -163,7 +165,7 @@ class Growth:
         return [factor.components for layer in self.layers.values() for factor in (layer.A, layer.B)]
 
     def history(self) -> dict[str, Any]:
-        """Settings, plan, rounds and final ranks as plain values."""
+        """Settings, plan, learning-rate schedule, rounds, first and final ranks as plain values."""
         plan = None
         if self.plan is not None:
             plan = {**asdict(self.plan), "rounds": self.plan.rounds, "last_step": self.plan.last_step}
@@ -171,6 +173,8 @@ class Growth:
             "format_version": HISTORY_FORMAT,
             "config": self.config.to_dict(),
             "plan": plan,
+            "schedule": self.schedule,
+            "initial_ranks": self.initial_ranks,
             "rounds": [asdict(record) for record in self.rounds],
             "rank_pattern": self.rank_pattern,
             "total_rank": self.total_rank,

@@ -1,11 +1,19 @@
-"""Growth in words: the plan before step 1 and the ranks at the end."""
+"""Growth in words: the plan before step 1, a line a round, the ranks at the end."""
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
 
 from .growth import Growth
+
+TOTAL_RANK = "increlora/total_rank"  # as Trainer logs it; its integrations put `train/` before it
+ORTH_LOSS = "increlora/orth_loss"
+RANK_OF = "increlora/rank/"  # and the layer's name
+BLOCKS = "▁▂▃▄▅▆▇█"
+LINE_WIDTH = 80  # columns of a plain terminal
 
 
 def plan_line(growth: Growth, other_trainable: int) -> str:
@@ -49,6 +57,24 @@ def _fill(costs: Iterable[int], components: int, most_per_layer: int) -> int:
         total += cost * taken
         components -= taken
     return total
+
+
+def round_line(growth: Growth, step: int) -> str:
+    """Where a round has led, in at most 80 columns: a block for each row of the rank table, as high as its total."""
+    line = f"IncreLoRA: step {step:,}, rank {growth.total_rank}/{growth.target_total_rank} "
+    rows, _, cells = rank_grid(growth.rank_pattern)
+    totals = dict.fromkeys(rows, 0)
+    for (row, _), rank in cells.items():
+        totals[row] += rank
+    return line + sparkline(list(totals.values()), LINE_WIDTH - len(line))
+
+
+def sparkline(values: Sequence[float], width: int) -> str:
+    """Positive values as blocks on a scale from 0; neighbours share one where there are more than ``width``."""
+    count = min(len(values), width)
+    bounds = [i * len(values) // count for i in range(count + 1)]
+    means = [sum(values[begin:end]) / (end - begin) for begin, end in pairwise(bounds)]
+    return "".join(BLOCKS[math.ceil(len(BLOCKS) * mean / max(means)) - 1] for mean in means)
 
 
 def rank_grid(ranks: Mapping[str, int]) -> tuple[list[str], list[str], dict[tuple[str, str], int]]:

@@ -17,7 +17,7 @@ NO_CURVE = (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY)  # these foll
 
 
 def restart_curves(
-    name: str, *, warmup_steps: int, total_steps: int, lr: float, kwargs: Mapping[str, Any] | None = None
+    name: str, *, warmup_steps: int, total_steps: int, learning_rate: float, kwargs: Mapping[str, Any] | None = None
 ) -> Callable[[int], Curve]:
     """For a birth step t0, the curve f(·; warm-up, T − t0) of transformers' schedule ``name``.
 
@@ -31,7 +31,9 @@ def restart_curves(
         own = dict(settings)
         if own.get("num_stable_steps") is not None:
             own["num_stable_steps"] -= birth_step  # the decay then ends where the first group's does
-        throwaway = torch.optim.SGD([torch.zeros(1)], lr=lr)  # get_scheduler reads the peak from an optimizer
+        throwaway = torch.optim.SGD(
+            [torch.zeros(1)], lr=learning_rate
+        )  # get_scheduler reads the peak from an optimizer
         return get_scheduler(
             name,
             throwaway,

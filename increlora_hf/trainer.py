@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -42,7 +43,8 @@ from .replicas import (
     require_same_start,
     same_checkpoint,
 )
-from .report import plan_line, rank_table
+from .report import ORTH_LOSS, TOTAL_RANK, plan_line, rank_table
+from .reporting import GrowthReportCallback
 from .scheduler import NO_CURVE, RestartWarmupLR, restart_curves
 from .state import (
     SavedState,
@@ -103,6 +105,7 @@ class IncreLoraTrainerMixin(PublishingMixin):
         with _sharded_runs_can_resume(training_args, model):
             super().__init__(model, *args, **kwargs)
         self.add_callback(_GrowthCallback(self))
+        self.add_callback(GrowthReportCallback(self.callback_handler))
 
     @property
     def increlora(self) -> Growth:
@@ -214,16 +217,16 @@ class IncreLoraTrainerMixin(PublishingMixin):
             self.increlora.plan_run(num_training_steps, warmup_steps)
             if self._resuming is not None:
                 check_same_plan(self._resuming, self.increlora)
-            curves = restart_curves(
-                args.lr_scheduler_type,
-                warmup_steps=warmup_steps,
-                total_steps=num_training_steps,
-                lr=args.learning_rate,
-                kwargs=args.lr_scheduler_kwargs,  # type: ignore[arg-type]
-            )
             optimizer = optimizer or self.optimizer
             assert optimizer is not None
-            self.lr_scheduler = RestartWarmupLR(optimizer, curves)
+            self.increlora.schedule = {
+                "name": SchedulerType(args.lr_scheduler_type).value,
+                "warmup_steps": warmup_steps,
+                "total_steps": num_training_steps,
+                "learning_rate": float(optimizer.defaults.get("lr", args.learning_rate)),
+                "kwargs": json.loads(json.dumps(args.lr_scheduler_kwargs or {}, default=float)),  # it will be saved
+            }
+            self.lr_scheduler = RestartWarmupLR(optimizer, restart_curves(**self.increlora.schedule))
             self._created_lr_scheduler = True
             logger.info(plan_line(self.increlora, self._other_trainable()))
         return self.lr_scheduler
@@ -418,12 +421,12 @@ class IncreLoraTrainerMixin(PublishingMixin):
     # ---- What the user sees ------------------------------------------------------------------------------------
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Trainer's, with ``total_rank`` and ``orth_loss`` in the training logs."""
+        """Trainer's, with the total rank and the orthogonality penalty in the training logs."""
         if "loss" in logs:
-            logs["total_rank"] = self.increlora.total_rank
+            logs[TOTAL_RANK] = self.increlora.total_rank
             with torch.no_grad():
                 squared = self.increlora.config.orth_reg_squared
-                logs["orth_loss"] = orthogonality(self.increlora.factors(), squared=squared).item()
+                logs[ORTH_LOSS] = orthogonality(self.increlora.factors(), squared=squared).item()
         super().log(logs, *args, **kwargs)
 
     def _show_total_rank(self) -> None:

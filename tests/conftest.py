@@ -23,6 +23,18 @@ def _single_thread() -> None:
     torch.set_num_threads(1)
 
 
+@pytest.fixture
+def pictures() -> None:
+    """Asks for the pictures that a training ends with, where matplotlib is installed."""
+
+
+@pytest.fixture(autouse=True)
+def _no_pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing takes longer than most trainings here."""
+    if "pictures" not in request.fixturenames:
+        monkeypatch.setattr("increlora_hf.reporting._can_draw", lambda: False)
+
+
 def tiny_bert(
     layers: int = 2, dropout: float = 0.0, num_labels: int = 2, seed: int = 0
 ) -> BertForSequenceClassification:

@@ -131,6 +131,13 @@ def test_held_out_rows_come_from_the_training_set_alone(tmp_path: Path) -> None:
     assert sorted([*parts[0], *parts[1]]) == list(range(40))
 
 
+def test_penalty_of_a_run_is_read_from_its_training_log(tmp_path: Path) -> None:
+    log = [{"step": 5, "loss": 1.0, "increlora/orth_loss": 0.5, "epoch": 1}, {"step": 5, "eval_accuracy": 0.5}]
+    (tmp_path / "all_results.json").write_text("{}")
+    (tmp_path / "trainer_state.json").write_text(json.dumps({"log_history": log}))
+    assert glue_table.read(tmp_path)["training"] == [{"step": 5, "loss": 1.0, "orth_loss": 0.5}]
+
+
 @pytest.mark.slow
 def test_a_study_is_tuned_run_and_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = save_tiny_model(tmp_path / "model")

@@ -24,7 +24,7 @@ SCHEDULES = [kind.value for kind in SchedulerType if kind not in NO_CURVE]
 
 def optimizer_and_scheduler(name: str) -> tuple[torch.optim.Optimizer, RestartWarmupLR]:
     optimizer = torch.optim.AdamW([Parameter(torch.ones(2))], lr=PEAK)
-    curves = restart_curves(name, warmup_steps=WARMUP, total_steps=TOTAL, lr=PEAK, kwargs=KWARGS.get(name))
+    curves = restart_curves(name, warmup_steps=WARMUP, total_steps=TOTAL, learning_rate=PEAK, kwargs=KWARGS.get(name))
     return optimizer, RestartWarmupLR(optimizer, curves)
 
 
@@ -68,7 +68,7 @@ def test_stable_phase_given_in_steps_ends_for_all_groups_at_the_same_step() -> N
         "warmup_stable_decay",
         warmup_steps=5,
         total_steps=40,
-        lr=PEAK,
+        learning_rate=PEAK,
         kwargs={"num_stable_steps": 25, "num_decay_steps": 10},
     )
     assert 0 < curves(0)(39) == pytest.approx(curves(12)(27))
@@ -77,9 +77,9 @@ def test_stable_phase_given_in_steps_ends_for_all_groups_at_the_same_step() -> N
 
 def test_group_born_in_the_last_steps_still_ends_at_zero() -> None:
     for name in ("linear", "polynomial"):
-        curve = restart_curves(name, warmup_steps=WARMUP, total_steps=TOTAL, lr=PEAK, kwargs=KWARGS.get(name))(
-            TOTAL - 3
-        )
+        curve = restart_curves(
+            name, warmup_steps=WARMUP, total_steps=TOTAL, learning_rate=PEAK, kwargs=KWARGS.get(name)
+        )(TOTAL - 3)
         assert [curve(0), curve(3)] == [0.0, 0.0]
 
 

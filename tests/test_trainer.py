@@ -194,8 +194,8 @@ def test_loss_is_logged_without_the_penalty(tmp_path: Path) -> None:
 
 def test_logs_carry_total_rank_and_orthogonality(tmp_path: Path) -> None:
     trainer = run(tmp_path)
-    assert history(trainer, "total_rank") == [12, 15, 18, 24, 24, 24]
-    losses = history(trainer, "orth_loss")
+    assert history(trainer, "increlora/total_rank") == [12, 15, 18, 24, 24, 24]
+    losses = history(trainer, "increlora/orth_loss")
     assert losses[-1] < losses[0]
     from increlora_hf.orthogonality import orthogonality
 

@@ -1,0 +1,203 @@
+"""Pictures of a growth, in files: rank map, budget, orthogonality, scores. Needs matplotlib (the extra ``plot``)."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from .allocator import gains
+from .rank_map import block_names, compare, module_names, rank_map
+from .report import ORTH_LOSS, TOTAL_RANK, rank_grid
+from .scheduler import restart_curves
+
+__all__ = [
+    "budget_curve",
+    "compare",
+    "draw_all",
+    "learning_rates",
+    "orthogonality_curve",
+    "pixels",
+    "rank_map",
+    "score_history",
+]
+
+History = Mapping[str, Any]  # what `Growth.history` gives and increlora_history.json holds
+Log = Sequence[Mapping[str, Any]]  # log_history of trainer_state.json
+
+FORMATS = ("png", "svg")
+DPI = 150
+WIDTH = 7.0  # inches
+FEW = 60  # points of a curve that can each be marked
+POINTS = 400  # of a learning-rate curve: more would not be seen
+# Okabe and Ito's colours, told apart by all kinds of colour vision, and markers for print in grey.
+STYLES = list(zip(("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"), "os^Dv*", strict=True))
+
+
+def budget_curve(history: History, log: Log = ()) -> Figure | None:
+    """Total rank over the steps, and the learning rates of the parameter groups by birth; None where nothing grew.
+
+    Where the saved model is an earlier one than the last, the growth after it is taken from the log.
+    """
+    rounds = _own_rounds(history)
+    if not rounds:
+        return None
+    total = {0: history["plan"]["initial_total_rank"]} | {record["step"]: after for record, after in rounds}
+    total |= {entry["step"]: entry[TOTAL_RANK] for entry in log if TOTAL_RANK in entry}
+    total.setdefault(history["plan"]["total_steps"], total[max(total)])
+    steps = sorted(total)
+    rates = learning_rates(history)
+    figure = Figure(figsize=(WIDTH, 5.5 if rates else 3), layout="constrained")
+    axes = figure.subplots(2 if rates else 1, 1, sharex=True, squeeze=False)[:, 0]
+    axes[0].step(steps, [total[step] for step in steps], where="post", color=STYLES[0][0], label="total rank")
+    budget = history["target_total_rank"]
+    axes[0].axhline(budget, color=STYLES[1][0], linestyle="--", label=f"budget {budget}", zorder=3)
+    axes[0].set(title=f"Total rank in {len(rounds)} round{'s' * (len(rounds) > 1)}", ylabel="total rank")
+    axes[0].yaxis.set_major_locator(MaxNLocator(integer=True))
+    axes[0].legend(loc="lower right")
+    if rates:
+        _draw_rates(axes[1], rates)
+    axes[-1].set_xlabel("optimizer step")
+    return figure
+
+
+def learning_rates(history: History) -> dict[int, tuple[np.ndarray, np.ndarray]]:
+    """Birth step of a parameter group -> scheduler steps, and the learning rate from each on.
+
+    The rates are those that `RestartWarmupLR` gives; of a long run not every step is there. Empty where the history
+    knows no schedule.
+    """
+    schedule = history["schedule"]
+    if schedule is None:
+        return {}
+    curves, total = restart_curves(**schedule), schedule["total_steps"]
+    found = {}
+    for birth in sorted({0} | {record["birth_step"] for record, _ in _own_rounds(history)}):
+        curve, peak = curves(birth), birth + min(schedule["warmup_steps"], max(0, total - birth - 1))
+        steps = np.unique([*np.linspace(birth, total, min(POINTS, total - birth + 1), dtype=int), peak])
+        found[birth] = steps, schedule["learning_rate"] * np.array([curve(int(step) - birth) for step in steps])
+    return found
+
+
+def orthogonality_curve(history: History, log: Log) -> Figure | None:
+    """The orthogonality penalty over the steps, with the rounds; None where it was logged less than twice."""
+    points = [(entry["step"], entry[ORTH_LOSS]) for entry in log if ORTH_LOSS in entry]
+    if len(points) < 2:
+        return None
+    figure = Figure(figsize=(WIDTH, 3.5), layout="constrained")
+    axes = figure.subplots()
+    for number, (record, _) in enumerate(_own_rounds(history)):
+        axes.axvline(record["step"], color="0.85", linewidth=1, zorder=0, label=None if number else "a round")
+    axes.plot(
+        *zip(*points, strict=True), color=STYLES[0][0], marker="." if len(points) < FEW else None, label="penalty"
+    )
+    axes.set(title="Orthogonality penalty, before its weight", xlabel="optimizer step", ylabel="penalty")
+    axes.set_ylim(bottom=0)
+    axes.legend()
+    return figure
+
+
+def score_history(history: History) -> Figure | None:
+    """The scores S of the layers that grew, those that were chosen most often by name; None where nothing grew."""
+    rounds = [record for record, _ in _own_rounds(history)]
+    if not rounds:
+        return None
+    times = Counter(name for record in rounds for name in record["layers"])
+    named, names = [name for name, _ in times.most_common(len(STYLES))], _layer_names(history["rank_pattern"])
+    steps = [record["step"] for record in rounds]
+    figure = Figure(figsize=(WIDTH + 1.5, 4), layout="constrained")
+    axes = figure.subplots()
+    for number, name in enumerate([name for name in times if name not in named]):
+        label = None if number else f"{len(times) - len(named)} more"
+        axes.plot(steps, [record["scores"][name] for record in rounds], color="0.85", linewidth=0.8, label=label)
+    for name, (colour, marker) in zip(named, STYLES, strict=False):
+        chosen = [i for i, record in enumerate(rounds) if name in record["layers"]]
+        scores = [record["scores"][name] for record in rounds]
+        label = f"{names[name]}, {times[name]}×"
+        axes.plot(steps, scores, label=label, color=colour, marker=marker, markevery=chosen, markersize=5)
+    if all(record["scores"][name] > 0 for record in rounds for name in times):
+        axes.set_yscale("log")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set(title=f"Scores of the {len(times)} layers that grew", xlabel="optimizer step", ylabel="score S")
+    figure.legend(loc="outside right upper", fontsize="small", title="marked where chosen")
+    return figure
+
+
+def draw_all(history: History, log: Log, folder: Path) -> list[Path]:
+    """Write ``increlora_rank_map``, ``_budget``, ``_orthogonality`` and ``_scores``, each as PNG and SVG.
+
+    Args:
+        history: of the run.
+        log: its logs; empty where there are none.
+        folder: is made where it is missing.
+
+    Returns:
+        The files that were written; what has nothing to show is left out.
+    """
+    figures = {
+        "rank_map": rank_map(history),
+        "budget": budget_curve(history, log),
+        "orthogonality": orthogonality_curve(history, log),
+        "scores": score_history(history),
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    drawn = [(figure, folder / f"increlora_{name}") for name, figure in figures.items() if figure is not None]
+    return [save(figure, stem.with_suffix(f".{kind}")) for figure, stem in drawn for kind in FORMATS]
+
+
+def save(figure: Figure, path: Path) -> Path:
+    """A picture in the format that the path's ending names, whole or not at all."""
+    kind, draft = path.suffix[1:], path.with_name(path.name + ".tmp")
+    try:
+        with matplotlib.rc_context({"svg.hashsalt": path.stem}):  # the same picture gives the same file
+            figure.savefig(draft, format=kind, dpi=DPI, metadata={"Date": None} if kind == "svg" else None)
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)
+    return path
+
+
+def pixels(figure: Figure) -> np.ndarray:
+    """The picture as (height, width, 3) bytes."""
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+
+
+def _own_rounds(history: History) -> list[tuple[Mapping[str, Any], int]]:
+    """The rounds of the run that the plan is of, each with the total rank after it; not those of a run before it."""
+    plan, budget, increment = history["plan"], history["target_total_rank"], history["config"]["increment"]
+    total, found = sum(history["initial_ranks"].values()), []
+    for record in history["rounds"]:
+        before, total = (
+            total,
+            total + sum(gains(record["layers"], remaining=budget - total, increment=increment).values()),
+        )
+        if plan is not None and before >= plan["initial_total_rank"]:
+            found.append((record, total))
+    return found
+
+
+def _layer_names(layers: Mapping[str, int]) -> dict[str, str]:
+    """Layer -> its short names in the rank map: ``layer.0 query``."""
+    rows, columns, cells = rank_grid(layers)
+    blocks = dict(zip(rows, block_names(rows), strict=True))
+    modules = dict(zip(columns, module_names(columns), strict=True))
+    return {name: f"{blocks[row]} {modules[column]}" for name, (row, column) in zip(layers, cells, strict=True)}
+
+
+def _draw_rates(axes: Any, rates: Mapping[int, tuple[np.ndarray, np.ndarray]]) -> None:
+    colours = matplotlib.colormaps["viridis"](np.linspace(0, 0.9, len(rates)))
+    births = list(rates)
+    for birth, colour in zip(births, colours, strict=True):
+        label = "from the start" if birth == 0 else f"born at {birth:,}" if birth in (births[1], births[-1]) else None
+        axes.plot(*rates[birth], color=colour, label=label, linewidth=1.2)
+    axes.set(title="Learning rates of the parameter groups by birth", ylabel="learning rate")
+    axes.legend(loc="upper right")

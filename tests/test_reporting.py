@@ -1,0 +1,352 @@
+"""What a round and the end of training show: loggers, terminal, notebook, files."""
+
+import json
+import logging
+import sys
+from collections.abc import Callable
+from io import BytesIO
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+from conftest import arguments, tiny_bert, token_rows
+from PIL.Image import Image
+from PIL.Image import open as open_image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import TrainerCallback
+from transformers.integrations import TrackioCallback, WandbCallback
+
+from increlora_hf import IncreLoraConfig, IncreLoraTrainer
+from increlora_hf.report import round_line, sparkline
+from increlora_hf.reporting import GrowthReportCallback
+
+CONFIG = IncreLoraConfig(r_avg=2, top_h=5, interval=4, start=4)  # rounds of 5, 5 and 2 at 8, 12, 16
+PICTURES = [
+    f"increlora_{name}.{kind}" for name in ("budget", "orthogonality", "rank_map", "scores") for kind in ("png", "svg")
+]
+
+
+def make(folder: Path, *callbacks: Any, config: IncreLoraConfig = CONFIG, **settings: Any) -> IncreLoraTrainer:
+    return IncreLoraTrainer(
+        tiny_bert(),
+        arguments(folder, **{"max_steps": 20, **settings}),
+        train_dataset=token_rows(),
+        eval_dataset=token_rows(seed=9),
+        increlora_config=config,
+        callbacks=list(callbacks),
+    )
+
+
+def drawn(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.rglob("increlora_*") if path.suffix in (".png", ".svg"))
+
+
+def events(folder: Path) -> EventAccumulator:
+    found = EventAccumulator(str(folder), size_guidance={"scalars": 0, "images": 0})
+    found.Reload()
+    return found
+
+
+def is_of_a_round(values: dict[str, Any]) -> bool:
+    return any(name.startswith("train/increlora/rank/") for name in values)
+
+
+class Service(ModuleType):
+    """Stands for the wandb or trackio package."""
+
+    def __init__(self) -> None:
+        super().__init__("service")
+        self.logged: list[dict[str, Any]] = []
+        self.run = SimpleNamespace(summary={})
+
+    def Image(self, picture: Any) -> tuple[str, Any]:
+        return "a picture of", picture.shape
+
+    def log(self, values: dict[str, Any]) -> None:
+        self.logged.append(values)
+
+
+class Wandb(WandbCallback):
+    def __init__(self, service: Service) -> None:
+        self._wandb, self._initialized = service, True
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None: ...
+
+    def on_save(self, *args: Any, **kwargs: Any) -> None: ...
+
+    def on_train_end(self, *args: Any, **kwargs: Any) -> None: ...
+
+
+class Trackio(TrackioCallback):
+    def __init__(self, service: Service) -> None:
+        self._trackio, self._initialized = service, True
+
+    def on_train_end(self, *args: Any, **kwargs: Any) -> None: ...
+
+
+@pytest.fixture
+def pictures_of_rounds(pictures: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pictures, but none at the end."""
+    monkeypatch.setattr("increlora_hf.plots.draw_all", lambda *args: None)
+
+
+# ---- Loggers ------------------------------------------------------------------------------------------------------
+
+
+def test_tensorboard_has_each_round_at_its_step(tmp_path: Path, pictures_of_rounds: None, monkeypatch: Any) -> None:
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "events"))
+    trainer = make(tmp_path / "out", report_to="tensorboard", logging_steps=6)
+    trainer.train()
+    found = events(tmp_path / "events")
+    totals = {event.step: event.value for event in found.Scalars("train/increlora/total_rank")}
+    assert totals == {6: 12, 8: 17, 12: 22, 16: 24, 18: 24}
+    assert len(found.Scalars("train/increlora/orth_loss")) == 3
+    ranks = dict.fromkeys(trainer.increlora.layers, 1)
+    for record in trainer.increlora.rounds:
+        for name in record.layers:
+            ranks[name] += 1
+            values = {event.step: event.value for event in found.Scalars(f"train/increlora/rank/{name}")}
+            assert values[record.step] == ranks[name]
+    logged = [tag for tag in found.Tags()["scalars"] if tag.startswith("train/increlora/rank/")]
+    assert len(logged) == sum(rank > 1 for rank in ranks.values())
+    assert sum(len(found.Scalars(tag)) for tag in logged) == 5 + 5 + 2
+    images = found.Images("train/increlora/rank_map")
+    assert [image.step for image in images] == [8, 12, 16]
+    assert all(open_image(BytesIO(image.encoded_image_string)).size == (image.width, image.height) for image in images)
+
+
+@pytest.mark.parametrize("kind", [Wandb, Trackio])
+def test_services_get_ranks_and_the_rank_map(
+    kind: Callable[[Service], TrainerCallback], tmp_path: Path, pictures_of_rounds: None
+) -> None:
+    service = Service()
+    trainer = make(tmp_path, kind(service), logging_steps=100)
+    trainer.train()
+    rounds = [values for values in service.logged if is_of_a_round(values)]
+    assert [(one["train/global_step"], one["train/increlora/total_rank"]) for one in rounds] == [
+        (8, 17),
+        (12, 22),
+        (16, 24),
+    ]
+    first = trainer.increlora.rounds[0]
+    assert {name: rounds[0][f"train/increlora/rank/{name}"] for name in first.layers} == dict.fromkeys(first.layers, 2)
+    shown = [values for values in service.logged if "train/increlora/rank_map" in values]
+    assert [values["train/global_step"] for values in shown] == [8, 12, 16]
+    assert shown[0]["train/increlora/rank_map"][0] == "a picture of"
+    assert shown[0]["train/increlora/rank_map"][1][2] == 3
+
+
+def test_rounds_do_not_disturb_the_log_of_the_run(tmp_path: Path) -> None:
+    reported = make(tmp_path / "a", Wandb(Service()), logging_steps=4)
+    plain = make(tmp_path / "b", logging_steps=4)
+    plain.remove_callback(GrowthReportCallback)
+    for trainer in (reported, plain):
+        trainer.train()
+    logs = [[entry for entry in trainer.state.log_history if "loss" in entry] for trainer in (reported, plain)]
+    assert logs[0] == logs[1]
+    assert [entry["step"] for entry in logs[0]] == [4, 8, 12, 16, 20]
+    assert len(reported.state.log_history) == 6  # and one line at the end
+
+
+def test_resumed_run_reports_only_its_own_rounds(tmp_path: Path) -> None:
+    make(tmp_path, save_strategy="steps", save_steps=10).train()
+    service = Service()
+    make(tmp_path, Wandb(service), logging_steps=100).train(resume_from_checkpoint=str(tmp_path / "checkpoint-10"))
+    assert [one["train/global_step"] for one in service.logged if is_of_a_round(one)] == [12, 16]
+
+
+def test_other_processes_report_nothing(tmp_path: Path, pictures: None, caplog: pytest.LogCaptureFixture) -> None:
+    service = Service()
+    trainer = make(tmp_path, Wandb(service), disable_tqdm=False)
+    report = next(c for c in trainer.callback_handler.callbacks if isinstance(c, GrowthReportCallback))
+    trainer.remove_callback(report)
+    trainer.train()
+    service.logged.clear()
+    state = SimpleNamespace(is_world_process_zero=False, global_step=8, log_history=[])
+    with caplog.at_level(logging.INFO):
+        for event in (report.on_train_begin, report.on_step_end, report.on_train_end):
+            report._reported = 0
+            event(trainer.args, state, trainer.control, model=trainer.model)
+    assert not service.logged
+    assert not caplog.records
+    assert not drawn(tmp_path)
+
+
+# ---- Terminal -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("quiet", [False, True])
+def test_each_round_is_a_line_in_the_log_unless_the_bars_are_off(
+    quiet: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO, logger="increlora_hf"):
+        make(tmp_path, disable_tqdm=quiet).train()
+    lines = [record.getMessage() for record in caplog.records if record.getMessage().startswith("IncreLoRA: step")]
+    starts = [] if quiet else ["step 8, rank 17/24", "step 12, rank 22/24", "step 16, rank 24/24"]
+    assert [line[11:-3] for line in lines] == starts
+
+
+def test_line_is_not_written_into_the_progress_bar(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    handler = logging.StreamHandler(sys.stderr)
+    logging.root.addHandler(handler)
+    logging.getLogger("increlora_hf").setLevel(logging.INFO)
+    try:
+        make(tmp_path, disable_tqdm=False).train()
+    finally:
+        logging.root.removeHandler(handler)
+        logging.getLogger("increlora_hf").setLevel(logging.NOTSET)
+    shown = capsys.readouterr().err
+    line = next(line for line in shown.split("\n") if "IncreLoRA: step 8" in line)
+    assert line.rpartition("\r")[2].startswith("IncreLoRA: step 8, rank 17/24 ")
+
+
+@pytest.mark.parametrize("layers", [1, 12, 80])
+def test_line_has_a_block_for_each_row_and_fits_a_terminal(layers: int) -> None:
+    ranks = {f"layers.{i}.{name}": i + 1 for i in range(layers) for name in "qkv"}
+    growth: Any = SimpleNamespace(total_rank=sum(ranks.values()), target_total_rank=10_000, rank_pattern=ranks)
+    line = round_line(growth, 123_456)
+    blocks = line.rpartition(" ")[2]
+    assert len(line) <= 80
+    assert len(blocks) == min(layers, 80 - len(line.rpartition(" ")[0]) - 1)
+    assert list(blocks) == sorted(blocks)
+    assert blocks[-1] == "█"
+
+
+def test_blocks_are_on_a_scale_from_zero() -> None:
+    assert sparkline([1, 2, 3, 4, 5, 6, 7, 8], 80) == "▁▂▃▄▅▆▇█"
+    assert sparkline([6, 6, 6], 80) == "███"
+    assert sparkline([4, 8, 8, 8], 2) == "▆█"
+
+
+# ---- Notebook -----------------------------------------------------------------------------------------------------
+
+
+class Notebook:
+    """Stands for IPython with a kernel behind it: what is displayed, and what replaces it."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, shell: Any) -> None:
+        self.shown: list[tuple[str, Any]] = []
+        ipython, displays = ModuleType("IPython"), ModuleType("IPython.display")
+        ipython.get_ipython = lambda: shell
+        displays.display = self.display
+        monkeypatch.setitem(sys.modules, "IPython", ipython)
+        monkeypatch.setitem(sys.modules, "IPython.display", displays)
+
+    def display(self, picture: Any, display_id: bool) -> Any:
+        assert display_id
+        self.shown.append(("new", picture))
+        return SimpleNamespace(update=lambda picture: self.shown.append(("update", picture)))
+
+
+def test_notebook_shows_one_rank_map_that_grows(
+    tmp_path: Path, pictures_of_rounds: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    notebook = Notebook(monkeypatch, SimpleNamespace(kernel=object()))
+    make(tmp_path, disable_tqdm=False).train()
+    assert [kind for kind, _ in notebook.shown] == ["new", "update", "update", "update", "update"]
+    assert all(isinstance(picture, Image) for _, picture in notebook.shown)
+    maps = [picture.tobytes() for _, picture in notebook.shown]
+    assert len(set(maps[:4])) == 4
+    assert maps[3] == maps[4]  # the end of training, the same ranks
+
+
+@pytest.mark.parametrize(
+    "shell, quiet",
+    [(SimpleNamespace(), False), (None, False), (SimpleNamespace(kernel=object()), True)],
+    ids=["terminal-ipython", "ipython-not-running", "bars-are-off"],
+)
+def test_nothing_is_displayed_elsewhere(
+    shell: Any, quiet: bool, tmp_path: Path, pictures_of_rounds: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    notebook = Notebook(monkeypatch, shell)
+    make(tmp_path, disable_tqdm=quiet).train()
+    assert not notebook.shown
+
+
+# ---- Files --------------------------------------------------------------------------------------------------------
+
+
+def test_training_ends_with_pictures_in_the_output_folder_only(tmp_path: Path, pictures: None) -> None:
+    trainer = make(tmp_path, save_strategy="steps", save_steps=10)
+    trainer.train()
+    assert drawn(tmp_path) == PICTURES
+    assert all((tmp_path / name).is_file() for name in PICTURES)
+
+
+def test_best_model_is_drawn_with_its_own_ranks(
+    tmp_path: Path, pictures: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    histories: list[Any] = []
+    monkeypatch.setattr("increlora_hf.plots.draw_all", lambda history, log, folder: histories.append(history))
+    settings = {"eval_strategy": "steps", "save_strategy": "steps", "eval_steps": 10, "save_steps": 10}
+    trainer = make(tmp_path, load_best_model_at_end=True, metric_for_best_model="mark", **settings)
+    marks = iter([2.0, 1.0])
+    trainer.compute_metrics = lambda predictions: {"mark": next(marks)}
+    trainer.train()
+    assert trainer.state.best_global_step == 10
+    assert histories[0]["total_rank"] == trainer.increlora.total_rank == 17
+    assert histories[0]["rank_pattern"] == trainer.increlora.rank_pattern
+
+
+def test_picture_that_fails_is_a_warning_and_training_ends_well(
+    tmp_path: Path, pictures: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*args: Any) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("increlora_hf.plots.draw_all", fail)
+    monkeypatch.setattr("increlora_hf.plots.rank_map", fail)
+    service = Service()
+    trainer = make(tmp_path, Wandb(service))
+    assert trainer.train().global_step == 20
+    warnings = [record.getMessage() for record in caplog.records if record.name == "increlora_hf.reporting"]
+    assert (
+        warnings
+        == [
+            "IncreLoRA: a picture could not be made (OSError: No space left on device). "
+            "Training and adapter are not affected."
+        ]
+        * 4
+    )  # a round each, and the end
+    assert trainer.increlora.total_rank == 24
+    assert sum(map(is_of_a_round, service.logged)) == 3
+
+
+def test_without_matplotlib_there_are_no_pictures_and_no_words_about_it(
+    tmp_path: Path, pictures: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.delitem(sys.modules, "increlora_hf.plots", raising=False)
+    make(tmp_path, Wandb(Service())).train()
+    assert not drawn(tmp_path)
+    assert not caplog.records
+
+
+def test_callback_can_be_left_out(tmp_path: Path, pictures: None) -> None:
+    trainer = make(tmp_path)
+    trainer.remove_callback(GrowthReportCallback)
+    trainer.train()
+    assert not drawn(tmp_path)
+
+
+# ---- The history --------------------------------------------------------------------------------------------------
+
+
+def test_history_of_a_resumed_run_is_the_same(tmp_path: Path) -> None:
+    settings = {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr": 1e-4}}
+    whole = make(tmp_path, save_strategy="steps", save_steps=10, **settings)
+    whole.train()
+    resumed = make(tmp_path, **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-10"))
+    assert resumed.increlora.history() == whole.increlora.history()
+    saved = json.loads((tmp_path / "checkpoint-10" / "increlora_history.json").read_text())
+    assert saved["schedule"] == whole.increlora.schedule
+    assert saved["schedule"] == {
+        "name": "cosine_with_min_lr",
+        "warmup_steps": 3,
+        "total_steps": 20,
+        "learning_rate": 1e-2,
+        "kwargs": {"min_lr": 1e-4},
+    }
+    assert saved["initial_ranks"] == dict.fromkeys(whole.increlora.layers, 1)
