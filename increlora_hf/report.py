@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
 
-from .growth import Growth
+if TYPE_CHECKING:  # the rank table needs no torch
+    from .growth import Growth
 
 
 def plan_line(growth: Growth, other_trainable: int) -> str:
@@ -32,14 +34,25 @@ def _millions(count: int) -> str:
 
 def _final_parameters(growth: Growth) -> tuple[int, int]:
     """Fewest and most adapter parameters that the budget can end with."""
-    plan, layers = growth.plan, list(growth.layers.values())
+    plan, layers = growth.plan, growth.layers.values()
     assert plan is not None
-    start = sum(layer.num_parameters(layer.rank) for layer in layers)
-    per_component = sorted(layer.num_parameters(1) for layer in layers)
-    most_per_layer = plan.rounds * plan.increment
-    return start + _fill(per_component, growth.remaining, most_per_layer), start + _fill(
-        reversed(per_component), growth.remaining, most_per_layer
+    low, high = added_parameters(
+        [layer.num_parameters(1) for layer in layers], growth.remaining, plan.rounds * plan.increment
     )
+    start = growth.num_parameters()
+    return start + low, start + high
+
+
+def added_parameters(costs: Iterable[int], components: int, most_per_layer: int) -> tuple[int, int]:
+    """Fewest and most parameters that new components can come to.
+
+    Args:
+        costs: parameters of one component, for each layer.
+        components: how many are added in all.
+        most_per_layer: how many one layer can gain.
+    """
+    ordered = sorted(costs)
+    return _fill(ordered, components, most_per_layer), _fill(reversed(ordered), components, most_per_layer)
 
 
 def _fill(costs: Iterable[int], components: int, most_per_layer: int) -> int:
