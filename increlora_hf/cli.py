@@ -72,8 +72,6 @@ def _write(text: str) -> None:
     sys.stdout.flush()
 
 
-
-
 def _parser() -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("increlora", description=ABOUT, epilog=EPILOG, formatter_class=raw)
@@ -89,7 +87,7 @@ def _parser() -> argparse.ArgumentParser:
         made.add_argument("--json", action="store_true", help="print one JSON document")
         return made
 
-    tasks = {"choices": tuple(TASKS), "metavar": "TASK"}
+    tasks: Any = {"choices": tuple(TASKS), "metavar": "TASK"}
     plan = command(commands.plan)
     plan.add_argument("model", metavar="MODEL", help="Hub repository, folder or config.json; no weights are read")
     plan.add_argument("--max_steps", type=_steps, metavar="N", required=True, help="optimizer steps of the run")

@@ -28,6 +28,10 @@ def plan(args: argparse.Namespace) -> Answer:
 
     model = skeleton(args.model, args.task)
     planned = plan_model(model, config, max_steps=args.max_steps, warmup_steps=args.warmup_steps)
+    return planned, _planned(planned)
+
+
+def _planned(planned: Document) -> str:
     plan, moments = planned["plan"], [planned[key] for key in ("start", "end_fewest", "end_most", "peak")]
     rounds = (
         f"{plan['rounds']} of {plan['top_h']} layers, every {plan['interval']:,} steps from {plan['first_step']:,} to "
@@ -36,9 +40,7 @@ def plan(args: argparse.Namespace) -> Answer:
     facts = {
         "model": f"{planned['model']}, {_millions(planned['parameters'])} parameters",
         "layers": f"{len(planned['layers'])}, such as {planned['layers'][0]}",
-        "heads": f"{', '.join(planned['heads'])}: {_millions(planned['head_parameters'])} parameters, trained fully"
-        if planned["heads"]
-        else "none",
+        "heads": f"{', '.join(planned['heads']) or 'none'}, {_millions(planned['head_parameters'])} parameters",
         "rank": f"{plan['initial_total_rank']:,} to {plan['target_total_rank']:,}",
         "rounds": rounds if plan["rounds"] else "none, the ranks are fixed",
     }
@@ -51,7 +53,7 @@ def plan(args: argparse.Namespace) -> Answer:
         ("checkpoint", "checkpoint_bytes", _megabytes),
     ):
         lines.append(f"{title:<20}" + "".join(f"{unit(moment[key]):>15}" for moment in moments))
-    return planned, "\n".join([*lines, "", "Optimizer and checkpoint: AdamW in float32, heads included."])
+    return "\n".join([*lines, "", "Optimizer and checkpoint: AdamW in float32, heads included."])
 
 
 def inspect(args: argparse.Namespace) -> Answer:
@@ -59,7 +61,7 @@ def inspect(args: argparse.Namespace) -> Answer:
     adapter = read_adapter(args.adapter)
     ranks, steps = adapter.ranks, adapter.round_steps
     scales = sorted({float(f"{layer.scale:.6g}") for layer in adapter.layers.values()})
-    document = {
+    document: Document = {
         "adapter": str(adapter.folder),
         "base_model": adapter.base_model,
         "task_type": adapter.config.get("task_type"),

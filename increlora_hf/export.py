@@ -69,7 +69,13 @@ def write_uniform(adapter: SavedAdapter, folder: Path) -> None:
         tensors[layer.key_a] = pad(a, (0, 0) * (a.ndim - 1) + missing)
         tensors[layer.key_b] = pad(b, (0, 0) * (b.ndim - 2) + missing)
     save_file(tensors, folder / WEIGHTS_NAME, metadata={"format": "pt"})
-    one = {"r": rank, "lora_alpha": _alpha(scale, rank), "rank_pattern": {}, "alpha_pattern": {}, "use_rslora": False}
+    one: dict[str, Any] = {
+        "r": rank,
+        "lora_alpha": _alpha(scale, rank),
+        "rank_pattern": {},
+        "alpha_pattern": {},
+        "use_rslora": False,
+    }
     write_json(folder / CONFIG_NAME, {**adapter.config, **one})
     for path in adapter.tokenizer_files():
         shutil.copyfile(path, folder / path.name)

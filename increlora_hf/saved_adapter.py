@@ -79,8 +79,9 @@ class SavedAdapter:
         if self.history is None:
             return None
         rounds = self.history.get("rounds")
-        steps = [one.get("step") if isinstance(one, dict) else None for one in rounds or []]
-        if not isinstance(rounds, list) or not all(isinstance(step, int) for step in steps):
+        records = rounds if isinstance(rounds, list) else [rounds]
+        steps = [one["step"] for one in records if isinstance(one, dict) and isinstance(one.get("step"), int)]
+        if len(steps) != len(records):
             raise AdapterFormatError(
                 self.folder / HISTORY_NAME, "rounds", "rounds with their steps", repr(rounds)[:80]
             )
