@@ -56,9 +56,15 @@ def _own_class(config: Any) -> type[PreTrainedModel] | None:
     return next(models, None)
 
 
-def load_model(name: str, task: str, **options: Any) -> PreTrainedModel:
-    """The model with its weights; ``options`` as for ``from_pretrained``. Raises as `skeleton`."""
+def load_model(name: str, task: str, **options: Any) -> tuple[PreTrainedModel, set[str]]:
+    """The model with its weights, and the names of those that it has not, so that they are random.
+
+    ``options`` as for ``from_pretrained``; raises as `skeleton`.
+    """
     import transformers
 
     auto_class = getattr(transformers, TASKS[task].auto_class)
-    return auto_class.from_pretrained(name, trust_remote_code=False, **options)
+    model, info = auto_class.from_pretrained(
+        name, trust_remote_code=False, ignore_mismatched_sizes=True, output_loading_info=True, **options
+    )
+    return model, {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}

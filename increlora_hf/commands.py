@@ -149,10 +149,11 @@ def export(args: argparse.Namespace) -> Answer:
 
 
 def _for_vllm(adapter: SavedAdapter) -> list[str]:
-    if adapter.heads:
-        return [on_a_line(f"vLLM refuses adapters with trained heads ({', '.join(adapter.heads)}): export merged.")]
     rank = vllm_rank(adapter)
-    return ["vLLM takes no rank as high as this." if rank is None else f"For vLLM: --max-lora-rank {rank}"]
+    lines = ["vLLM takes no rank as high as this." if rank is None else f"For vLLM: --max-lora-rank {rank}"]
+    if adapter.heads:
+        lines.append(on_a_line(f"vLLM refuses trained heads ({', '.join(adapter.heads)}): export merged for it."))
+    return lines
 
 
 def push(args: argparse.Namespace) -> Answer:

@@ -105,11 +105,9 @@ def write_merged(adapter: SavedAdapter, folder: Path, base: str | None = None, t
         ValueError: base or task are not known.
     """
     from transformers import AutoTokenizer
-    from transformers.utils.logging import disable_progress_bar
 
     from .loading import load_adapter
 
-    disable_progress_bar()
     name = base or adapter.base_model
     if name is None:
         raise ValueError(f"{adapter.folder / CONFIG_NAME} names no base model. Give it with --base.")
@@ -118,8 +116,14 @@ def write_merged(adapter: SavedAdapter, folder: Path, base: str | None = None, t
     labels = _num_labels(adapter, name, task)
     if labels is not None:
         options["num_labels"] = labels
-    merged = load_adapter(load_model(name, task, **options), adapter.folder).merge_and_unload(safe_merge=True)
-    merged.save_pretrained(folder)
+    model, without_values = load_model(name, task, **options)
+    for key in sorted(without_values):
+        if PREFIX + key not in adapter.others:
+            raise ValueError(
+                f"{key!r} is neither in {name} nor in the adapter, and would be random. Give the model that the "
+                "adapter was trained on with --base."
+            )
+    load_adapter(model, adapter.folder).merge_and_unload(safe_merge=True).save_pretrained(folder)
     beside = adapter.tokenizer_files()
     AutoTokenizer.from_pretrained(adapter.folder if beside else name, trust_remote_code=False).save_pretrained(folder)
 

@@ -88,7 +88,7 @@ def test_growth_stays_within_the_bounds_and_meets_them_in_the_extremes(order: st
 def wide_bert() -> BertForSequenceClassification:
     """Wide enough that a checkpoint is tensors rather than file headers."""
     config = BertConfig(
-        vocab_size=60, hidden_size=192, num_hidden_layers=1, num_attention_heads=2, intermediate_size=512
+        vocab_size=60, hidden_size=384, num_hidden_layers=1, num_attention_heads=2, intermediate_size=1024
     )
     return BertForSequenceClassification(config)
 
