@@ -34,13 +34,13 @@ def plan(args: argparse.Namespace) -> Answer:
 def _planned(planned: Document) -> str:
     plan, moments = planned["plan"], [planned[key] for key in ("start", "end_fewest", "end_most", "peak")]
     rounds = (
-        f"{plan['rounds']} of {plan['top_h']} layers, every {plan['interval']:,} steps from {plan['first_step']:,} to "
+        f"{plan['rounds']}, of {plan['top_h']} layers each, every {plan['interval']:,} steps from {plan['first_step']:,} to "
         f"{plan['last_step']:,} of {plan['total_steps']:,}"
     )
     facts = {
         "model": f"{planned['model']}, {_millions(planned['parameters'])} parameters",
         "layers": f"{len(planned['layers'])}, such as {planned['layers'][0]}",
-        "heads": f"{', '.join(planned['heads']) or 'none'}, {_millions(planned['head_parameters'])} parameters",
+        "heads": ", ".join([*planned["heads"], f"{_millions(planned['head_parameters'])} parameters"]),
         "rank": f"{plan['initial_total_rank']:,} to {plan['target_total_rank']:,}",
         "rounds": rounds if plan["rounds"] else "none, the ranks are fixed",
     }

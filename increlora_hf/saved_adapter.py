@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -208,6 +209,6 @@ def _scale(path: Path, config: Mapping[str, Any], name: str, rank: int) -> float
         alpha = next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", name)), alpha)
     except re.error as error:
         raise AdapterFormatError(path, "alpha_pattern", "regular expressions", str(error)) from None
-    if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not math.isfinite(alpha):
+    if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not abs(alpha) <= sys.float_info.max:
         raise AdapterFormatError(path, "lora_alpha", "a finite number", repr(alpha)[:80])
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)

@@ -76,7 +76,7 @@ def test_per_rank_scales_differ(tmp_path: Path) -> None:
 
 def test_convolutions_and_embeddings_have_ranks_too(tmp_path: Path) -> None:
     model = nn.Sequential(nn.Embedding(7, 4), nn.Conv2d(4, 6, 3))
-    get_peft_model(model, LoraConfig(r=2, target_modules=["0", "1"])).save_pretrained(tmp_path)  # type: ignore[arg-type]
+    get_peft_model(model, LoraConfig(r=2, target_modules=["0", "1"])).save_pretrained(tmp_path)
     adapter = read_adapter(tmp_path)
     assert adapter.ranks == {"0": 2, "1": 2}
     assert [layer.num_parameters for layer in adapter.layers.values()] == [2 * (7 + 4), 2 * (4 * 9 + 6)]
@@ -109,6 +109,7 @@ KEY = "base_model.model.bert.encoder.layer.0.attention.self.query.lora_"
         (lambda f: (f / "adapter_config.json").write_text("["), "expected JSON"),
         (lambda f: change(f, peft_type="IA3"), "peft_type: expected 'LORA', found 'IA3'"),
         (lambda f: change(f, lora_alpha="much"), "lora_alpha: expected a finite number, found 'much'"),
+        (lambda f: change(f, lora_alpha=10**400), "lora_alpha: expected a finite number, found 1000"),
         (lambda f: change(f, alpha_pattern=[1]), "alpha_pattern: expected an object"),
         (lambda f: change(f, alpha_pattern={"(": 1}), "alpha_pattern: expected regular expressions"),
         (lambda f: (f / "adapter_model.safetensors").write_bytes(b"x" * 64), "content: expected safetensors"),
