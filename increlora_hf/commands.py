@@ -33,10 +33,8 @@ def plan(args: argparse.Namespace) -> Answer:
 
 def _planned(planned: Document) -> str:
     plan, moments = planned["plan"], [planned[key] for key in ("start", "end_fewest", "end_most", "peak")]
-    rounds = (
-        f"{plan['rounds']}, of {plan['top_h']} layers each, every {plan['interval']:,} steps from {plan['first_step']:,} to "
-        f"{plan['last_step']:,} of {plan['total_steps']:,}"
-    )
+    steps = f"every {plan['interval']:,} steps from {plan['first_step']:,} to {plan['last_step']:,}"
+    rounds = f"{plan['rounds']}, of {plan['top_h']} layers each, {steps} of {plan['total_steps']:,}"
     facts = {
         "model": f"{planned['model']}, {_millions(planned['parameters'])} parameters",
         "layers": f"{len(planned['layers'])}, such as {planned['layers'][0]}",
