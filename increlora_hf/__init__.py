@@ -1,13 +1,13 @@
 """IncreLoRA for the Hugging Face Trainer: LoRA whose ranks grow where they matter."""
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from .config import IncreLoraArguments, IncreLoraConfig
-from .growth import attach
-from .loading import load_adapter
-from .manifest import AdapterFormatError
-
 if TYPE_CHECKING:
+    from .config import IncreLoraArguments, IncreLoraConfig
+    from .growth import attach
+    from .loading import load_adapter
+    from .manifest import AdapterFormatError
     from .trainer import IncreLoraTrainer, IncreLoraTrainerMixin
 
 __all__ = [
@@ -21,11 +21,24 @@ __all__ = [
 ]
 __version__ = "0.1.0"
 
+_HOMES = {
+    "AdapterFormatError": "manifest",
+    "IncreLoraArguments": "config",
+    "IncreLoraConfig": "config",
+    "IncreLoraTrainer": "trainer",
+    "IncreLoraTrainerMixin": "trainer",
+    "attach": "growth",
+    "load_adapter": "loading",
+}
+
 
 def __getattr__(name: str) -> Any:
-    """The Trainer classes when they are asked for: transformers' Trainer takes long to import."""
-    if name in ("IncreLoraTrainer", "IncreLoraTrainerMixin"):
-        from . import trainer
-
-        return getattr(trainer, name)
+    """A public name when it is asked for: torch, peft and transformers' Trainer take long to import."""
+    if name in _HOMES:
+        return getattr(import_module(f".{_HOMES[name]}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """The names that are there, and those that come when they are asked for."""
+    return sorted({*globals(), *__all__})

@@ -24,9 +24,9 @@ from .adapter import (
 from .allocator import Plan, choose, gains, make_plan, scored_window
 from .config import IncreLoraConfig
 from .importance import ImportanceTracker
+from .manifest import HISTORY_NAME
 from .warmstart import trainable_adapters, warm_start
 
-HISTORY_NAME = "increlora_history.json"
 HISTORY_FORMAT = 1
 
 
@@ -86,19 +86,12 @@ class Growth:
 
     def plan_run(self, total_steps: int, warmup_steps: int) -> Plan:
         """Fix the schedule for a run of this length; raises ValueError where the budget is out of its reach."""
-        config = self.config
-        self.plan = make_plan(
+        self.plan = plan_for(
+            self.config,
             num_layers=len(self.layers),
+            ranks=(self.run_start_rank, self.target_total_rank),
             total_steps=total_steps,
             warmup_steps=warmup_steps,
-            initial_total_rank=self.run_start_rank,
-            target_total_rank=self.target_total_rank,
-            increment=config.increment,
-            top_h=config.top_h,
-            interval=config.interval,
-            start=config.start,
-            growth_fraction=config.growth_fraction,
-            window=scored_window(config.beta1, config.beta2, config.score_tolerance, total_steps),
         )
         return self.plan
 
@@ -180,6 +173,25 @@ class Growth:
             "total_rank": self.total_rank,
             "target_total_rank": self.target_total_rank,
         }
+
+
+def plan_for(
+    config: IncreLoraConfig, *, num_layers: int, ranks: tuple[int, int], total_steps: int, warmup_steps: int
+) -> Plan:
+    """The schedule from the first total rank to the last; raises ValueError as `make_plan` does."""
+    return make_plan(
+        num_layers=num_layers,
+        total_steps=total_steps,
+        warmup_steps=warmup_steps,
+        initial_total_rank=ranks[0],
+        target_total_rank=ranks[1],
+        increment=config.increment,
+        top_h=config.top_h,
+        interval=config.interval,
+        start=config.start,
+        growth_fraction=config.growth_fraction,
+        window=scored_window(config.beta1, config.beta2, config.score_tolerance, total_steps),
+    )
 
 
 def attach(model: nn.Module, config: IncreLoraConfig | None = None) -> PeftModel:

@@ -9,19 +9,16 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from huggingface_hub import snapshot_download
 from peft import LoraConfig, PeftModel
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
 from torch import nn
 
 from .manifest import MANIFEST_NAME, AdapterFormatError, check_manifest, read_json_object
+from .saved_adapter import CONFIG_NAME, PREFIX, WEIGHTS_NAME, Shape, local_folder, own_file
 from .state import check_tensors, read_tensors
-from .targets import is_linear
+from .targets import features, is_linear
 
-CONFIG_NAME = "adapter_config.json"
-WEIGHTS_NAME = "adapter_model.safetensors"
-PREFIX = "base_model.model."  # PEFT's, of every key
 CHECKED = (
     "peft_type",
     "r",
@@ -36,8 +33,6 @@ FLAGS = ("fan_in_fan_out", "use_rslora", "inference_mode", "init_lora_weights", 
 WORDS = ("base_model_name_or_path", "revision", "task_type", "peft_version")
 SELECTING = ("exclude_modules", "layers_to_transform", "layers_pattern")  # of layers; judged by what they select
 IGNORED = ("auto_mapping",)  # names classes to import, and nothing is imported
-
-Shape = tuple[int, ...]
 
 
 def load_adapter(model: nn.Module, path_or_repo: str | Path, *, trainable: bool = False) -> PeftModel:
@@ -58,47 +53,21 @@ def load_adapter(model: nn.Module, path_or_repo: str | Path, *, trainable: bool 
     """
     if isinstance(model, PeftModel):
         raise ValueError("The model holds an adapter already. Pass the base model, or unload() it first.")
-    folder = _local_folder(path_or_repo)
+    folder = local_folder(path_or_repo, CONFIG_NAME, WEIGHTS_NAME)
     if (folder / MANIFEST_NAME).exists():
         check_manifest(folder)
-    config = _read_config(folder)
+    config = read_config(folder)
     try:
         expected = _expected(folder, model, config)
     except (re.error, TypeError, AttributeError) as error:
         raise AdapterFormatError(folder / CONFIG_NAME, "patterns", "regular expressions", str(error)) from None
-    check_tensors(folder / WEIGHTS_NAME, read_tensors(_own_file(folder, WEIGHTS_NAME)), expected)
+    check_tensors(folder / WEIGHTS_NAME, read_tensors(own_file(folder, WEIGHTS_NAME)), expected)
     return PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
 
 
-def _local_folder(path_or_repo: str | Path) -> Path:
-    folder = Path(path_or_repo)
-    if folder.is_dir():
-        return folder
-    if folder.is_absolute() or str(path_or_repo).startswith("."):
-        raise AdapterFormatError(folder, "folder", "a folder with an adapter", "no such folder")
-    return Path(snapshot_download(str(path_or_repo), allow_patterns=[CONFIG_NAME, WEIGHTS_NAME]))
-
-
-def _own_file(folder: Path, name: str) -> Path:
-    """A file of the folder; a link that leaves it is refused, and so is a pickle in its place."""
-    path = folder / name
-    if path.is_symlink() and not (path.resolve().is_relative_to(folder.resolve()) or _is_hub_cache(folder, path)):
-        raise AdapterFormatError(path, "file", "a file inside the folder", f"a link to {path.resolve()}")
-    pickles = sorted(p.name for p in folder.glob("adapter_model.*") if p.suffix in (".bin", ".pt", ".pth", ".pkl"))
-    if not path.is_file() and pickles and name == WEIGHTS_NAME:
-        raise AdapterFormatError(folder / pickles[0], "file", name, "a pickle, which is never opened")
-    if not path.is_file():
-        raise AdapterFormatError(path, "file", name, "no such file")
-    return path
-
-
-def _is_hub_cache(folder: Path, path: Path) -> bool:
-    """The Hub's cache keeps files as links from snapshots/<commit>/ into blobs/ beside it."""
-    return folder.parent.name == "snapshots" and path.resolve().parent == folder.resolve().parent.parent / "blobs"
-
-
-def _read_config(folder: Path) -> LoraConfig:
-    path = _own_file(folder, CONFIG_NAME)
+def read_config(folder: Path) -> LoraConfig:
+    """The configuration in a folder, of a plain LoRA and nothing else; raises AdapterFormatError."""
+    path = own_file(folder, CONFIG_NAME)
     document = read_json_object(path)
     if document.get("peft_type") != "LORA":
         raise AdapterFormatError(path, "peft_type", "'LORA'", repr(document.get("peft_type")))
@@ -182,10 +151,9 @@ def _expected(folder: Path, model: nn.Module, config: LoraConfig) -> dict[str, t
 def _factors(name: str, module: Any, config: LoraConfig) -> dict[str, tuple[Shape, torch.dtype | None]]:
     pattern = cast("Mapping[str, int]", config.rank_pattern)
     rank = pattern.get(get_pattern_key(list(pattern), name), config.r)
-    conv1d = not isinstance(module, nn.Linear)
-    features = (module.nx, module.nf) if conv1d else (module.in_features, module.out_features)
+    taken, given = features(module)
     key = f"{PREFIX}{name}.lora_"
-    return {f"{key}A.weight": ((rank, features[0]), None), f"{key}B.weight": ((features[1], rank), None)}
+    return {f"{key}A.weight": ((rank, taken), None), f"{key}B.weight": ((given, rank), None)}
 
 
 def _free(dtype: torch.dtype) -> torch.dtype | None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 MANIFEST_NAME = "increlora_manifest.json"
+HISTORY_NAME = "increlora_history.json"
 MANIFEST_FORMAT = 1
 OPTIMIZER_NAME = "optimizer.pt"  # as transformers names it
 CHUNK = 1 << 20  # bytes hashed at a time

@@ -74,7 +74,7 @@ def learning_rates(history: History) -> dict[int, tuple[np.ndarray, np.ndarray]]
     The rates are those that `RestartWarmupLR` gives; of a long run not every step is there. Empty where the history
     knows no schedule.
     """
-    schedule = history["schedule"]
+    schedule = history.get("schedule")
     if schedule is None:
         return {}
     curves, total = restart_curves(**schedule), schedule["total_steps"]
@@ -134,7 +134,7 @@ def draw_all(history: History, log: Log, folder: Path) -> list[Path]:
     """Write ``increlora_rank_map``, ``_budget``, ``_orthogonality`` and ``_scores``, each as PNG and SVG.
 
     Args:
-        history: of the run.
+        history: of the run; ``{"rank_pattern": ...}`` of any other LoRA adapter, for its rank map alone.
         log: its logs; empty where there are none.
         folder: is made where it is missing.
 
@@ -173,6 +173,8 @@ def pixels(figure: Figure) -> np.ndarray:
 
 def _own_rounds(history: History) -> list[tuple[Mapping[str, Any], int]]:
     """The rounds of the run that the plan is of, each with the total rank after it; not those of a run before it."""
+    if "initial_ranks" not in history:  # of an adapter that IncreLoRA did not train
+        return []
     plan, budget, increment = history["plan"], history["target_total_rank"], history["config"]["increment"]
     total, found = sum(history["initial_ranks"].values()), []
     for record in history["rounds"]:

@@ -36,15 +36,16 @@ def rank_map(history: Mapping[str, Any]) -> Figure:
     """The rank of every layer: a row for each block, a column for each type of module, a blank where nothing adapts.
 
     Args:
-        history: what `Growth.history` gives and ``increlora_history.json`` holds.
+        history: what `Growth.history` gives and ``increlora_history.json`` holds; ``rank_pattern`` is enough.
     """
     ranks = history["rank_pattern"]
+    budget = f" of a budget of {history['target_total_rank']}" if "target_total_rank" in history else ""
     rows, columns, _ = rank_grid(ranks)
     figure, panels = _panels(rows, columns, 1)
     scale, matrix = _scale(ranks.values()), _matrix(ranks, rows, columns)
     _draw(panels[0], matrix, scale)
     panels[0].set_title(
-        f"Rank map: total rank {history['total_rank']} of a budget of {history['target_total_rank']}\n"
+        f"Rank map: total rank {sum(ranks.values())}{budget}\n"
         f"{len(ranks)} {'layer' if len(ranks) == 1 else 'layers'} {_span(ranks.values())}",
         **TITLE,
     )

@@ -6,8 +6,10 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
-from .growth import Growth
+if TYPE_CHECKING:  # the rank table needs no torch
+    from .growth import Growth
 
 TOTAL_RANK = "increlora/total_rank"  # as Trainer logs it; its integrations put `train/` before it
 ORTH_LOSS = "increlora/orth_loss"
@@ -40,14 +42,25 @@ def _millions(count: int) -> str:
 
 def _final_parameters(growth: Growth) -> tuple[int, int]:
     """Fewest and most adapter parameters that the budget can end with."""
-    plan, layers = growth.plan, list(growth.layers.values())
+    plan, layers = growth.plan, growth.layers.values()
     assert plan is not None
-    start = sum(layer.num_parameters(layer.rank) for layer in layers)
-    per_component = sorted(layer.num_parameters(1) for layer in layers)
-    most_per_layer = plan.rounds * plan.increment
-    return start + _fill(per_component, growth.remaining, most_per_layer), start + _fill(
-        reversed(per_component), growth.remaining, most_per_layer
+    low, high = added_parameters(
+        [layer.num_parameters(1) for layer in layers], growth.remaining, plan.rounds * plan.increment
     )
+    start = growth.num_parameters()
+    return start + low, start + high
+
+
+def added_parameters(costs: Iterable[int], components: int, most_per_layer: int) -> tuple[int, int]:
+    """Fewest and most parameters that new components can come to.
+
+    Args:
+        costs: parameters of one component, for each layer.
+        components: how many are added in all.
+        most_per_layer: how many one layer can gain.
+    """
+    ordered = sorted(costs)
+    return _fill(ordered, components, most_per_layer), _fill(reversed(ordered), components, most_per_layer)
 
 
 def _fill(costs: Iterable[int], components: int, most_per_layer: int) -> int:

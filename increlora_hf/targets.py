@@ -63,7 +63,7 @@ def _adapted_names(model: nn.Module, lora_config: LoraConfig, config: IncreLoraC
     wanted = [name for name in modules if name and check_target_module_exists(lora_config, name)]
     listed = config.target_modules if isinstance(config.target_modules, list) else []
     idle = [target for target in listed if not any(_names(target, name) for name in wanted)]
-    fused = [name for name in _fused_experts(model) for target in idle if _names(target, name)]
+    fused = [name for name in fused_experts(model) for target in idle if _names(target, name)]
     if fused:
         raise ValueError(
             f"target_modules={idle!r} names {fused[0]!r}, one parameter with the weights of all experts, and "
@@ -92,8 +92,16 @@ def is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear | Conv1D)
 
 
+def features(module: nn.Module) -> tuple[int, int]:
+    """What a linear layer takes in and gives out."""
+    if isinstance(module, nn.Linear):
+        return module.in_features, module.out_features
+    assert isinstance(module, Conv1D)
+    return module.nx, module.nf
+
+
 def _warn_of_experts(model: nn.Module) -> None:
-    experts = _fused_experts(model)
+    experts = fused_experts(model)
     if experts:
         logger.warning(
             "IncreLoRA: %s keeps the weights of all its experts in single parameters (%s, ...). They are no linear "
@@ -103,7 +111,7 @@ def _warn_of_experts(model: nn.Module) -> None:
         )
 
 
-def _fused_experts(model: nn.Module) -> list[str]:
+def fused_experts(model: nn.Module) -> list[str]:
     """Names of the parameters that stack one matrix per expert, shape (experts, ., .)."""
     return [
         f"{name}.{key}"

@@ -7,11 +7,13 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from datasets import Dataset
+from hub_server import TOKEN, Hub
 from transformers import BertConfig, BertForSequenceClassification, TrainingArguments, set_seed
 
 VOCABULARY = 60
@@ -77,6 +79,27 @@ def arguments(output_dir: Path | str, **settings: Any) -> TrainingArguments:
         "dataloader_pin_memory": False,
     }
     return TrainingArguments(output_dir=str(output_dir), **{**defaults, **settings})
+
+
+@pytest.fixture
+def slept(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The waits that `push_folder` asked for; nothing waits."""
+    waits: list[float] = []
+    monkeypatch.setattr("increlora_hf.hub.time", SimpleNamespace(sleep=waits.append))
+    monkeypatch.setattr("huggingface_hub.utils._http.time", SimpleNamespace(sleep=lambda seconds: None))
+    return waits
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, slept: list[float]) -> Iterator[Hub]:
+    """A Hub on this machine, and a client that talks to it."""
+    with Hub() as server:
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", server.url)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr("transformers.utils.hub._hf_api", None)
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        yield server
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -7,14 +7,13 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from conftest import arguments, tiny_bert, token_rows
 from glue_fixtures import WORDS, csv_file, save_tiny_model
-from hub_server import TOKEN, Hub
+from hub_server import TOKEN
 from safetensors.torch import load, load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -31,26 +30,6 @@ FAULTS: dict[str, Any] = {
     "500": 500,
     "cut": "cut",
 }
-
-
-@pytest.fixture
-def slept(monkeypatch):
-    """The waits that `push_folder` asked for; nothing waits."""
-    waits: list[float] = []
-    monkeypatch.setattr("increlora_hf.hub.time", SimpleNamespace(sleep=waits.append))
-    monkeypatch.setattr("huggingface_hub.utils._http.time", SimpleNamespace(sleep=lambda seconds: None))
-    return waits
-
-
-@pytest.fixture
-def hub(monkeypatch, slept):
-    with Hub() as server:
-        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", server.url)
-        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
-        monkeypatch.setattr("transformers.utils.hub._hf_api", None)
-        monkeypatch.setenv("HF_TOKEN", TOKEN)
-        yield server
 
 
 def trainer(folder: Path, allow_pickles_on_hub: bool = False, **settings: Any) -> IncreLoraTrainer:

@@ -1,0 +1,139 @@
+"""The program ``increlora``: its command line, what it prints, and its exit codes."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+from . import __version__, commands
+from .base_models import TASKS
+from .commands import Answer, on_a_line
+from .config import FLAG_PREFIX, IncreLoraArguments
+
+DONE, REFUSED = 0, 1  # argparse itself exits with 2
+FORMAT_HELP = """\
+peft: the adapter alone; uniform: one rank and one scale everywhere, for servers that read no patterns; merged: the
+whole model"""
+ABOUT = "IncreLoRA: plan a run, look at LoRA adapters, and hand them on."
+EPILOG = """\
+examples:
+  increlora plan meta-llama/Meta-Llama-3-8B --r_avg 8 --max_steps 3900
+  increlora plan microsoft/deberta-v3-base --task sequence-classification \\
+      --r_avg 2 --max_steps 804 --warmup_steps 20
+  increlora inspect adapter
+  increlora plot adapter --output pictures
+  increlora compare adapter other-adapter
+  increlora export adapter --format uniform --output for-vllm
+  increlora push adapter my-name/my-adapter --private
+
+An adapter is a folder or a Hub repository. Nothing but safetensors and JSON is
+read from it.
+
+exit codes:
+  0  done
+  1  refused: the input is not what it has to be, or the plan cannot be met
+  2  the command line is wrong
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    args = _parser().parse_args(argv)
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)  # of libraries; ours are part of the output
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    try:
+        with warnings.catch_warnings(), redirect_stdout(sys.stderr):
+            warnings.simplefilter("ignore")
+            document, text = args.run(args)
+        _write(json.dumps(document, indent=2) if args.json else text)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
+    except (ValueError, OSError, ImportError) as error:
+        sys.stderr.write(f"increlora: error: {on_a_line(str(error))}\n")
+        return REFUSED
+    finally:
+        logging.disable(disabled)
+    return DONE
+
+
+def _write(text: str) -> None:
+    encoding = sys.stdout.encoding or "utf-8"
+    sys.stdout.write(text.encode(encoding, "backslashreplace").decode(encoding) + "\n")
+    sys.stdout.flush()
+
+
+def _parser() -> argparse.ArgumentParser:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("increlora", description=ABOUT, epilog=EPILOG, formatter_class=raw)
+    parser.add_argument("--version", action="version", version=__version__)
+    subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    def command(run: Callable[[argparse.Namespace], Answer], *adapters: str) -> argparse.ArgumentParser:
+        name, text = run.__name__, str(run.__doc__)
+        made = subparsers.add_parser(name, help=text, description=text, allow_abbrev=False)
+        made.set_defaults(run=run, usage_error=made.error)
+        for adapter in adapters:
+            made.add_argument(adapter.lower(), metavar=adapter, help="folder or Hub repository of a LoRA adapter")
+        made.add_argument("--json", action="store_true", help="print one JSON document")
+        return made
+
+    tasks: Any = {"choices": tuple(TASKS), "metavar": "TASK"}
+    plan = command(commands.plan)
+    plan.add_argument("model", metavar="MODEL", help="Hub repository, folder or config.json; no weights are read")
+    plan.add_argument("--max_steps", type=_steps, metavar="N", required=True, help="optimizer steps of the run")
+    plan.add_argument("--warmup_steps", type=_steps, metavar="N", default=0, help="of the learning rate (default 0)")
+    plan.add_argument("--task", **tasks, help=f"{', '.join(TASKS)}; default: the architecture in the configuration")
+    _add_settings(plan.add_argument_group("settings of IncreLoRA"))
+    command(commands.inspect, "ADAPTER")
+    plot = command(commands.plot, "ADAPTER")
+    plot.add_argument("--output", type=Path, default=Path("plots"), metavar="FOLDER", help="default: plots")
+    compare = command(commands.compare, "A", "B")
+    compare.add_argument("--output", type=Path, metavar="FILE", help="also draw the two, as PNG, PDF or SVG")
+    export = command(commands.export, "ADAPTER")
+    export.add_argument("--format", choices=commands.FORMATS, required=True, help=FORMAT_HELP)
+    export.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="new or empty")
+    export.add_argument("--base", metavar="MODEL", help="for merged; default: the one that the adapter names")
+    export.add_argument("--task", **tasks, help=f"for merged; default: the adapter's; {', '.join(TASKS)}")
+    push = command(commands.push, "ADAPTER")
+    push.add_argument("repo", metavar="REPO", help="such as my-name/my-adapter")
+    push.add_argument("--private", action="store_true", help="make a new repository private")
+    push.add_argument("--revision", help="branch to push to")
+    return parser
+
+
+def _add_settings(group: Any) -> None:
+    """A flag for every field of the settings, of the type that `IncreLoraArguments` gives it."""
+    hints = get_type_hints(IncreLoraArguments)
+    for setting in fields(IncreLoraArguments):
+        hint = hints[setting.name]
+        kind = next((one for one in get_args(hint) if one is not type(None)), hint)
+        options: dict[str, Any] = {"default": setting.default, "help": setting.metadata["help"], "dest": setting.name}
+        if kind is bool:
+            options |= {"type": _truth, "nargs": "?", "const": True, "metavar": "BOOL"}
+        elif kind == list[str]:
+            options |= {"nargs": "+", "metavar": "NAME"}
+        else:
+            options |= {"type": kind, "metavar": kind.__name__.upper()}
+        group.add_argument(f"--{setting.name.removeprefix(FLAG_PREFIX)}", **options)
+
+
+def _steps(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of steps")
+    return int(text)
+
+
+def _truth(text: str) -> bool:
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+    return text.lower() == "true"

@@ -1,0 +1,151 @@
+"""A saved adapter in the forms that other programs want it in."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from .base_models import TASKS, load_model, skeleton
+from .saved_adapter import CONFIG_NAME, PREFIX, WEIGHTS_NAME, SavedAdapter, own_file
+
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM's --max-lora-rank may be
+ROUNDING = 1e-12  # relative; scales this near to each other are the same number, computed in another order
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """A draft that becomes ``folder`` once all is written; raises ValueError where that holds files."""
+    folder = folder.resolve()
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder} is not empty, and nothing is overwritten. Name a new folder.")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
+        draft = Path(scratch) / folder.name
+        draft.mkdir()
+        yield draft
+        if folder.exists():
+            folder.rmdir()
+        draft.rename(folder)
+
+
+def write_peft(adapter: SavedAdapter, folder: Path) -> None:
+    """The adapter alone: configuration, weights and tokenizer, as they are."""
+    files = [own_file(adapter.folder, CONFIG_NAME), own_file(adapter.folder, WEIGHTS_NAME)]
+    for path in [*files, *adapter.tokenizer_files()]:
+        shutil.copyfile(path, folder / path.name)
+
+
+def write_uniform(adapter: SavedAdapter, folder: Path) -> None:
+    """The same ΔW with one rank and one scale for all layers, for readers that know no patterns.
+
+    Factors are padded with zeros to the largest rank. Where a layer's scale differs from the others', the difference
+    is multiplied into its B, in float32 at least.
+
+    Raises:
+        AdapterFormatError: it is more than a plain LoRA (DoRA, biases, ...).
+    """
+    import torch
+    from safetensors.torch import save_file
+    from torch.nn.functional import pad
+
+    from .growth import write_json
+    from .loading import read_config
+    from .state import read_tensors
+
+    read_config(adapter.folder)
+    tensors = read_tensors(own_file(adapter.folder, WEIGHTS_NAME))
+    rank = max(adapter.ranks.values())
+    scale = max((layer.scale for layer in adapter.layers.values()), key=abs)
+    for layer in adapter.layers.values():
+        a, b = tensors[layer.key_a], tensors[layer.key_b]  # (r, in, ...), (out, r, ...)
+        if not math.isclose(layer.scale, scale, rel_tol=ROUNDING):
+            b = b.to(torch.promote_types(b.dtype, torch.float32)) * (layer.scale / scale)
+        missing = (0, rank - layer.rank)
+        tensors[layer.key_a] = pad(a, (0, 0) * (a.ndim - 1) + missing)
+        tensors[layer.key_b] = pad(b, (0, 0) * (b.ndim - 2) + missing)
+    save_file(tensors, folder / WEIGHTS_NAME, metadata={"format": "pt"})
+    one: dict[str, Any] = {
+        "r": rank,
+        "lora_alpha": _alpha(scale, rank),
+        "rank_pattern": {},
+        "alpha_pattern": {},
+        "use_rslora": False,
+    }
+    write_json(folder / CONFIG_NAME, {**adapter.config, **one})
+    for path in adapter.tokenizer_files():
+        shutil.copyfile(path, folder / path.name)
+
+
+def _alpha(scale: float, rank: int) -> int | float:
+    """Scale · rank, an integer where only rounding keeps it from being one."""
+    alpha = scale * rank
+    return round(alpha) if math.isclose(alpha, round(alpha), rel_tol=ROUNDING) else alpha
+
+
+def vllm_rank(adapter: SavedAdapter) -> int | None:
+    """The smallest --max-lora-rank with which vLLM takes the adapter; None where even the largest is too small."""
+    return next((rank for rank in VLLM_RANKS if rank >= max(adapter.ranks.values())), None)
+
+
+def write_merged(adapter: SavedAdapter, folder: Path, base: str | None = None, task: str | None = None) -> None:
+    """The whole model with the adapter merged into its weights, and the tokenizer.
+
+    Args:
+        base: the base model. Default: the one that the adapter names; of that, safetensors only are opened.
+        task: one of `TASKS`. Default: the adapter's.
+
+    Raises:
+        AdapterFormatError: the adapter does not fit the base model.
+        OSError: there is no such base model.
+        ValueError: base or task are not known.
+    """
+    from transformers import AutoTokenizer
+
+    from .loading import load_adapter
+
+    name = base or adapter.base_model
+    if name is None:
+        raise ValueError(f"{adapter.folder / CONFIG_NAME} names no base model. Give it with --base.")
+    task = task or task_of(adapter)
+    options: dict[str, Any] = {} if base else {"use_safetensors": True}
+    labels = _num_labels(adapter, name, task)
+    if labels is not None:
+        options["num_labels"] = labels
+    model, without_values = load_model(name, task, **options)
+    for key in sorted(without_values):
+        if PREFIX + key not in adapter.others:
+            raise ValueError(
+                f"{key!r} is neither in {name} nor in the adapter, and would be random. Give the model that the "
+                "adapter was trained on with --base."
+            )
+    load_adapter(model, adapter.folder).merge_and_unload(safe_merge=True).save_pretrained(folder)
+    beside = adapter.tokenizer_files()
+    AutoTokenizer.from_pretrained(adapter.folder if beside else name, trust_remote_code=False).save_pretrained(folder)
+
+
+def task_of(adapter: SavedAdapter) -> str:
+    """The adapter's task as one of `TASKS`; raises ValueError where its configuration names none of them."""
+    named = adapter.config.get("task_type")
+    task = next((task for task, words in TASKS.items() if words.peft_type == named), None)
+    if task is None:
+        raise ValueError(
+            f"{adapter.folder / CONFIG_NAME}: task_type={named!r} does not say what kind of model the adapter is "
+            f"for. Give --task, one of {', '.join(TASKS)}."
+        )
+    return task
+
+
+def _num_labels(adapter: SavedAdapter, base: str, task: str) -> int | None:
+    """How many labels the adapter's head has, where the base model's configuration says otherwise."""
+    model = skeleton(base, task)
+    expected = {f"{PREFIX}{name}": tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    for key, shape in adapter.others.items():
+        ours = expected.get(key, shape)
+        if ours != shape and ours[:1] == (model.config.num_labels,) and ours[1:] == shape[1:]:
+            return shape[0]
+    return None

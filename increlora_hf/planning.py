@@ -1,0 +1,96 @@
+"""What a run will take, from the base model's shapes alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import nn
+
+from .adapter import budget
+from .config import IncreLoraConfig
+from .growth import plan_for
+from .report import added_parameters
+from .targets import features, fused_experts, resolve_targets
+
+FLOAT32 = 4  # bytes
+ADAMW = 2 * FLOAT32  # bytes of the optimizer's state for a parameter: its two averages
+
+
+@dataclass(frozen=True, kw_only=True)
+class Moment:
+    """What training holds and a checkpoint takes at one moment of a run, everything in float32."""
+
+    adapter_parameters: int  # trainable ones: λ, A and B, reserves included
+    optimizer_bytes: int  # AdamW's state, that of heads included
+    checkpoint_bytes: int  # adapter, state of growth and optimizer, without the few small files
+
+    @classmethod
+    def of(cls, *, active: int, total_rank: int, reserve: int, head: int) -> Moment:
+        """From the parameters of active components (their λ included), of reserves, and of heads."""
+        trainable = active + reserve + head
+        saved = active - total_rank + head  # the λ are folded into A
+        return cls(
+            adapter_parameters=active + reserve,
+            optimizer_bytes=ADAMW * trainable,
+            checkpoint_bytes=FLOAT32 * (saved + trainable) + ADAMW * trainable,
+        )
+
+
+def plan_model(model: nn.Module, config: IncreLoraConfig, *, max_steps: int, warmup_steps: int = 0) -> dict[str, Any]:
+    """The plan of a run and its sizes, as plain values; ``model`` may be on the meta device, and stays as it is.
+
+    The sizes at the end are given twice, for growth in the smallest layers and in the largest; ``peak`` is the most
+    that there can be at any moment.
+
+    Raises:
+        ValueError: the settings do not fit the model, or the run is too short for them.
+    """
+    fixed = config.fixed_ranks
+    first = None if fixed is None else {name: rank for name, rank in fixed.items() if rank > 0}
+    lora_config, names = resolve_targets(model, config, first)
+    ranks = first or dict.fromkeys(names, config.init_r)
+    totals = (sum(ranks.values()), budget(config, ranks))
+    plan = plan_for(config, num_layers=len(names), ranks=totals, total_steps=max_steps, warmup_steps=warmup_steps)
+    heads = list(lora_config.modules_to_save or [])
+    head = _num_parameters(model, heads)
+
+    widths = [sum(features(model.get_submodule(name))) for name in names]  # in + out
+    start = sum(ranks[name] * (width + 1) for name, width in zip(names, widths, strict=True))
+    reserve = config.increment * sum(widths) if config.advance_learning and plan.rounds else 0
+
+    def after(rounds: int, reserve: int) -> list[Moment]:
+        """With growth in the smallest layers, and in the largest."""
+        gained = min(totals[1] - totals[0], rounds * plan.top_h * plan.increment)
+        added = added_parameters([width + 1 for width in widths], gained, rounds * plan.increment)
+        rank = totals[0] + gained
+        return [Moment.of(active=start + more, total_rank=rank, reserve=reserve, head=head) for more in added]
+
+    begin, ends = after(0, reserve)[0], after(plan.rounds, 0)
+    before_last = after(max(plan.rounds - 1, 0), reserve)[1]
+    peak = max([begin, before_last, *ends], key=lambda moment: moment.optimizer_bytes)
+    return {
+        "model": type(model).__name__,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "layers": names,
+        "heads": heads,
+        "head_parameters": head,
+        "frozen_experts": fused_experts(model),
+        "plan": {**asdict(plan), "rounds": plan.rounds, "first_step": plan.first_step, "last_step": plan.last_step},
+        "start": asdict(begin),
+        "end_fewest": asdict(ends[0]),
+        "end_most": asdict(ends[1]),
+        "peak": asdict(peak),
+    }
+
+
+def _num_parameters(model: nn.Module, heads: Sequence[str]) -> int:
+    """Parameters of the modules with these names or name endings."""
+    inside = {
+        id(parameter): parameter.numel()
+        for name, module in model.named_modules()
+        if any(name == head or name.endswith(f".{head}") for head in heads)
+        for parameter in module.parameters()
+    }
+    return sum(inside.values())

@@ -1,0 +1,214 @@
+"""A saved LoRA adapter as its files describe it: ranks, scales and sizes, without its values and without torch."""
+
+from __future__ import annotations
+
+import math
+import re
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from .manifest import HISTORY_NAME, AdapterFormatError, read_json_object
+
+CONFIG_NAME = "adapter_config.json"
+WEIGHTS_NAME = "adapter_model.safetensors"
+STATE_NAME = "trainer_state.json"  # as transformers names it
+PREFIX = "base_model.model."  # PEFT's, of every key
+TOKENIZER_NAMES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
+    "vocab.txt", "vocab.json", "merges.txt", "bpe.codes", "spm.model", "spiece.model", "tokenizer.model",
+    "sentencepiece.bpe.model", "target.spm", "source.spm",
+)  # fmt: skip
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layer:
+    """One layer of an adapter: ΔW = s · B A."""
+
+    rank: int
+    scale: float  # s
+    num_parameters: int  # of A and B
+    key_a: str
+    key_b: str
+
+
+@dataclass(frozen=True)
+class SavedAdapter:
+    """A folder with a LoRA adapter, PEFT's or of this package; `read_adapter` makes it."""
+
+    folder: Path
+    config: dict[str, Any]  # adapter_config.json
+    layers: dict[str, Layer]  # by the layer's name in the base model, in the file's order
+    others: dict[str, Shape]  # what is saved beside the factors, heads mostly
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        """Layer name -> rank."""
+        return {name: layer.rank for name, layer in self.layers.items()}
+
+    @property
+    def base_model(self) -> str | None:
+        """The base model that the configuration names."""
+        name = self.config.get("base_model_name_or_path")
+        return name if isinstance(name, str) and name else None
+
+    @cached_property
+    def history(self) -> dict[str, Any] | None:
+        """increlora_history.json, where there is one; its ranks are those of the tensors."""
+        if not (self.folder / HISTORY_NAME).exists():
+            return None
+        return {**read_json_object(own_file(self.folder, HISTORY_NAME)), "rank_pattern": self.ranks}
+
+    @property
+    def heads(self) -> list[str]:
+        """The modules that are saved whole beside the factors."""
+        return list(dict.fromkeys(key.removeprefix(PREFIX).rpartition(".")[0] for key in self.others))
+
+    @property
+    def head_parameters(self) -> int:
+        """How many values those have."""
+        return sum(math.prod(shape) for shape in self.others.values())
+
+    @property
+    def round_steps(self) -> list[int] | None:
+        """The steps of the rounds by which it grew; None without a history."""
+        if self.history is None:
+            return None
+        rounds = self.history.get("rounds")
+        records = rounds if isinstance(rounds, list) else [rounds]
+        steps = [one["step"] for one in records if isinstance(one, dict) and isinstance(one.get("step"), int)]
+        if len(steps) != len(records):
+            raise AdapterFormatError(
+                self.folder / HISTORY_NAME, "rounds", "rounds with their steps", repr(rounds)[:80]
+            )
+        return steps
+
+    @cached_property
+    def log_history(self) -> list[Any]:
+        """What the Trainer logged, where its state was saved beside the adapter."""
+        if not (self.folder / STATE_NAME).exists():
+            return []
+        log = read_json_object(own_file(self.folder, STATE_NAME)).get("log_history", [])
+        if not isinstance(log, list):
+            raise AdapterFormatError(self.folder / STATE_NAME, "log_history", "a list", f"a {type(log).__name__}")
+        return log
+
+    def tokenizer_files(self) -> list[Path]:
+        """The files of the tokenizer that was saved beside the adapter."""
+        return [own_file(self.folder, name) for name in TOKENIZER_NAMES if (self.folder / name).exists()]
+
+
+def read_adapter(path_or_repo: str | Path) -> SavedAdapter:
+    """Describe the LoRA adapter in a folder or Hub repository; of the tensors only names and shapes are read.
+
+    Raises:
+        AdapterFormatError: it is no LoRA adapter in safetensors, or its files contradict each other.
+    """
+    folder = local_folder(path_or_repo, CONFIG_NAME, WEIGHTS_NAME, HISTORY_NAME, STATE_NAME, *TOKENIZER_NAMES)
+    config = read_json_object(own_file(folder, CONFIG_NAME))
+    if config.get("peft_type") != "LORA":
+        raise AdapterFormatError(folder / CONFIG_NAME, "peft_type", "'LORA'", repr(config.get("peft_type"))[:80])
+    path = own_file(folder, WEIGHTS_NAME)
+    shapes = _read_shapes(path)
+    layers = dict(_layers(path, shapes, folder / CONFIG_NAME, config))
+    factors = {key for layer in layers.values() for key in (layer.key_a, layer.key_b)}
+    return SavedAdapter(folder, config, layers, {key: s for key, s in shapes.items() if key not in factors})
+
+
+def local_folder(path_or_repo: str | Path, *names: str) -> Path:
+    """The folder itself, or the files ``names`` of a Hub repository, downloaded."""
+    folder = Path(path_or_repo)
+    if folder.is_dir():
+        return folder
+    if folder.is_absolute() or str(path_or_repo).startswith("."):
+        raise AdapterFormatError(folder, "folder", "a folder with an adapter", "no such folder")
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(str(path_or_repo), allow_patterns=list(names)))
+
+
+def own_file(folder: Path, name: str) -> Path:
+    """A file of the folder; a link that leaves it is refused, and so is a pickle in its place."""
+    path = folder / name
+    if path.is_symlink() and not (path.resolve().is_relative_to(folder.resolve()) or _is_hub_cache(folder, path)):
+        raise AdapterFormatError(path, "file", "a file inside the folder", f"a link to {path.resolve()}")
+    pickles = sorted(p.name for p in folder.glob("adapter_model.*") if p.suffix in (".bin", ".pt", ".pth", ".pkl"))
+    if not path.is_file() and pickles and name == WEIGHTS_NAME:
+        raise AdapterFormatError(folder / pickles[0], "file", name, "a pickle, which is never opened")
+    if not path.is_file():
+        raise AdapterFormatError(path, "file", name, "no such file")
+    return path
+
+
+def _is_hub_cache(folder: Path, path: Path) -> bool:
+    """The Hub's cache keeps files as links from snapshots/<commit>/ into blobs/ beside it."""
+    return folder.parent.name == "snapshots" and path.resolve().parent == folder.resolve().parent.parent / "blobs"
+
+
+def _read_shapes(path: Path) -> dict[str, Shape]:
+    """Key -> shape from the header of a safetensors file."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="numpy") as file:
+            shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError) as error:
+        raise AdapterFormatError(path, "content", "safetensors", str(error)) from None
+    for key in shapes:
+        if not key.isprintable():
+            raise AdapterFormatError(path, ascii(key)[:80], "a printable key", "control characters")
+    return shapes
+
+
+def _layers(
+    path: Path, shapes: Mapping[str, Shape], config_path: Path, config: Mapping[str, Any]
+) -> Iterator[tuple[str, Layer]]:
+    found: dict[str, dict[str, str]] = {}
+    for key in shapes:
+        match = re.fullmatch(r"(.+)\.lora_(?:embedding_)?([AB])(?:\.weight)?", key)
+        if match:
+            found.setdefault(match[1].removeprefix(PREFIX), {})[match[2]] = key
+    if not found:
+        raise AdapterFormatError(path, "keys", "the factors of a LoRA, lora_A and lora_B", f"{list(shapes)[:2]}")
+    for name in sorted(found, key=_place):
+        keys = found[name]
+        for missing in {"A", "B"} - keys.keys():
+            raise AdapterFormatError(path, f"{name}.lora_{missing}", "a tensor", "nothing")
+        a, b = shapes[keys["A"]], shapes[keys["B"]]  # (r, in, ...), (out, r, ...)
+        if min(len(a), len(b)) < 2 or a[0] != b[1] or a[0] < 1:
+            raise AdapterFormatError(path, name, "factors (r, in) and (out, r)", f"{list(a)} and {list(b)}")
+        yield (
+            name,
+            Layer(
+                rank=a[0],
+                scale=_scale(config_path, config, name, a[0]),
+                num_parameters=math.prod(a) + math.prod(b),
+                key_a=keys["A"],
+                key_b=keys["B"],
+            ),
+        )
+
+
+def _place(name: str) -> list[tuple[bool, int | str]]:
+    """Sorts names by the numbers in them: the file has layer.10 before layer.2."""
+    return [(False, int(part)) if part.isdecimal() else (True, part) for part in name.split(".")]
+
+
+def _scale(path: Path, config: Mapping[str, Any], name: str, rank: int) -> float:
+    """s = alpha / r of one layer, or alpha / √r with use_rslora, as PEFT computes it."""
+    patterns = config.get("alpha_pattern") or {}
+    if not isinstance(patterns, dict):
+        raise AdapterFormatError(path, "alpha_pattern", "an object", repr(patterns)[:80])
+    alpha = config.get("lora_alpha")
+    try:
+        alpha = next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", name)), alpha)
+    except re.error as error:
+        raise AdapterFormatError(path, "alpha_pattern", "regular expressions", str(error)) from None
+    if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not abs(alpha) <= sys.float_info.max:
+        raise AdapterFormatError(path, "lora_alpha", "a finite number", repr(alpha)[:80])
+    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)

@@ -1,0 +1,341 @@
+"""The program ``increlora``: what it prints, and how it ends."""
+
+import dataclasses
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from conftest import tiny_bert
+from hub_server import Hub
+from PIL import Image
+from test_adapter import unequal
+from test_saved_adapter import change, plain_lora
+
+import increlora_hf
+from increlora_hf import IncreLoraConfig
+from increlora_hf.cli import DONE, REFUSED, main
+from increlora_hf.planning import plan_model
+from increlora_hf.report import rank_table
+from increlora_hf.saved_adapter import read_adapter
+
+USAGE = 2  # argparse's own
+WIDTH = 80
+PROGRAM = [sys.executable, "-c", "import sys; from increlora_hf.cli import main; sys.exit(main())"]
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def increlora(capsys: pytest.CaptureFixture[str]) -> Run:
+    """Runs the program; returns exit code, output and errors."""
+
+    def run(*args: Any) -> tuple[int, str, str]:
+        capsys.readouterr()
+        try:
+            code = main([str(arg) for arg in args])
+        except SystemExit as ending:
+            code = int(str(ending.code))
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("adapter")
+    unequal().save_pretrained(folder)
+    (folder / "trainer_state.json").write_text('{"log_history": [{"loss": 1.0}]}')
+    return folder
+
+
+@pytest.fixture(scope="module")
+def lora(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return plain_lora(tmp_path_factory.mktemp("lora"), r=4)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    config = tiny_bert().config
+    config.architectures = ["BertForSequenceClassification"]
+    config.save_pretrained(folder)
+    return folder
+
+
+def stand_in(monkeypatch: pytest.MonkeyPatch, name: str, **functions: Any) -> None:
+    """A module of the package with these functions, in the place of the real one."""
+    module = ModuleType(f"increlora_hf.{name}")
+    vars(module).update(functions)
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setattr(increlora_hf, name, module, raising=False)
+
+
+# ---- Each command -------------------------------------------------------------------------------------------------
+
+
+def test_plan_prints_what_planning_counts(increlora: Run, model: Path) -> None:
+    flags = ["--r_avg", 3, "--max_steps", 200, "--warmup_steps", 5, "--target_modules", "query", "key"]
+    code, out, err = increlora("plan", model, *flags, "--json")
+    config = IncreLoraConfig(r_avg=3, target_modules=["query", "key"])
+    expected = plan_model(tiny_bert(), config, max_steps=200, warmup_steps=5)
+    assert (code, err) == (DONE, "")
+    assert json.loads(out) == expected
+    code, out, err = increlora("plan", model, *flags)
+    assert (code, err) == (DONE, "")
+    assert "BertForSequenceClassification" in out
+    assert "4 to 12" in out
+    assert max(map(len, out.splitlines())) <= WIDTH
+
+
+def test_plan_names_experts_that_stay_frozen(increlora: Run, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("increlora_hf.planning.fused_experts", lambda model: ["layers.0.experts.gate_up"])
+    _, out, _ = increlora("plan", model, "--max_steps", 200)
+    assert "the experts' weights: layers.0.experts.gate_up" in out
+
+
+def test_plan_of_fixed_ranks_has_no_rounds(increlora: Run, model: Path, adapter: Path) -> None:
+    file = adapter / "increlora_history.json"
+    code, out, _ = increlora("plan", model, "--max_steps", 200, "--rank_pattern", file)
+    assert code == DONE
+    assert "none, the ranks are fixed" in out
+
+
+def test_plan_takes_every_setting_as_a_flag(increlora: Run) -> None:
+    _, out, _ = increlora("plan", "--help")
+    assert {f"--{field.name}" for field in dataclasses.fields(IncreLoraConfig)} <= set(re.findall(r"--\w+", out))
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [["--advance_learning", "false"], ["--init_std", "unit"], ["--orth_reg_squared"], ["--task", "causal-lm"]],
+    ids=" ".join,
+)
+def test_flags_have_the_types_of_the_settings(increlora: Run, model: Path, flags: list[str]) -> None:
+    assert increlora("plan", model, "--max_steps", 200, *flags)[0] == DONE
+
+
+def test_inspect_shows_the_ranks_of_any_lora(increlora: Run, adapter: Path, lora: Path) -> None:
+    for folder in (adapter, lora):
+        code, out, err = increlora("inspect", folder)
+        assert (code, err) == (DONE, "")
+        assert rank_table(read_adapter(folder).ranks) in out
+    code, out, _ = increlora("inspect", adapter, "--json")
+    document = json.loads(out)
+    assert document["ranks"] == read_adapter(adapter).ranks
+    assert document["total_rank"] == sum(document["ranks"].values())
+    assert document["round_steps"] == [1, 1, 1]
+
+
+def test_compare_shows_both_ranks_and_their_difference(increlora: Run, adapter: Path, lora: Path) -> None:
+    code, out, _ = increlora("compare", adapter, lora)
+    assert code == DONE
+    ours, theirs = read_adapter(adapter).ranks, read_adapter(lora).ranks
+    rows = {line.split()[0]: line.split()[1:] for line in out.splitlines() if line}
+    for name in ours:
+        a, b = ours[name], theirs.get(name, 0)
+        assert rows[name] == [str(a), str(b), f"{b - a:+}"]
+    total = sum(ours.values()), sum(theirs.values())
+    assert rows["total"] == [str(total[0]), str(total[1]), f"{total[1] - total[0]:+}"]
+    document = json.loads(increlora("compare", adapter, lora, "--json")[1])
+    assert document["totals"] == list(total)
+
+
+def test_compare_draws_both(increlora: Run, adapter: Path, lora: Path, tmp_path: Path) -> None:
+    code, _, err = increlora("compare", adapter, lora, "--output", tmp_path / "both.png")
+    assert (code, err) == (DONE, "")
+    with Image.open(tmp_path / "both.png") as picture:
+        assert picture.width > 500
+
+
+def test_plot_draws_the_rank_map_and_what_else_is_recorded(
+    increlora: Run, adapter: Path, lora: Path, tmp_path: Path
+) -> None:
+    code, out, err = increlora("plot", adapter, "--output", tmp_path / "ours", "--json")
+    assert (code, err) == (DONE, "")
+    files = [Path(name).name for name in json.loads(out)["files"]]
+    assert files == sorted(path.name for path in (tmp_path / "ours").iterdir())
+    assert files[:2] == ["increlora_rank_map.png", "increlora_rank_map.svg"]
+    assert increlora("plot", lora, "--output", tmp_path / "theirs")[0] == DONE
+    assert {path.stem for path in (tmp_path / "theirs").iterdir()} == {"increlora_rank_map"}
+
+
+def test_plot_without_matplotlib_names_the_extra(
+    increlora: Run, adapter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def draw_all(*args: Any) -> Any:
+        raise ModuleNotFoundError("No module named 'matplotlib'", name="matplotlib.pyplot")
+
+    stand_in(monkeypatch, "plots", draw_all=draw_all)
+    expected = "increlora: error: Drawing needs matplotlib: pip install 'increlora-hf[plot]'.\n"
+    assert increlora("plot", adapter) == (REFUSED, "", expected)
+
+
+def test_another_missing_module_is_named_as_it_is(
+    increlora: Run, adapter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def draw_all(*args: Any) -> Any:
+        raise ModuleNotFoundError("No module named 'numpy'", name="numpy")
+
+    stand_in(monkeypatch, "plots", draw_all=draw_all)
+    assert increlora("plot", adapter)[2] == "increlora: error: No module named 'numpy'\n"
+
+
+def test_export_writes_and_says_the_rank_for_vllm(increlora: Run, lora: Path, tmp_path: Path) -> None:
+    code, out, _ = increlora("export", lora, "--format", "uniform", "--output", tmp_path / "u")
+    assert code == DONE
+    assert out.endswith("Every layer has rank 4.\nFor vLLM: --max-lora-rank 8\n")
+    code, out, _ = increlora("export", lora, "--format", "peft", "--output", tmp_path / "p", "--json")
+    assert json.loads(out)["files"] == ["adapter_config.json", "adapter_model.safetensors"]
+
+
+def test_export_says_what_vllm_does_not_take(increlora: Run, adapter: Path, tmp_path: Path) -> None:
+    _, out, _ = increlora("export", adapter, "--format", "uniform", "--output", tmp_path / "u")
+    assert "vLLM refuses trained heads (bert.pooler.dense, classifier): export merged for it." in out
+    high = plain_lora(tmp_path / "high", r=513, target_modules=["query"])
+    _, out, _ = increlora("export", high, "--format", "uniform", "--output", tmp_path / "h")
+    assert "vLLM takes no rank as high as this." in out
+
+
+def test_export_merged_takes_base_and_task(increlora: Run, adapter: Path, tmp_path: Path) -> None:
+    tiny_bert().save_pretrained(tmp_path / "base")
+    (tmp_path / "base" / "vocab.txt").write_text("[UNK]\n[CLS]\n[SEP]\n[PAD]\n[MASK]\none\n")
+    flags = ["--base", tmp_path / "base", "--task", "sequence-classification"]
+    code, out, err = increlora("export", adapter, "--format", "merged", "--output", tmp_path / "m", *flags, "--json")
+    assert code == DONE, err
+    assert {"config.json", "model.safetensors"} <= set(json.loads(out)["files"])
+
+
+def test_push_uploads_and_prints_the_address(increlora: Run, lora: Path, hub: Hub) -> None:
+    code, out, err = increlora("push", lora, "me/it", "--private")
+    assert (code, "error" in err) == (DONE, False)
+    assert out.startswith(f"{hub.url}/me/it/commit/")
+    assert hub.repositories["me/it"].private
+    assert hub.files("me/it")["adapter_model.safetensors"] == (lora / "adapter_model.safetensors").read_bytes()
+    assert increlora("push", lora, "me/it", "--revision", "v1")[0] == DONE
+    assert hub.files("me/it", "v1")
+
+
+def test_push_says_why_it_was_refused(increlora: Run, lora: Path, hub: Hub) -> None:
+    hub.fault("create", 401)
+    code, out, err = increlora("push", lora, "me/it")
+    assert (code, out) == (REFUSED, "")
+    assert "hf auth login" in err
+    assert len(err.splitlines()) == 1
+
+
+# ---- Errors and manners -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "args",
+    [[], ["plan"], ["plan", "x"], ["plan", "x", "--max_steps", "-1"], ["inspect"], ["fly"]]
+    + [["plan", "x", "--max_steps", "9", *rest] for rest in (["--task", "no"], ["--advance_learning", "maybe"])]
+    + [["export", "x", "--format", "peft", "--output", "y", "--base", "z"]],
+    ids=" ".join,
+)
+def test_a_wrong_command_line_ends_with_2(increlora: Run, args: list[str]) -> None:
+    code, out, err = increlora(*args)
+    assert (code, out) == (USAGE, "")
+    assert "error: " in err
+
+
+@pytest.mark.parametrize("json_too", [[], ["--json"]], ids=["text", "json"])
+def test_a_refusal_is_one_line_on_stderr_and_ends_with_1(increlora: Run, tmp_path: Path, json_too: list[str]) -> None:
+    for args in (["inspect", tmp_path], ["compare", tmp_path, tmp_path], ["plan", tmp_path, "--max_steps", 9]):
+        code, out, err = increlora(*args, *json_too)
+        assert (code, out) == (REFUSED, "")
+        assert re.fullmatch(r"increlora: error: [^\n]+\n", err)
+
+
+def test_a_plan_that_is_too_short_is_refused_with_the_reason(increlora: Run, model: Path) -> None:
+    code, _, err = increlora("plan", model, "--r_avg", 8, "--max_steps", 20)
+    assert code == REFUSED
+    assert "cannot be met in 20 steps" in err
+    code, _, err = increlora("plan", model, "--r_avg", 1, "--init_r", 2, "--max_steps", 20)
+    assert code == REFUSED
+    assert "r_avg=1 is below init_r=2" in err
+
+
+def test_an_export_that_is_refused_leaves_no_folder(increlora: Run, tmp_path: Path) -> None:
+    dora = plain_lora(tmp_path / "dora", use_dora=True)
+    target = tmp_path / "out"
+    code, _, err = increlora("export", dora, "--format", "uniform", "--output", target)
+    assert code == REFUSED
+    assert "use_dora" in err
+    assert not target.exists()
+
+
+def test_control_characters_of_strangers_do_not_reach_the_terminal(increlora: Run, tmp_path: Path) -> None:
+    plain_lora(tmp_path)
+    change(tmp_path, base_model_name_or_path="a\x1b[2Jb\nc", task_type="\x9b31m")
+    _, out, _ = increlora("inspect", tmp_path)
+    assert "a\\x1b[2Jb c" in out
+    change(tmp_path, peft_type="\x1b]0;x\x07")
+    _, _, err = increlora("inspect", tmp_path)
+    assert not [c for c in out + err if not c.isprintable() and c != "\n"]
+
+
+def test_what_libraries_print_does_not_mix_with_the_document(
+    increlora: Run, lora: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def push_folder(*args: Any, **options: Any) -> str:
+        sys.stdout.write("noise\n")
+        return "https://example.org"
+
+    stand_in(monkeypatch, "hub", push_folder=push_folder)
+    _, out, err = increlora("push", lora, "me/it", "--json")
+    assert json.loads(out) == {"url": "https://example.org"}
+    assert err == "noise\n"
+
+
+def run_program(*args: Any, **options: Any) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([*PROGRAM, *map(str, args)], capture_output=True, text=True, check=False, **options)
+
+
+def test_help_has_examples_and_exit_codes_and_imports_no_torch() -> None:
+    code = (
+        "import sys; from increlora_hf.cli import main\ntry: main(['--help'])\nfinally: "
+        "assert not {'torch', 'transformers', 'peft', 'numpy'} & sys.modules.keys()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "increlora export adapter --format uniform" in done.stdout
+    assert "exit codes:\n  0  done\n  1  refused" in done.stdout
+    assert max(map(len, done.stdout.splitlines())) <= WIDTH
+
+
+def test_a_reader_that_goes_away_causes_no_traceback(lora: Path) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w") as pipe:
+        done = subprocess.run(
+            [*PROGRAM, "inspect", str(lora)], stdout=pipe, stderr=subprocess.PIPE, text=True, check=False
+        )
+    assert (done.returncode, done.stderr) == (DONE, "")
+
+
+def test_a_terminal_without_unicode_gets_escapes(tmp_path: Path) -> None:
+    plain_lora(tmp_path)
+    change(tmp_path, base_model_name_or_path="modèle")
+    done = run_program("inspect", tmp_path, env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    assert done.returncode == DONE
+    assert "mod\\xe8le" in done.stdout
+
+
+def test_importing_the_package_imports_no_torch_and_its_names_are_there() -> None:
+    code = (
+        "import sys, increlora_hf; assert 'torch' not in sys.modules; "
+        "increlora_hf.IncreLoraConfig(); assert 'torch' not in sys.modules; "
+        "assert set(increlora_hf.__all__) <= set(dir(increlora_hf)); "
+        "assert all(getattr(increlora_hf, name) for name in increlora_hf.__all__)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        _ = increlora_hf.nothing

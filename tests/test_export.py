@@ -1,0 +1,238 @@
+"""Exported adapters compute what the adapter computed, whole or not at all."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import tiny_bert
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from test_adapter import logits, unequal
+from test_saved_adapter import PATTERNS, change, lora_layers, plain_lora
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from torch import Tensor
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerFast
+
+from increlora_hf import AdapterFormatError, IncreLoraConfig, attach
+from increlora_hf.export import VLLM_RANKS, new_folder, vllm_rank, write_merged, write_peft, write_uniform
+from increlora_hf.saved_adapter import PREFIX, read_adapter
+
+PER_RANK = IncreLoraConfig(r_avg=3, rank_scaling="per_rank")
+
+
+def deltas(folder: Path) -> dict[str, Tensor]:
+    """ΔW of every layer, as PEFT computes it."""
+    model = PeftModel.from_pretrained(tiny_bert(), folder)
+    return {name: layer.get_delta_weight("default").detach() for name, layer in lora_layers(model).items()}
+
+
+def deltas_without_patterns(folder: Path) -> dict[str, Tensor]:
+    """ΔW = alpha / r · B A with the one alpha and the one r of the configuration."""
+    config = json.loads((folder / "adapter_config.json").read_text())
+    tensors = load_file(folder / "adapter_model.safetensors")
+    found = {}
+    for key, a in tensors.items():
+        if key.endswith("lora_A.weight"):
+            b = tensors[key.replace("lora_A", "lora_B")]
+            assert (a.shape[0], b.shape[1]) == (config["r"],) * 2
+            name = key.removeprefix(PREFIX).removesuffix(".lora_A.weight")
+            found[name] = config["lora_alpha"] / config["r"] * b.float() @ a.float()
+    return found
+
+
+def saved(folder: Path, kind: str) -> Path:
+    if kind == "grown":
+        unequal().save_pretrained(folder)
+    elif kind == "grown per rank":
+        unequal(PER_RANK).save_pretrained(folder)
+    else:
+        plain_lora(folder, **PATTERNS, use_rslora=kind == "rslora")
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["grown", "grown per rank", "plain", "rslora"])
+def test_uniform_adapter_has_the_same_delta_in_every_layer_for_every_reader(tmp_path: Path, kind: str) -> None:
+    source, target = saved(tmp_path / "a", kind), tmp_path / "b"
+    target.mkdir()
+    adapter = read_adapter(source)
+    write_uniform(adapter, target)
+    before, after = deltas(source), deltas(target)
+    assert after.keys() == before.keys() == adapter.ranks.keys()
+    assert set(read_adapter(target).ranks.values()) == {max(adapter.ranks.values())}
+    assert len(set(adapter.ranks.values())) > 1
+    for name, plainly in deltas_without_patterns(target).items():
+        assert before[name].abs().max() > 0
+        torch.testing.assert_close(after[name], before[name], rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(plainly, before[name], rtol=1e-6, atol=1e-6)
+
+
+def test_equal_scales_leave_values_and_dtype_as_they_are(tmp_path: Path) -> None:
+    source, target = tmp_path / "a", tmp_path / "b"
+    target.mkdir()
+    unequal().to(torch.bfloat16).save_pretrained(source)
+    adapter = read_adapter(source)
+    write_uniform(adapter, target)
+    before, after = (load_file(folder / "adapter_model.safetensors") for folder in (source, target))
+    for layer in adapter.layers.values():
+        assert after[layer.key_a].dtype == torch.bfloat16
+        assert torch.equal(after[layer.key_a][: layer.rank], before[layer.key_a])
+        assert torch.equal(after[layer.key_b][:, : layer.rank], before[layer.key_b])
+        assert not after[layer.key_a][layer.rank :].any()
+        assert not after[layer.key_b][:, layer.rank :].any()
+
+
+def test_other_scales_are_folded_without_rounding_to_half_precision(tmp_path: Path) -> None:
+    source, target = tmp_path / "a", tmp_path / "b"
+    target.mkdir()
+    unequal(PER_RANK).to(torch.bfloat16).save_pretrained(source)
+    adapter = read_adapter(source)
+    write_uniform(adapter, target)
+    tensors = load_file(source / "adapter_model.safetensors")
+    for name, plainly in deltas_without_patterns(target).items():
+        layer = adapter.layers[name]
+        expected = layer.scale * tensors[layer.key_b].float() @ tensors[layer.key_a].float()
+        torch.testing.assert_close(plainly, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_an_adapter_of_scale_zero_stays_one(tmp_path: Path) -> None:
+    (tmp_path / "b").mkdir()
+    write_uniform(read_adapter(plain_lora(tmp_path / "a", lora_alpha=0)), tmp_path / "b")
+    assert not any(delta.any() for delta in deltas(tmp_path / "b").values())
+
+
+def test_whole_alpha_stays_whole(tmp_path: Path) -> None:
+    (tmp_path / "b").mkdir()
+    write_uniform(read_adapter(plain_lora(tmp_path / "a", r=3, lora_alpha=16)), tmp_path / "b")
+    alpha = json.loads((tmp_path / "b" / "adapter_config.json").read_text())["lora_alpha"]
+    assert (alpha, type(alpha)) == (16, int)
+
+
+def test_more_than_a_plain_lora_is_not_made_uniform(tmp_path: Path) -> None:
+    (tmp_path / "b").mkdir()
+    adapter = read_adapter(plain_lora(tmp_path / "a", use_dora=True))
+    with pytest.raises(AdapterFormatError, match="use_dora: expected plain LoRA, found True"):
+        write_uniform(adapter, tmp_path / "b")
+
+
+@pytest.mark.parametrize("rank, expected", [(1, 1), (2, 8), (8, 8), (9, 16), (257, 320), (512, 512), (513, None)])
+def test_vllm_s_rank_is_the_smallest_that_holds_the_adapter(tmp_path: Path, rank: int, expected: int | None) -> None:
+    plain_lora(tmp_path, r=rank, target_modules=["query"])
+    assert vllm_rank(read_adapter(tmp_path)) == expected
+    assert list(VLLM_RANKS) == sorted(VLLM_RANKS)
+
+
+def test_peft_format_is_the_adapter_and_its_tokenizer_alone(tmp_path: Path) -> None:
+    source, target = tmp_path / "a", tmp_path / "b"
+    unequal().save_pretrained(source)
+    for name in ("tokenizer.json", "training_args.bin", "README.md", "trainer_state.json"):
+        (source / name).write_text("{}")
+    target.mkdir()
+    write_peft(read_adapter(source), target)
+    names = {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json"}
+    assert {path.name for path in target.iterdir()} == names
+    assert all((target / name).read_bytes() == (source / name).read_bytes() for name in names)
+
+
+# ---- Merged models ------------------------------------------------------------------------------------------------
+
+
+def tokenizer(folder: Path) -> None:
+    words = Tokenizer(WordLevel({"[UNK]": 0, "one": 1, "two": 2}, "[UNK]"))
+    words.pre_tokenizer = Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]").save_pretrained(folder)
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    """A base model of two labels with a tokenizer."""
+    tiny_bert().save_pretrained(tmp_path / "base")
+    tokenizer(tmp_path / "base")
+    return tmp_path / "base"
+
+
+def grown_on(base: Path, labels: int) -> Any:
+    options = {"num_labels": labels, "ignore_mismatched_sizes": True}
+    model = attach(AutoModelForSequenceClassification.from_pretrained(base, **options))
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+    return model
+
+
+@pytest.mark.parametrize("labels", [2, 3], ids=["labels of the base", "labels of its own"])
+@pytest.mark.parametrize("named", [True, False], ids=["base from the adapter", "base given"])
+def test_merged_model_computes_what_base_and_adapter_compute(
+    tmp_path: Path, base: Path, labels: int, named: bool
+) -> None:
+    model = grown_on(base, labels)
+    model.save_pretrained(tmp_path / "a")
+    if not named:
+        change(tmp_path / "a", base_model_name_or_path="nobody/nothing")
+    (tmp_path / "m").mkdir()
+    write_merged(read_adapter(tmp_path / "a"), tmp_path / "m", None if named else str(base))
+    merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "m")
+    torch.testing.assert_close(logits(merged), logits(model), rtol=1e-5, atol=1e-5)
+    assert AutoTokenizer.from_pretrained(tmp_path / "m")("two one").input_ids == [2, 1]
+    assert not [path for path in (tmp_path / "m").iterdir() if path.suffix in (".bin", ".pt")]
+
+
+def test_merging_needs_to_know_base_and_task(tmp_path: Path, base: Path) -> None:
+    grown_on(base, 2).save_pretrained(tmp_path)
+    change(tmp_path, task_type=None)
+    with pytest.raises(ValueError, match=r"task_type=None does not say .* Give --task, one of causal-lm"):
+        write_merged(read_adapter(tmp_path), tmp_path)
+    change(tmp_path, base_model_name_or_path=None)
+    with pytest.raises(ValueError, match=r"names no base model. Give it with --base"):
+        write_merged(read_adapter(tmp_path), tmp_path)
+
+
+def test_base_that_a_stranger_names_is_not_unpickled(tmp_path: Path, base: Path) -> None:
+    grown_on(base, 2).save_pretrained(tmp_path / "a")
+    torch.save(load_file(base / "model.safetensors"), base / "pytorch_model.bin")
+    (base / "model.safetensors").unlink()
+    (tmp_path / "m").mkdir()
+    with pytest.raises(OSError, match="safetensors"):
+        write_merged(read_adapter(tmp_path / "a"), tmp_path / "m")
+
+
+def test_weights_that_nobody_has_are_not_made_up(tmp_path: Path, base: Path) -> None:
+    plain_lora(tmp_path / "a", AutoModelForSequenceClassification.from_pretrained(base))
+    change(tmp_path / "a", task_type="SEQ_CLS")
+    weights = load_file(base / "model.safetensors")
+    del weights["classifier.weight"]
+    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "m").mkdir()
+    with pytest.raises(ValueError, match=r"'classifier.weight' is neither in .* nor in the adapter"):
+        write_merged(read_adapter(tmp_path / "a"), tmp_path / "m")
+
+
+# ---- Whole or nothing ---------------------------------------------------------------------------------------------
+
+
+def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
+    target = tmp_path / "deep" / "target"
+    with pytest.raises(FileNotFoundError), new_folder(target) as draft:
+        (draft / "half").write_text((tmp_path / "nothing").read_text())
+    assert list(target.parent.iterdir()) == []
+    with new_folder(target) as draft:
+        (draft / "whole").write_text("x")
+        assert not target.exists()
+    assert [path.name for path in target.iterdir()] == ["whole"]
+
+
+def test_an_empty_folder_is_filled_and_another_refused(tmp_path: Path) -> None:
+    with new_folder(tmp_path / "target") as draft:
+        (draft / "file").write_text("x")
+    for taken in (tmp_path / "target", tmp_path / "target" / "file"):
+        with pytest.raises(ValueError, match=r"is not empty, and nothing is overwritten. Name a new folder"):
+            new_folder(taken).__enter__()
+    (tmp_path / "empty").mkdir()
+    with new_folder(tmp_path / "empty"):
+        pass
+    assert list((tmp_path / "empty").iterdir()) == []

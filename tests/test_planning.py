@@ -1,0 +1,168 @@
+"""A plan from shapes alone says what the real run does, holds and saves."""
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import arguments, tiny_bert, token_rows
+from model_zoo import ZOO
+from torch import nn
+from transformers import BertConfig, BertForSequenceClassification, BertModel
+
+from increlora_hf import IncreLoraConfig, IncreLoraTrainer, attach
+from increlora_hf.base_models import TASKS, skeleton
+from increlora_hf.growth import Growth, Round
+from increlora_hf.planning import plan_model
+
+STEPS = 200
+
+
+def heads_of(model: Any) -> int:
+    ours = {id(parameter) for parameter in model.increlora.parameters()}
+    return sum(p.numel() for p in model.parameters() if p.requires_grad and id(p) not in ours)
+
+
+def held(growth: Growth) -> int:
+    return sum(parameter.numel() for parameter in growth.parameters())
+
+
+@pytest.mark.parametrize("case", ZOO)
+def test_counts_are_those_of_the_attached_model(case: str) -> None:
+    model: Any = ZOO[case].build()
+    config = IncreLoraConfig(r_avg=3, init_r=2, increment=2)
+    planned = plan_model(model, config, max_steps=STEPS)
+    attached = attach(model, config)
+    attached.increlora.plan_run(STEPS, 0)
+    assert planned["layers"] == list(attached.increlora.layers)
+    assert planned["start"]["adapter_parameters"] == held(attached.increlora)
+    assert planned["head_parameters"] == heads_of(attached)
+    plan = attached.increlora.plan
+    assert (planned["plan"]["rounds"], planned["plan"]["last_step"]) == (plan.rounds, plan.last_step)
+
+
+def test_fixed_ranks_are_planned_without_rounds_or_reserves() -> None:
+    names = list(attach(tiny_bert()).increlora.layers)
+    config = IncreLoraConfig(rank_pattern={names[0]: 3, names[1]: 0, names[2]: 1})
+    planned = plan_model(tiny_bert(), config, max_steps=STEPS)
+    assert planned["layers"] == [names[0], names[2]]
+    assert planned["plan"]["rounds"] == 0
+    assert planned["start"] == planned["end_fewest"] == planned["end_most"] == planned["peak"]
+    assert planned["start"]["adapter_parameters"] == held(attach(tiny_bert(), config).increlora)
+
+
+@pytest.mark.parametrize("ahead", [True, False], ids=["with a reserve", "without"])
+@pytest.mark.parametrize("order", ["smallest layers", "largest layers", "any layers"])
+def test_growth_stays_within_the_bounds_and_meets_them_in_the_extremes(order: str, ahead: bool) -> None:
+    config = IncreLoraConfig(r_avg=3, increment=2, top_h=4, advance_learning=ahead)
+    planned = plan_model(tiny_bert(), config, max_steps=STEPS)
+    growth = attach(tiny_bert(), config).increlora
+    growth.plan_run(STEPS, 0)
+    generator = random.Random(0)
+    largest, counts = held(growth), []
+    for step in range(growth.plan.rounds):
+        names = list(growth.layers)
+        if order == "any layers":
+            generator.shuffle(names)
+        else:
+            sign = 1 if order == "smallest layers" else -1
+            names.sort(key=lambda name: sign * growth.layers[name].num_parameters(1))
+        affordable = -(-growth.remaining // config.increment)
+        chosen = names[: min(growth.plan.top_h, affordable)]
+        growth.apply(Round(step=step, birth_step=step, layers=chosen, scores=dict.fromkeys(growth.layers, 0.0)))
+        counts.append(held(growth))
+    largest = max(largest, *counts)
+    assert growth.remaining == 0
+    low, high = (planned[key]["adapter_parameters"] for key in ("end_fewest", "end_most"))
+    assert low <= counts[-1] <= high
+    assert largest <= planned["peak"]["adapter_parameters"]
+    if order == "smallest layers":
+        assert counts[-1] == low
+    if order == "largest layers":
+        assert counts[-1] == high
+        assert largest == planned["peak"]["adapter_parameters"]
+
+
+def wide_bert() -> BertForSequenceClassification:
+    """Wide enough that a checkpoint is tensors rather than file headers."""
+    config = BertConfig(
+        vocab_size=60, hidden_size=384, num_hidden_layers=1, num_attention_heads=2, intermediate_size=1024
+    )
+    return BertForSequenceClassification(config)
+
+
+@pytest.mark.parametrize("at", ["start", "end"])
+def test_bytes_are_those_of_the_files_of_a_real_run(tmp_path: Path, at: str) -> None:
+    config = IncreLoraConfig(r_avg=4, interval=2, start=2, orth_reg_weight=0)
+    steps = 12
+    planned = plan_model(wide_bert(), config, max_steps=steps)
+    save_at = 1 if at == "start" else steps
+    trainer = IncreLoraTrainer(
+        wide_bert(),
+        arguments(tmp_path, max_steps=steps, warmup_steps=0, save_strategy="steps", save_steps=save_at),
+        train_dataset=token_rows(),
+        increlora_config=config,
+    )
+    trainer.train()
+    folder = tmp_path / f"checkpoint-{save_at}"
+    optimizer = (folder / "optimizer.pt").stat().st_size
+    everything = sum(path.stat().st_size for path in folder.iterdir())
+    low, high = (planned[key] for key in (("start",) * 2 if at == "start" else ("end_fewest", "end_most")))
+    tolerance = 0.05  # headers, and the few small files
+    assert low["optimizer_bytes"] <= optimizer <= high["optimizer_bytes"] * (1 + tolerance)
+    assert low["checkpoint_bytes"] <= everything <= high["checkpoint_bytes"] * (1 + tolerance)
+
+
+def test_a_run_too_short_is_refused_with_the_library_s_own_message() -> None:
+    config = IncreLoraConfig(r_avg=8)
+    with pytest.raises(ValueError, match="cannot be met in 20 steps") as planned:
+        plan_model(tiny_bert(), config, max_steps=20)
+    with pytest.raises(ValueError) as attached:
+        attach(tiny_bert(), config).increlora.plan_run(20, 0)
+    assert str(planned.value) == str(attached.value)
+
+
+# ---- Models without weights ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    tiny_bert().config.save_pretrained(tmp_path)
+    return tmp_path
+
+
+def architecture(folder: Path, *names: str) -> None:
+    document = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**document, "architectures": list(names)}))
+
+
+def test_skeleton_is_the_architecture_of_the_configuration_on_the_meta_device(saved: Path) -> None:
+    architecture(saved, "BertForSequenceClassification")
+    for place in (saved, saved / "config.json"):
+        model = skeleton(str(place))
+        assert type(model) is BertForSequenceClassification
+        assert {parameter.device for parameter in model.parameters()} == {torch.device("meta")}
+    expected = plan_model(tiny_bert(), IncreLoraConfig(), max_steps=STEPS)
+    assert plan_model(model, IncreLoraConfig(), max_steps=STEPS) == expected
+
+
+@pytest.mark.parametrize("names", [[], ["Trainer"], ["NoSuchModel"]], ids=str)
+def test_skeleton_without_a_known_architecture_is_the_backbone(saved: Path, names: list[str]) -> None:
+    architecture(saved, *names)
+    assert type(skeleton(str(saved))) is BertModel
+
+
+@pytest.mark.parametrize("task", [task for task in TASKS if task != "seq2seq-lm"])
+def test_skeleton_has_the_head_of_its_task(saved: Path, task: str) -> None:
+    model = skeleton(str(saved), task)
+    assert isinstance(model, nn.Module)
+    assert type(model).__name__.startswith("Bert")
+
+
+def test_code_beside_a_configuration_is_not_run(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "own", "auto_map": {"AutoConfig": "own.Config"}}))
+    (tmp_path / "own.py").write_text("raise SystemExit('run')")
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        skeleton(str(tmp_path))
