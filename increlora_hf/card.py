@@ -7,21 +7,21 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 from peft import TaskType
+from transformers import TrainingArguments
 from transformers.modelcard import extract_hyperparameters_from_trainer
+from transformers.training_args import OptimizerNames
 
+from . import __version__
 from .config import IncreLoraConfig
 from .report import rank_table
 
-if TYPE_CHECKING:
-    pass
-
 PAPER = "https://arxiv.org/abs/2308.12043"
 TAGS = ("increlora", "lora")
-PACKAGES = ("increlora-hf", "peft", "transformers", "torch", "datasets", "accelerate")
+PACKAGES = ("peft", "transformers", "torch", "datasets", "accelerate")
 IMAGES = {
     "increlora_rank_map.png": "The rank of every layer",
     "increlora_budget.png": "Total rank and learning rates over the steps",
@@ -109,9 +109,17 @@ def describe(trainer: Any, folder: Path, repository: str | None) -> Facts:
         best=best,
         metrics={name: value for name, value in scored.items() if name.startswith("eval_")},
         step=scored.get("step", trainer.state.global_step),
-        hyperparameters=extract_hyperparameters_from_trainer(trainer),
+        hyperparameters={**extract_hyperparameters_from_trainer(trainer), "optimizer": _optimizer(trainer.args)},
         images=[name for name in IMAGES if (folder / name).exists()],
     )
+
+
+def _optimizer(args: TrainingArguments) -> str:
+    name = OptimizerNames(args.optim).value
+    options = f", {args.optim_args}" if args.optim_args else ""
+    if "adam" not in name:
+        return name + options
+    return f"{name}, betas {args.adam_beta1} and {args.adam_beta2}, epsilon {args.adam_epsilon}{options}"
 
 
 def card_text(
@@ -153,7 +161,7 @@ def card_text(
         "## Settings",
         _settings(facts),
         "## Software",
-        ", ".join(f"{name} {version(name)}" for name in PACKAGES),
+        ", ".join([f"increlora-hf {__version__}", *(f"{name} {version(name)}" for name in PACKAGES)]),
     ]
     return f"---\n{metadata.to_yaml()}\n---\n\n" + "\n\n".join(part for part in parts if part) + "\n"
 
@@ -204,18 +212,18 @@ def _summary(facts: Facts, base: str) -> str:
 def _snippet(facts: Facts, base: str) -> str:
     ending = TASKS.get(facts.task_type, (None, None))[1]  # type: ignore[call-overload]
     labels = f", num_labels={len(facts.labels)}" if facts.labels and len(facts.labels) != DEFAULT_LABELS else ""
+    tokenizer = [] if ending is None else ["AutoTokenizer"]
     if ending is not None and is_hub_id(base):
-        imports = [f"from peft import AutoPeftModelFor{ending}"]
+        imports = [f"from peft import AutoPeftModelFor{ending}", "from transformers import AutoTokenizer"]
         loading = [f'model = AutoPeftModelFor{ending}.from_pretrained("{facts.repository}"{labels}).eval()']
     else:
         auto = facts.auto_class if ending is None else f"AutoModelFor{ending}"
-        imports = ["from peft import PeftModel", f"from transformers import {auto}"]
+        imports = ["from peft import PeftModel", f"from transformers import {', '.join([auto, *tokenizer])}"]
         loading = [
             f'base = {auto}.from_pretrained("{Path(base).name or NAMELESS_BASE}"{labels})',
             f'model = PeftModel.from_pretrained(base, "{facts.repository}").eval()',
         ]
-    if ending is not None:
-        imports.append("from transformers import AutoTokenizer")
+    if tokenizer:
         loading.append(f'tokenizer = AutoTokenizer.from_pretrained("{facts.repository}")')
     code = [*imports, "", *loading, *EXAMPLES.get(facts.task_type, [])]  # type: ignore[call-overload]
     return "```python\n" + "\n".join(code) + "\n```" + _label_names(facts)
