@@ -151,7 +151,7 @@ def prepare(
     hub_args: HubArguments | None = None,
 ) -> Job:
     """Check, load and build everything; all that the user may have to correct is refused here."""
-    check_run(model_args, training_args)
+    check_run(model_args, training_args, tuner)
     checkpoint = checkpoint_to_resume(training_args)
     config = increlora_args.to_config()
     steps = {"train": training_args.do_train, "evaluate": training_args.do_eval, "predict": training_args.do_predict}
@@ -249,7 +249,6 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             )
         )
     publish(job.trainer, PROG, card(job.task, data_args.source(model_args)))
-    job.trainer.accelerator.end_training()  # a process group left open can abort the interpreter on its way out
     return metrics
 
 

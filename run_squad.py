@@ -173,7 +173,7 @@ def prepare(
     hub_args: HubArguments | None = None,
 ) -> Job:
     """Check, load and build everything; all that the user may have to correct is refused here."""
-    check_run(model_args, training_args)
+    check_run(model_args, training_args, tuner)
     checkpoint = checkpoint_to_resume(training_args)
     config, span_settings = increlora_args.to_config(), data_args.spans()
     source = data_args.source(model_args)
@@ -258,7 +258,6 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         base, out = model_args.model_name_or_path, training_args.output_dir
         sys.stdout.write(how_to_load(job.trainer.model, LOAD_ADAPTER, LOAD_MODEL).format(base=base, out=out))
     publish(job.trainer, PROG, card(data_args.source(model_args)))
-    job.trainer.accelerator.end_training()  # a process group left open can abort the interpreter on its way out
     return metrics
 
 

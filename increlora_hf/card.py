@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import re
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from importlib.metadata import version
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,13 @@ from huggingface_hub import EvalResult, ModelCardData
 from peft import TaskType
 from transformers import TrainingArguments
 from transformers.modelcard import extract_hyperparameters_from_trainer
+from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
 from transformers.training_args import OptimizerNames
 
 from . import __version__
 from .config import IncreLoraConfig
 from .report import rank_table
+from .snippet import DEFAULT_LABELS, is_hub_id, snippet
 
 PAPER = "https://arxiv.org/abs/2308.12043"
 TAGS = ("increlora", "lora")
@@ -26,42 +29,16 @@ IMAGES = {
     "increlora_rank_map.png": "The rank of every layer",
     "increlora_budget.png": "Total rank and learning rates over the steps",
 }
-NOT_METRICS = ("loss", "runtime", "samples", "samples_per_second", "steps_per_second", "model_preparation_time")
-NAMELESS_DATA, NAMELESS_BASE = "the evaluation data", "BASE"
-
-TASKS = {  # PEFT's task type -> the Hub's pipeline, the last part of PEFT's and transformers' auto classes
-    TaskType.SEQ_CLS: ("text-classification", "SequenceClassification"),
-    TaskType.TOKEN_CLS: ("token-classification", "TokenClassification"),
-    TaskType.QUESTION_ANS: ("question-answering", "QuestionAnswering"),
-    TaskType.CAUSAL_LM: ("text-generation", "CausalLM"),
-    TaskType.SEQ_2_SEQ_LM: ("text2text-generation", "Seq2SeqLM"),
+NOT_SCORES = ("runtime", "samples", "_per_second", "preparation_time", "total", "_thresh", "num_tokens")  # endings
+PIPELINES = {  # PEFT's task type -> the Hub's
+    "SEQ_CLS": "text-classification",
+    "TOKEN_CLS": "token-classification",
+    "QUESTION_ANS": "question-answering",
+    "CAUSAL_LM": "text-generation",
+    "SEQ_2_SEQ_LM": "text2text-generation",
 }
-_GENERATION = [
-    'inputs = tokenizer("Once", return_tensors="pt")',
-    "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=20)[0]))",
-]
-EXAMPLES = {
-    TaskType.SEQ_CLS: ['print(model(**tokenizer("A sentence.", return_tensors="pt")).logits)'],
-    TaskType.TOKEN_CLS: ['print(model(**tokenizer("A sentence.", return_tensors="pt")).logits.argmax(-1))'],
-    TaskType.QUESTION_ANS: [
-        'inputs = tokenizer("Who asks?", "Somebody asks.", return_tensors="pt")',
-        "found = model(**inputs)",
-        "start, end = found.start_logits.argmax(), found.end_logits.argmax()",
-        'print(tokenizer.decode(inputs["input_ids"][0, start : end + 1]))',
-    ],
-    TaskType.CAUSAL_LM: _GENERATION,
-    TaskType.SEQ_2_SEQ_LM: _GENERATION,
-}
-DEFAULT_LABELS = 2  # what transformers gives a head that nobody sized
-
-
-@dataclass(frozen=True, kw_only=True)
-class Dataset:
-    """The data that the scores are of, as far as they are known."""
-
-    id: str | None = None  # on the Hub
-    name: str | None = None
-    config: str | None = None
+AT_BEST = "adapter_parameters_at_best"  # in the log, of the moment when the best checkpoint was loaded
+NAMELESS_DATA = "the evaluation data"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +51,7 @@ class Facts:
     task_type: str | None
     auto_class: str
     labels: dict[int, str] = field(default_factory=dict)
+    has_tokenizer: bool = True  # beside the adapter
     history: Mapping[str, Any]
     adapter_parameters: int
     head_parameters: int
@@ -89,29 +67,58 @@ def describe(trainer: Any, folder: Path, repository: str | None) -> Facts:
     growth, model = trainer.increlora, trainer.model
     out = Path(str(trainer.args.output_dir)).absolute()
     config = model.peft_config[model.active_adapter]
-    log = trainer.state.log_history
-    scored: Mapping[str, Any] = next(
-        (entry for entry in reversed(log) if any(name.startswith("eval_") for name in entry)), {}
-    )
-    best = next((entry for entry in reversed(log) if "adapter_parameters_at_best" in entry), None)
+    state = trainer.state
+    best = next((entry for entry in reversed(state.log_history) if AT_BEST in entry), None)
+    step, metrics = _last_evaluation(state.log_history, state.best_global_step if best else None)
+    labels = dict(getattr(getattr(model, "config", None), "id2label", None) or {})
     ours = {id(parameter) for parameter in growth.parameters()}
     others = [p for p in model.parameters() if p.requires_grad and id(p) not in ours]
     return Facts(
         repository=repository or out.name,
         title=(repository or out.name).split("/")[-1],
         base=config.base_model_name_or_path or "",
-        task_type=config.task_type,
+        task_type=None if config.task_type is None else TaskType(config.task_type).value,
         auto_class=type(model.get_base_model()).__name__,
-        labels=dict(getattr(model.config, "id2label", None) or {}) if config.task_type == TaskType.SEQ_CLS else {},
+        labels=labels if config.task_type in (None, TaskType.SEQ_CLS, TaskType.TOKEN_CLS) else {},
+        has_tokenizer=(folder / TOKENIZER_CONFIG_FILE).exists(),
         history=growth.history(),
         adapter_parameters=growth.num_parameters(),
         head_parameters=sum(parameter.numel() for parameter in others),
         best=best,
-        metrics={name: value for name, value in scored.items() if name.startswith("eval_")},
-        step=scored.get("step", trainer.state.global_step),
+        metrics=metrics,
+        step=step,
         hyperparameters={**extract_hyperparameters_from_trainer(trainer), "optimizer": _optimizer(trainer.args)},
         images=[name for name in IMAGES if (folder / name).exists()],
     )
+
+
+def _last_evaluation(log: Sequence[Mapping[str, Any]], best_step: int | None) -> tuple[int, dict[str, float]]:
+    """The step and metrics of the model as it is: after the best one was loaded its own, unless it was evaluated anew.
+
+    Several evaluations at one step are several sets; where they use the same names, the first one's count.
+    """
+    entries = list(log)
+    if best_step is not None:
+        loaded = max(index for index, entry in enumerate(entries) if AT_BEST in entry)
+        since = [entry for entry in entries[loaded:] if _scores_of(entry)]
+        entries = since or [entry for entry in entries if entry.get("step") == best_step]
+    evaluated = [entry for entry in entries if _scores_of(entry)]
+    step = evaluated[-1].get("step", 0) if evaluated else 0
+    metrics: dict[str, float] = {}
+    for entry in evaluated:
+        if entry.get("step", 0) == step:
+            metrics = {**_scores_of(entry), **metrics}
+    return step, metrics
+
+
+def _scores_of(entry: Mapping[str, Any]) -> dict[str, float]:
+    """The finite numbers of an evaluation, without the prefix."""
+    numbers = {k.removeprefix("eval_"): v for k, v in entry.items() if k.startswith("eval_")}
+    return {
+        name: float(value)
+        for name, value in numbers.items()
+        if isinstance(value, Real) and math.isfinite(float(value)) and not name.endswith(NOT_SCORES)
+    }
 
 
 def _optimizer(args: TrainingArguments) -> str:
@@ -131,11 +138,13 @@ def card_text(
     model_name: str | None = None,
     base: str | None = None,
     tasks: Sequence[str] = (),
-    dataset: Dataset | None = None,
+    dataset_id: str | None = None,
+    dataset_name: str | None = None,
+    dataset_config: str | None = None,
 ) -> str:
     """The whole README.md: metadata that the Hub takes, then Markdown."""
-    base, dataset = base or facts.base, dataset or Dataset()
-    pipeline = next(iter(tasks), None) or TASKS.get(facts.task_type, (None,))[0]  # type: ignore[call-overload]
+    base, data = base or facts.base, dataset_name or dataset_id or NAMELESS_DATA
+    pipeline = next(iter(tasks), None) or PIPELINES.get(str(facts.task_type or ""))
     title = model_name or facts.title
     metadata = ModelCardData(
         base_model=base if is_hub_id(base) else None,
@@ -143,19 +152,19 @@ def card_text(
         language=language,
         license=license,
         pipeline_tag=pipeline,
-        datasets=[dataset.id] if dataset.id else None,
-        metrics=sorted(_metrics(facts)) or None,
+        datasets=[dataset_id] if dataset_id else None,
+        metrics=sorted(_without_losses(facts)) or None,
         tags=list(dict.fromkeys([*TAGS, *tags])),
         model_name=title,
-        eval_results=_results(facts, pipeline, dataset) or None,
+        eval_results=_results(facts, pipeline, data, dataset_id, dataset_config) or None,
     )
     parts = [
         f"# {title}",
         _summary(facts, base),
         "## Use",
-        _snippet(facts, base),
+        _use(facts, base),
         "## Results",
-        _scores(facts, dataset),
+        _scores(facts, data),
         "## Ranks",
         _ranks(facts),
         "## Settings",
@@ -166,28 +175,24 @@ def card_text(
     return f"---\n{metadata.to_yaml()}\n---\n\n" + "\n\n".join(part for part in parts if part) + "\n"
 
 
-def is_hub_id(name: str) -> bool:
-    """Whether a base model's name can be one on the Hub; a folder's path cannot."""
-    return bool(re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name)) and not Path(name).exists()
+def _without_losses(facts: Facts) -> dict[str, float]:
+    return {name: value for name, value in facts.metrics.items() if not name.endswith("loss")}
 
 
-def _metrics(facts: Facts) -> dict[str, float]:
-    named = {name.removeprefix("eval_"): value for name, value in facts.metrics.items()}
-    return {name: v for name, v in named.items() if name not in NOT_METRICS and isinstance(v, int | float)}
-
-
-def _results(facts: Facts, pipeline: str | None, dataset: Dataset) -> list[EvalResult]:
+def _results(
+    facts: Facts, pipeline: str | None, data: str, dataset_id: str | None, dataset_config: str | None
+) -> list[EvalResult]:
     return [
         EvalResult(
             task_type=pipeline or "other",
-            dataset_type=dataset.id or "custom",
-            dataset_name=dataset.name or dataset.id or NAMELESS_DATA,
-            dataset_config=dataset.config,
+            dataset_type=dataset_id or "custom",
+            dataset_name=data,
+            dataset_config=dataset_config,
             metric_type=name,
             metric_name=name,
             metric_value=value,
         )
-        for name, value in _metrics(facts).items()
+        for name, value in _without_losses(facts).items()
     ]
 
 
@@ -209,24 +214,16 @@ def _summary(facts: Facts, base: str) -> str:
     )
 
 
-def _snippet(facts: Facts, base: str) -> str:
-    ending = TASKS.get(facts.task_type, (None, None))[1]  # type: ignore[call-overload]
-    labels = f", num_labels={len(facts.labels)}" if facts.labels and len(facts.labels) != DEFAULT_LABELS else ""
-    tokenizer = [] if ending is None else ["AutoTokenizer"]
-    if ending is not None and is_hub_id(base):
-        imports = [f"from peft import AutoPeftModelFor{ending}", "from transformers import AutoTokenizer"]
-        loading = [f'model = AutoPeftModelFor{ending}.from_pretrained("{facts.repository}"{labels}).eval()']
-    else:
-        auto = facts.auto_class if ending is None else f"AutoModelFor{ending}"
-        imports = ["from peft import PeftModel", f"from transformers import {', '.join([auto, *tokenizer])}"]
-        loading = [
-            f'base = {auto}.from_pretrained("{Path(base).name or NAMELESS_BASE}"{labels})',
-            f'model = PeftModel.from_pretrained(base, "{facts.repository}").eval()',
-        ]
-    if tokenizer:
-        loading.append(f'tokenizer = AutoTokenizer.from_pretrained("{facts.repository}")')
-    code = [*imports, "", *loading, *EXAMPLES.get(facts.task_type, [])]  # type: ignore[call-overload]
-    return "```python\n" + "\n".join(code) + "\n```" + _label_names(facts)
+def _use(facts: Facts, base: str) -> str:
+    code = snippet(
+        facts.repository,
+        base,
+        task_type=facts.task_type,
+        auto_class=facts.auto_class,
+        num_labels=len(facts.labels),
+        has_tokenizer=facts.has_tokenizer,
+    )
+    return f"```python\n{code}\n```" + _label_names(facts)
 
 
 def _label_names(facts: Facts) -> str:
@@ -235,13 +232,11 @@ def _label_names(facts: Facts) -> str:
     return "\n\nLabels: " + ", ".join(f"{index} = {name}" for index, name in sorted(facts.labels.items()))
 
 
-def _scores(facts: Facts, dataset: Dataset) -> str:
+def _scores(facts: Facts, data: str) -> str:
     if not facts.metrics:
         return "Nothing was evaluated."
-    on = " ".join(filter(None, [dataset.name or dataset.id or NAMELESS_DATA, dataset.config]))
-    shown = {**_metrics(facts), **({"loss": facts.metrics["eval_loss"]} if "eval_loss" in facts.metrics else {})}
-    rows = [f"| {name} | {value:.4f} |" for name, value in shown.items()]
-    return "\n".join([f"On {on}, at step {facts.step:,}:", "", "| metric | value |", "|---|---|", *rows])
+    rows = [f"| {name} | {value:.4f} |" for name, value in facts.metrics.items()]
+    return "\n".join([f"On {data}, at step {facts.step:,}:", "", "| metric | value |", "|---|---|", *rows])
 
 
 def _ranks(facts: Facts) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 
 from .config import IncreLoraArguments
 from .export import new_folder, vllm_rank, write_merged, write_peft, write_uniform
+from .manifest import HISTORY_NAME, AdapterFormatError
 from .report import rank_table
 from .saved_adapter import SavedAdapter, read_adapter
 
@@ -94,7 +95,10 @@ def plot(args: argparse.Namespace) -> Answer:
     with _matplotlib():
         from .plots import draw_all
 
-        files = [str(path) for path in draw_all(history, adapter.log_history, args.output)]
+        try:
+            files = [str(path) for path in draw_all(history, adapter.log_history, args.output)]
+        except (KeyError, TypeError, AttributeError) as error:  # what is drawn was not written by us
+            raise AdapterFormatError(adapter.folder / HISTORY_NAME, "content", "a growth", repr(error)) from error
     return {"files": files}, "\n".join(map(on_a_line, files))
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shlex
 import time
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,6 +17,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 PICKLE_SUFFIXES = frozenset({".bin", ".ckpt", ".joblib", ".pickle", ".pkl", ".pt", ".pth"})
 PICKLE_START = re.compile(rb"\x80[\x02-\x05]")  # protocol 2 and later say which they are
+TOKEN = re.compile(r"hf_[A-Za-z0-9]{30,}")
 BUSY = frozenset({429, 500, 502, 503, 504})
 ATTEMPTS = 4
 FIRST_WAIT, LONGEST_WAIT = 1.0, 60.0  # seconds; the wait doubles, and the Hub's own Retry-After goes before it
@@ -35,16 +38,20 @@ class HubPushError(OSError):
     """The Hub did not take a folder, which is complete where it is; says why, and how to push it later."""
 
     def __init__(self, what: str, error: Exception, folder: Path | None, repo_id: str) -> None:
-        """For an error of the client's."""
+        """For an error of the client's; ``folder`` is where what was to be pushed will still be."""
         status = _status(error)
         remedy = _REMEDIES.get(status or 0, _UNREACHABLE)
         if isinstance(error, NotADirectoryError):
             remedy = "Give a folder."
         elif isinstance(error, HFValidationError):
             remedy = "Give NAME or NAMESPACE/NAME, of letters, digits, '-', '_' and '.'."
-        later = "" if folder is None else f" Nothing is lost: push later with `increlora push {folder} {repo_id}`."
+        elif isinstance(error, ValueError):
+            remedy = "Correct the metadata at the top of README.md."
+        command = "" if folder is None else shlex.join(["increlora", "push", str(folder), repo_id])
+        later = "" if folder is None else f" Nothing is lost: push later with `{command}`."
         cause = _cause(error)
         reason = next(iter(str(cause).strip().splitlines()), type(cause).__name__).rstrip(".")
+        reason = re.sub(r"\?[^\s'\"]*", "", reason)  # the signature of an address that allows an upload
         super().__init__(f"{what} failed: {reason}. {remedy}{later}")
 
 
@@ -52,6 +59,8 @@ def is_pickle(path: Path) -> bool:
     """Whether a file runs code when it is loaded, by its name or by how it begins; torch.save's files are such."""
     if path.suffix.lower() in PICKLE_SUFFIXES:
         return True
+    if _is_safetensors(path):  # its first bytes, a length, may look like those of a pickle
+        return False
     with path.open("rb") as file:
         if PICKLE_START.match(file.read(2)):
             return True
@@ -59,6 +68,30 @@ def is_pickle(path: Path) -> bool:
         return False
     with zipfile.ZipFile(path) as archive:
         return any(name.endswith(".pkl") for name in archive.namelist())
+
+
+def _is_safetensors(path: Path) -> bool:
+    """Whether a file begins with the length of a JSON object, 8 bytes, and the object."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if not 0 < length <= path.stat().st_size - 8:
+            return False
+        try:
+            return isinstance(json.loads(file.read(length)), dict)
+        except (ValueError, RecursionError):
+            return False
+
+
+def without_tokens(value: Any, name: str = "") -> Any:
+    """Plain values with every token masked, however deep it lies, by its name or by its looks."""
+    if isinstance(value, Mapping):
+        return {str(key): without_tokens(inner, str(key)) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_tokens(inner, name) for inner in value]
+    secret = name == "token" or name.endswith("_token")
+    if isinstance(value, str) and (secret or TOKEN.search(value)):
+        return f"<{name.upper()}>"
+    return value
 
 
 def create_repository(repo_id: str, *, token: str | None = None, private: bool | None = None) -> str:
@@ -80,6 +113,7 @@ def push_folder(
     path_in_repo: str | None = None,
     ignore: Sequence[str] = ("_*", "checkpoint-*"),
     allow_pickles: bool = False,
+    kept_in: Path | None = None,
 ) -> CommitInfo:
     """Upload a folder in one commit, and create the repository and branch where they are missing.
 
@@ -92,6 +126,7 @@ def push_folder(
         private: of a repository that is created; None leaves it to the user's settings on the Hub.
         ignore: patterns of files and folders at any depth.
         allow_pickles: upload them too.
+        kept_in: what an error names as the folder to push later; default ``folder``.
 
     Returns:
         The commit; as a string it is its address.
@@ -121,7 +156,8 @@ def push_folder(
             raise NotADirectoryError(f"{folder} is no folder")
         return _patiently(push)
     except Exception as error:  # the client raises its own, httpx's, the system's and RuntimeError
-        raise HubPushError(f"Pushing {folder} to {repo_id}", error, folder, repo_id) from error
+        kept = kept_in or folder
+        raise HubPushError(f"Pushing {kept} to {repo_id}", error, kept, repo_id) from error
 
 
 def _create(repo_id: str, token: str | None, private: bool | None) -> str:

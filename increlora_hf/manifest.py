@@ -31,12 +31,12 @@ class AdapterFormatError(ValueError):
         super().__init__(f"{file}: {key}: expected {expected}, found {found}. Nothing was loaded.")
 
 
-def read_json_object(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; anything else is an AdapterFormatError."""
+def read_json_object(path: Path, *, strict: bool = True) -> dict[str, Any]:
+    """The object in a JSON file; anything else is an AdapterFormatError, and so are NaN and infinity if ``strict``."""
     if not path.is_file():
         raise AdapterFormatError(path, "file", "a JSON file", "nothing")
     try:
-        document = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_constant)
+        document = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_constant if strict else None)
     except (ValueError, RecursionError) as error:
         raise AdapterFormatError(path, "content", "JSON", str(error) or "broken text") from None
     if not isinstance(document, dict):

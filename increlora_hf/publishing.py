@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import shutil
 import tempfile
@@ -17,8 +18,8 @@ from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import HubStrategy
 from transformers.utils import hub
 
-from .card import Dataset, card_text, describe
-from .hub import HubPushError, create_repository, push_folder
+from .card import card_text, describe
+from .hub import HubPushError, create_repository, push_folder, without_tokens
 from .manifest import MANIFEST_NAME
 from .state import STATE_JSON, STATE_TENSORS
 
@@ -28,7 +29,8 @@ ARGUMENTS_NAME = "training_args.json"
 CARD_NAME = "README.md"
 STAYS = ("_*", "checkpoint-*")  # of an output folder, as Trainer has it
 WHOLE_CHECKPOINTS = (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS)
-OF_A_CHECKPOINT_ONLY = (STATE_JSON, STATE_TENSORS, MANIFEST_NAME, TRAINER_STATE_NAME)
+OF_A_CHECKPOINT_ONLY = (STATE_JSON, STATE_TENSORS, MANIFEST_NAME, TRAINER_STATE_NAME, "*.pt", "*.pth")
+
 
 if TYPE_CHECKING:
     _Base = Trainer
@@ -75,14 +77,12 @@ class PublishingMixin(_Base):
         if self.args.should_save:
             folder = Path(str(output_dir or self.args.output_dir))
             self._write_arguments(folder)
-            try:
-                self._write_card(folder)
-            except Exception as error:  # a card is no reason to lose a checkpoint
-                logger.warning("IncreLoRA: the model card of %s could not be written: %s", folder, error)
+            self._write_card(folder)
 
     def _write_arguments(self, folder: Path) -> None:
         (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)
-        (folder / ARGUMENTS_NAME).write_text(self.args.to_json_string() + "\n", encoding="utf-8")
+        text = json.dumps(without_tokens(self.args.to_dict()), indent=2, default=str)
+        (folder / ARGUMENTS_NAME).write_text(text + "\n", encoding="utf-8")
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Trainer's; where it pushes, a failure is reported and nothing else."""
@@ -155,20 +155,25 @@ class PublishingMixin(_Base):
             logger.warning("IncreLoRA: %s could not be prepared for the Hub: %s", folder, error)
 
     def _pushes_of(self, folder: Path, *, whole: bool) -> list[Callable[[], Any]]:
-        copy = Path(tempfile.mkdtemp(prefix="increlora-push-")) / folder.name  # rotation may delete the original
-        shutil.copytree(folder, copy)
+        """Uploads of a copy, for rotation may delete the original, and the deletion of the copy."""
+        parent = Path(tempfile.mkdtemp(prefix="increlora-push-"))
+        copy, only_here = parent / folder.name, (*STAYS, *OF_A_CHECKPOINT_ONLY)
+        try:
+            shutil.copytree(folder, copy, ignore=None if whole else shutil.ignore_patterns(*only_here))
+        except BaseException:
+            shutil.rmtree(parent, ignore_errors=True)
+            raise
         token, private = self._credentials()
-        push = partial(
-            push_folder, copy, self._repository, token=token, private=private, revision=self.args.hub_revision
-        )
+        options: dict[str, Any] = {"token": token, "private": private, "revision": self.args.hub_revision}
+        push = partial(push_folder, copy, self._repository, kept_in=folder, **options)
         message = f"Training in progress, step {self.state.global_step}"
-        pushes = [partial(push, commit_message=message, ignore=(*STAYS, *OF_A_CHECKPOINT_ONLY))]
+        pushes = [partial(push, commit_message=message, ignore=only_here)]
         if whole:
             strategy = HubStrategy(self.args.hub_strategy)
             path = "last-checkpoint" if strategy == HubStrategy.CHECKPOINT else folder.name
             message += ", checkpoint"
             pushes.append(partial(push, path_in_repo=path, commit_message=message, ignore=(), allow_pickles=True))
-        return [*pushes, partial(shutil.rmtree, copy.parent)]
+        return [*pushes, partial(shutil.rmtree, parent)]
 
     def _is_pushing(self) -> bool:
         return self.push_in_progress is not None and not self.push_in_progress.is_done()
@@ -218,29 +223,33 @@ class PublishingMixin(_Base):
             tasks: as the Hub calls them, such as text-classification; default by the model's class.
             dataset_tags, dataset, dataset_args: Hub id, name and configuration of the data.
             dataset_name: another word for ``dataset``, which some trainers use.
+
+        What an earlier call said and this one does not, stays.
         """
         if not self.is_world_process_zero():
             return
-        self._of_the_card = {
+        told = {
             "language": language,
             "license": license,
             "tags": _listed(tags),
             "model_name": model_name,
             "base": finetuned_from,
             "tasks": _listed(tasks),
-            "dataset": Dataset(
-                id=next(iter(_listed(dataset_tags)), None),
-                name=next(iter(_listed(dataset or dataset_name)), None),
-                config=next(iter(_listed(dataset_args)), None),
-            ),
+            "dataset_id": next(iter(_listed(dataset_tags)), None),
+            "dataset_name": next(iter(_listed(dataset or dataset_name)), None),
+            "dataset_config": next(iter(_listed(dataset_args)), None),
         }
+        self._of_the_card = {**self._of_the_card, **{name: value for name, value in told.items() if value}}
         folder = Path(str(self.args.output_dir))
         folder.mkdir(parents=True, exist_ok=True)
         self._write_card(folder)
 
     def _write_card(self, folder: Path) -> None:
-        text = card_text(describe(self, folder, self.hub_model_id), **self._of_the_card)
-        (folder / CARD_NAME).write_text(text, encoding="utf-8")
+        try:
+            text = card_text(describe(self, folder, self.hub_model_id), **self._of_the_card)
+            (folder / CARD_NAME).write_text(text, encoding="utf-8")
+        except Exception as error:  # a card is no reason to lose a checkpoint
+            logger.warning("IncreLoRA: the model card of %s could not be written: %s", folder, error)
 
 
 def _listed(value: str | Sequence[str] | None) -> list[str]:

@@ -62,7 +62,8 @@ class GrowthReportCallback(TrainerCallback):
         ranks = {RANK_OF + name: growth.rank_pattern[name] for name in growth.rounds[-1].layers}
         for callback in self._handler.callbacks:
             if isinstance(callback, INTEGRATIONS):  # not `Trainer.log`: that writes the state and postpones due logs
-                callback.on_log(args, state, control, logs={TOTAL_RANK: growth.total_rank, **ranks}, model=model)
+                with _harmless():
+                    callback.on_log(args, state, control, logs={TOTAL_RANK: growth.total_rank, **ranks}, model=model)
         if not args.disable_tqdm:
             with logging_redirect_tqdm():  # above the progress bar, not into it
                 logger.info(round_line(growth, state.global_step))
@@ -130,9 +131,9 @@ def _in_notebook() -> bool:
 
 @contextmanager
 def _harmless() -> Iterator[None]:
-    """A picture is never worth a training."""
+    """Nothing that is only shown is worth a training."""
     try:
         yield
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"
-        logger.warning("IncreLoRA: a picture could not be made (%s). Training and adapter are not affected.", reason)
+        logger.warning("IncreLoRA: the growth could not be shown (%s). Training and adapter are not affected.", reason)

@@ -93,7 +93,7 @@ class SavedAdapter:
         """What the Trainer logged, where its state was saved beside the adapter."""
         if not (self.folder / STATE_NAME).exists():
             return []
-        log = read_json_object(own_file(self.folder, STATE_NAME)).get("log_history", [])
+        log = read_json_object(own_file(self.folder, STATE_NAME), strict=False).get("log_history", [])
         if not isinstance(log, list):
             raise AdapterFormatError(self.folder / STATE_NAME, "log_history", "a list", f"a {type(log).__name__}")
         return log

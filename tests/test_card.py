@@ -3,13 +3,15 @@
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 from conftest import arguments, tiny_bert, token_rows
 from huggingface_hub import ModelCard
 
 from increlora_hf import IncreLoraConfig, IncreLoraTrainer
-from increlora_hf.card import Dataset, Facts, card_text, describe, is_hub_id
+from increlora_hf.card import AT_BEST, Facts, _last_evaluation, card_text, describe
+from increlora_hf.snippet import is_hub_id
 
 FACTS = Facts(
     repository="user/adapter",
@@ -27,7 +29,7 @@ FACTS = Facts(
     },
     adapter_parameters=1234,
     head_parameters=56,
-    metrics={"eval_loss": 0.5, "eval_accuracy": 0.875, "eval_runtime": 3.0, "eval_f1": 0.9},
+    metrics={"loss": 0.5, "accuracy": 0.875, "f1": 0.9},
     step=120,
     hyperparameters={"learning_rate": 1e-3, "seed": 7},
 )
@@ -38,8 +40,8 @@ def metadata(text: str) -> dict[str, Any]:
 
 
 def test_metadata_is_what_the_hub_reads():
-    data = Dataset(id="nyu-mll/glue", name="GLUE MNLI", config="mnli")
-    text = card_text(FACTS, dataset=data, license="apache-2.0", language="en", tags=["glue"])
+    data = {"dataset_id": "nyu-mll/glue", "dataset_name": "GLUE MNLI", "dataset_config": "mnli"}
+    text = card_text(FACTS, **data, license="apache-2.0", language="en", tags=["glue"])
     found = metadata(text)
     assert found["library_name"] == "peft"
     assert found["base_model"] == "microsoft/deberta-v3-base"
@@ -124,6 +126,51 @@ def test_a_card_that_fails_costs_no_checkpoint(tmp_path, monkeypatch, caplog):
     run = IncreLoraTrainer(
         tiny_bert(), arguments(tmp_path), train_dataset=token_rows(), increlora_config=IncreLoraConfig(r_avg=2)
     )
+    run.create_model_card()  # as some trainers do at every save
     run.save_model()
     assert (tmp_path / "adapter_model.safetensors").exists()
     assert "could not be written: division by zero" in caplog.text
+
+
+def test_what_an_earlier_call_said_stays(tmp_path):
+    run = IncreLoraTrainer(
+        tiny_bert(), arguments(tmp_path), train_dataset=token_rows(), increlora_config=IncreLoraConfig(r_avg=2)
+    )
+    run.create_model_card(license="mit", dataset_name="random tokens")
+    run.create_model_card(model_name="mine")
+    found = metadata((tmp_path / "README.md").read_text())
+    assert (found["license"], found["model-index"][0]["name"] if "model-index" in found else "mine") == ("mit", "mine")
+
+
+@pytest.mark.parametrize(
+    "log, best_step, expected",
+    [
+        ([{"eval_f1": 0.1, "step": 2}, {"eval_f1": 0.2, "step": 4}], None, (4, {"f1": 0.2})),
+        ([{"eval_f1": 0.9, "step": 2}, {"eval_f1": 0.2, "step": 4}, {AT_BEST: 1, "step": 4}], 2, (2, {"f1": 0.9})),
+        ([{"eval_f1": 0.9, "step": 2}, {AT_BEST: 1, "step": 4}, {"eval_f1": 0.8, "step": 4}], 2, (4, {"f1": 0.8})),
+        ([{"eval_f1": 0.5, "step": 2}, {"eval_f1": 0.4, "step": 2}], None, (2, {"f1": 0.5})),
+        ([{"eval_a_loss": 1, "step": 2}, {"eval_b_f1": 0.4, "step": 2}], None, (2, {"a_loss": 1.0, "b_f1": 0.4})),
+        (
+            [{"eval_f1": np.float64(0.5), "eval_b_runtime": 1, "eval_x": float("nan"), "eval_y": "no", "step": 1}],
+            None,
+            (1, {"f1": 0.5}),
+        ),
+        ([{"loss": 1.0, "step": 2}], None, (0, {})),
+    ],
+    ids=["last", "best loaded", "evaluated after", "first set", "several sets", "numbers alone", "none"],
+)
+def test_scores_are_those_of_the_model_as_it_is(log, best_step, expected):
+    found = _last_evaluation(log, best_step)
+    assert found == expected
+    assert all(type(value) is float for value in found[1].values())
+
+
+def test_tokenizer_is_the_bases_where_the_adapter_has_none():
+    assert 'AutoTokenizer.from_pretrained("microsoft/deberta-v3-base")' in card_text(
+        replace(FACTS, has_tokenizer=False)
+    )
+
+
+def test_a_model_without_a_task_is_loaded_by_its_class_and_whole_name():
+    text = card_text(replace(FACTS, task_type=None, base="google/vit", auto_class="ViTForImageClassification"))
+    assert 'base = ViTForImageClassification.from_pretrained("google/vit", num_labels=3)' in text

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -165,6 +166,20 @@ def test_plot_draws_the_rank_map_and_what_else_is_recorded(
     assert files[:2] == ["increlora_rank_map.png", "increlora_rank_map.svg"]
     assert increlora("plot", lora, "--output", tmp_path / "theirs")[0] == DONE
     assert {path.stem for path in (tmp_path / "theirs").iterdir()} == {"increlora_rank_map"}
+
+
+def test_plot_takes_a_log_with_nan_and_refuses_a_damaged_history(
+    increlora: Run, adapter: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "adapter"
+    shutil.copytree(adapter, folder)
+    (folder / "trainer_state.json").write_text('{"log_history": [{"grad_norm": NaN, "step": 1}]}')
+    assert increlora("plot", folder, "--output", tmp_path / "p")[0] == DONE
+    history = json.loads((folder / "increlora_history.json").read_text())
+    (folder / "increlora_history.json").write_text(json.dumps({**history, "rounds": [{"layers": 3}]}))
+    code, _, err = increlora("plot", folder, "--output", tmp_path / "p")
+    assert code == REFUSED
+    assert "increlora_history.json: content: expected a growth" in err
 
 
 def test_plot_without_matplotlib_names_the_extra(

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,11 +15,12 @@ import torch
 from conftest import arguments, tiny_bert, token_rows
 from glue_fixtures import WORDS, csv_file, save_tiny_model
 from hub_server import TOKEN
-from safetensors.torch import load, load_file
+from safetensors.torch import load, load_file, save_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from increlora_hf import IncreLoraConfig, IncreLoraTrainer
 from increlora_hf.hub import ATTEMPTS, LONGEST_WAIT, HubPushError, create_repository, is_pickle, push_folder
+from increlora_hf.tasks.script import ModelArguments, check_run
 
 CONFIG = IncreLoraConfig(r_avg=2, interval=2, start=2, top_h=6)
 ADAPTER = {"adapter_config.json", "adapter_model.safetensors", "increlora_history.json"}
@@ -136,10 +138,23 @@ def test_token_is_in_no_file_log_or_upload(hub, tmp_path, caplog):
     hub.fault("/commit/", 500)
     run.train()
     run.push_to_hub()
-    assert TOKEN.encode() not in hub.received
+    assert all(TOKEN.encode() not in data for data in hub.files(run.hub_model_id).values())
+    assert any(name.startswith("checkpoint-") for name in hub.files(run.hub_model_id))
     assert TOKEN not in caplog.text
     for path in tmp_path.rglob("*"):
         assert not path.is_file() or TOKEN.encode() not in path.read_bytes(), path
+
+
+def test_arguments_are_written_whatever_they_hold_and_every_token_is_masked(tmp_path):
+    settings = arguments(tmp_path, hub_token="secret", resume_from_checkpoint=Path("x"))
+    settings.model_init_kwargs = {"token": "secret", "other": [TOKEN], "dtype": torch.float32}
+    run = IncreLoraTrainer(tiny_bert(), settings, train_dataset=token_rows(), increlora_config=CONFIG)
+    run.save_model()
+    text = (tmp_path / "training_args.json").read_text()
+    assert "secret" not in text
+    assert TOKEN not in text
+    found = json.loads(text.replace("torch.float32", "float32"))
+    assert found["resume_from_checkpoint"] == "x"
 
 
 def test_models_own_push_sends_the_adapter_and_its_history(hub, tmp_path):
@@ -171,6 +186,16 @@ def test_pickles_stay_whatever_they_are_called(hub, tmp_path):
     assert len(hub.files("user/b")) == 4
 
 
+def test_weights_whose_first_bytes_look_like_a_pickles_are_none(tmp_path):
+    path = tmp_path / "adapter_model.safetensors"
+    for filler in range(8, 2000, 8):  # safetensors begin with the length of their header, a multiple of 8
+        save_file({"a": torch.zeros(2)}, path, metadata={"filler": "x" * filler})
+        assert not is_pickle(path), filler
+    begins = path.read_bytes()[:2]
+    path.write_bytes(b"\x80\x04" + path.read_bytes()[2:])
+    assert is_pickle(path), begins
+
+
 # ---- A Hub that fails -----------------------------------------------------------------------------------------------
 
 
@@ -199,7 +224,9 @@ def test_training_outlives_a_hub_that_fails(hub, tmp_path, caplog, undisturbed, 
         assert torch.equal(tensor, undisturbed[name]), name
     assert all((tmp_path / name).exists() for name in ADAPTER)
     assert (tmp_path / "checkpoint-12" / "increlora_manifest.json").exists()
-    assert f"push later with `increlora push {tmp_path} user/a`" in caplog.text
+    kept = tmp_path / "checkpoint-12" if where != "/api/repos/create" else tmp_path
+    assert f"push later with `increlora push {kept} user/a`" in caplog.text
+    assert "increlora-push-" not in caplog.text
     with pytest.raises(HubPushError, match=r"Nothing is lost: push later with `increlora push"):
         run.push_to_hub()
     hub._faults.clear()
@@ -252,7 +279,7 @@ def test_impossible_names_and_folders_are_refused_at_once(hub, slept, tmp_path):
 
 
 def test_what_cannot_be_prepared_does_not_end_training(hub, tmp_path, caplog, monkeypatch):
-    def full(*args: Any) -> None:
+    def full(*args: Any, **options: Any) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("increlora_hf.publishing.shutil.copytree", full)
@@ -294,6 +321,19 @@ def test_run_glue_pushes_its_card_last_and_a_failure_is_one_line_and_status_1(hu
     assert capsys.readouterr().err.splitlines()[-1].endswith("push later with `increlora push second user/second`.")
     assert json.loads(Path("second/all_results.json").read_text())["eval_accuracy"] >= 0
     assert Path("second/adapter_model.safetensors").exists()
+
+
+def test_signatures_of_upload_addresses_are_not_shown():
+    error = HubPushError("Pushing", RuntimeError("Server error for url 'https://s/x?X-Amz-Signature=abc'"), None, "a")
+    assert "https://s/x'" in str(error)
+    assert "abc" not in str(error)
+
+
+@pytest.mark.parametrize("tuner, train", [("lora", True), ("increlora", False)])
+def test_scripts_push_only_what_increlora_trained(tmp_path, tuner, train):
+    settings = SimpleNamespace(push_to_hub=True, do_train=train, do_eval=True, do_predict=False, output_dir="out")
+    with pytest.raises(ValueError, match="push the adapter with `increlora push out REPO`"):
+        check_run(ModelArguments(model_name_or_path="base"), settings, tuner)  # type: ignore[arg-type]
 
 
 # ---- Back again -----------------------------------------------------------------------------------------------------

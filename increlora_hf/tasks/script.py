@@ -104,8 +104,13 @@ def json_flags(path: Path) -> list[str]:
     return flags
 
 
-def check_run(model: ModelArguments, training: TrainingArguments) -> None:
+def check_run(model: ModelArguments, training: TrainingArguments, tuner: str) -> None:
     """Refuse a run without a model or a task to do, and one that would overwrite another run's adapter."""
+    if training.push_to_hub and not (training.do_train and tuner == "increlora"):
+        raise ValueError(
+            "--push_to_hub is for a training with IncreLoRA; Trainer alone would upload the token in a pickle. Leave "
+            f"it out, and push the adapter with `increlora push {training.output_dir} REPO`."
+        )
     if not model.model_name_or_path:
         raise ValueError("--model_name_or_path is missing. Give the folder or the Hub name of a pre-trained model.")
     if not (training.do_train or training.do_eval or training.do_predict):
@@ -213,16 +218,17 @@ def train_and_save(trainer: Any, checkpoint: str | bool | None, counts: Mapping[
 
 
 def publish(trainer: Any, prog: str, card: Mapping[str, Any]) -> None:
-    """Write the model card, and push where that is asked for; a Hub that fails ends the program with status 1."""
-    if hasattr(trainer.model, "increlora"):
-        trainer.create_model_card(**card)
-    if not trainer.args.push_to_hub:
-        return
+    """Write the card, push where that is asked for, and part; a Hub that fails ends the program with status 1."""
     try:
-        trainer.push_to_hub(**card)
+        if trainer.args.push_to_hub:
+            trainer.push_to_hub(**card)
+        elif trainer.args.do_train and hasattr(trainer.model, "increlora"):
+            trainer.create_model_card(**card)
     except HubPushError as error:
         sys.stderr.write(f"{prog}: error: {error}\n")
         raise SystemExit(1) from error
+    finally:
+        trainer.accelerator.end_training()  # a process group left open can abort the interpreter on its way out
 
 
 def how_to_load(model: Any, adapter: str, whole: str) -> str:
