@@ -117,6 +117,7 @@ def studies(rank: int) -> dict[str, dict[str, Flags]]:
             "growth_fraction 0.2": tuner("increlora", rank) | {"increlora_growth_fraction": 0.2},
             "growth_fraction 0.7": tuner("increlora", rank) | {"increlora_growth_fraction": 0.7},
             "reserve_lambda 1e-3": tuner("increlora", rank) | {"increlora_reserve_lambda": 1e-3},
+            **({"init_r 2": tuner("increlora", rank) | {"increlora_init_r": 2}} if rank > 2 else {}),
         },
     }
 

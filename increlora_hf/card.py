@@ -241,10 +241,10 @@ def _scores(facts: Facts, data: str) -> str:
 
 def _ranks(facts: Facts) -> str:
     history = facts.history
-    counts = f"{facts.adapter_parameters:,} parameters in the adapter"
+    counts = f"{facts.adapter_parameters:,} parameters trained in the adapter"
     if facts.best is not None:
         at_best, at_end = (facts.best[f"adapter_parameters_at_{when}"] for when in ("best", "end"))
-        counts = f"{at_best:,} parameters in the adapter, the best checkpoint's ({at_end:,} at the end of training)"
+        counts = f"{at_best:,} parameters trained in the adapter, the best checkpoint's ({at_end:,} at the end)"
     if facts.head_parameters:
         counts += f", {facts.head_parameters:,} trained fully beside it"
     budget = f"Total rank {history['total_rank']} of a budget of {history['target_total_rank']}; {counts}."

@@ -82,7 +82,7 @@ def test_snippet_is_python_for_every_task(task, base):
 def test_counts_ranks_settings_and_versions_are_the_runs():
     text = card_text(replace(FACTS, best={"adapter_parameters_at_best": 1000, "adapter_parameters_at_end": 1234}))
     assert "Total rank 3 of a budget of 6" in text
-    assert "1,000 parameters in the adapter, the best checkpoint's (1,234 at the end of training)" in text
+    assert "1,000 parameters trained in the adapter, the best checkpoint's (1,234 at the end)" in text
     assert "56 trained fully" in text
     assert "| increlora r_avg | 3 |" in text
     assert "| learning_rate | 0.001 |" in text
@@ -115,7 +115,7 @@ def test_checkpoints_and_output_folder_carry_the_card_of_the_run(tmp_path):
     text = (tmp_path / "README.md").read_text()
     assert text.count("random tokens") == 1
     assert "# mine" in text
-    assert f"{run.increlora.num_parameters():,} parameters in the adapter" in text
+    assert f"{run.increlora.num_parameters():,} parameters trained in the adapter" in text
     assert f"| loss | {run.state.log_history[-2]['eval_loss']:.4f} |" in text
     assert "total  " in text
     assert "IncreLoRA" in (tmp_path / "checkpoint-6" / "README.md").read_text()
