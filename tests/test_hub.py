@@ -333,7 +333,7 @@ def test_signatures_of_upload_addresses_are_not_shown():
 def test_scripts_push_only_what_increlora_trained(tmp_path, tuner, train):
     settings = SimpleNamespace(push_to_hub=True, do_train=train, do_eval=True, do_predict=False, output_dir="out")
     with pytest.raises(ValueError, match="push the adapter with `increlora push out REPO`"):
-        check_run(ModelArguments(model_name_or_path="base"), settings, tuner)  # type: ignore[arg-type]
+        check_run(ModelArguments(model_name_or_path="base"), settings, tuner)
 
 
 # ---- Back again -----------------------------------------------------------------------------------------------------
