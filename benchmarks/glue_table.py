@@ -213,9 +213,14 @@ def ranks(out: Path) -> dict[str, int] | None:
     return {name.removesuffix(".lora_E"): int(np.sum(kept)) for name, kept in config["rank_pattern"].items()}
 
 
+def metric(task: str) -> str:
+    """The one that a task is judged by."""
+    return METRICS.get(task, "accuracy")
+
+
 def score(line: Mapping[str, Any], *, best: bool) -> float:
     """The task's metric × 100, of the best evaluation or of the last."""
-    name = f"eval_{METRICS.get(line['task'], 'accuracy')}"
+    name = f"eval_{metric(line['task'])}"
     last = line["metrics"][name]
     found = [entry[name] for entry in line["evaluations"] if name in entry] if best else []
     factor = 1 if line["task"].startswith("squad") else 100
@@ -424,11 +429,11 @@ def figures(found: Sequence[Mapping[str, Any]], folder: Path) -> None:
         own = [line for line in found if (line["study"], line["task"]) == (study, task)]
         figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
         _draw_scores(axes, own)
-        axes.set(title=f"{task}, {study}: last step; a dot a seed, | their mean", xlabel=METRICS.get(task, "accuracy"))
+        axes.set(title=f"{task}, {study}: last step; a dot a seed, | their mean", xlabel=metric(task))
         figure.savefig(folder / f"{study}-{task}.png", dpi=120)
         pyplot.close(figure)
         curves = {
-            "evaluations": ("evaluations", f"eval_{METRICS.get(task, 'accuracy')}"),
+            "evaluations": ("evaluations", f"eval_{metric(task)}"),
             "penalty": ("training", "orth_loss"),
         }
         for name, (where, key) in curves.items():

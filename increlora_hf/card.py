@@ -71,8 +71,6 @@ def describe(trainer: Any, folder: Path, repository: str | None) -> Facts:
     best = next((entry for entry in reversed(state.log_history) if AT_BEST in entry), None)
     step, metrics = _last_evaluation(state.log_history, state.best_global_step if best else None)
     labels = dict(getattr(getattr(model, "config", None), "id2label", None) or {})
-    ours = {id(parameter) for parameter in growth.parameters()}
-    others = [p for p in model.parameters() if p.requires_grad and id(p) not in ours]
     return Facts(
         repository=repository or out.name,
         title=(repository or out.name).split("/")[-1],
@@ -83,7 +81,7 @@ def describe(trainer: Any, folder: Path, repository: str | None) -> Facts:
         has_tokenizer=(folder / TOKENIZER_CONFIG_FILE).exists(),
         history=growth.history(),
         adapter_parameters=growth.num_parameters(),
-        head_parameters=sum(parameter.numel() for parameter in others),
+        head_parameters=trainer._other_trainable(),
         best=best,
         metrics=metrics,
         step=step,

@@ -150,12 +150,13 @@ class PublishingMixin(_Base):
             return
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         try:
-            self._in_background(self._pushes_of(folder, whole=strategy in WHOLE_CHECKPOINTS))
+            self._in_background(self._pushes_of(folder, strategy))
         except Exception as error:  # of a full disk, a broken card: whatever it is, the checkpoint is there
             logger.warning("IncreLoRA: %s could not be prepared for the Hub: %s", folder, error)
 
-    def _pushes_of(self, folder: Path, *, whole: bool) -> list[Callable[[], Any]]:
+    def _pushes_of(self, folder: Path, strategy: HubStrategy) -> list[Callable[[], Any]]:
         """Uploads of a copy, for rotation may delete the original, and the deletion of the copy."""
+        whole = strategy in WHOLE_CHECKPOINTS
         parent = Path(tempfile.mkdtemp(prefix="increlora-push-"))
         copy, only_here = parent / folder.name, (*STAYS, *OF_A_CHECKPOINT_ONLY)
         try:
@@ -169,7 +170,6 @@ class PublishingMixin(_Base):
         message = f"Training in progress, step {self.state.global_step}"
         pushes = [partial(push, commit_message=message, ignore=only_here)]
         if whole:
-            strategy = HubStrategy(self.args.hub_strategy)
             path = "last-checkpoint" if strategy == HubStrategy.CHECKPOINT else folder.name
             message += ", checkpoint"
             pushes.append(partial(push, path_in_repo=path, commit_message=message, ignore=(), allow_pickles=True))

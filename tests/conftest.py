@@ -56,6 +56,16 @@ def tiny_bert(
     return BertForSequenceClassification(config)
 
 
+def with_random_values(model: Any, std: float) -> Any:
+    """The model, with everything that is trained drawn anew."""
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
+    return model
+
+
 def token_rows(rows: int = 64, length: int = 8, seed: int = 1) -> Dataset:
     """Random token sequences whose label is whether low tokens prevail."""
     generator = torch.Generator().manual_seed(seed)

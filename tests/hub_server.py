@@ -35,7 +35,6 @@ class Hub:
         self.repositories: dict[str, Repository] = {}
         self.large: dict[str, bytes] = {}  # by sha256
         self.requests: list[str] = []
-        self.received = b""
         self._faults: list[tuple[str, Any]] = []
         self._lock = threading.Lock()
 
@@ -98,7 +97,6 @@ class _Handler(BaseHTTPRequestHandler):
             self.connection.close()
             return
         body = self.rfile.read(length) if length else self.read_chunks()
-        self.hub.received += body
         if fault is not None:
             status, headers = fault if isinstance(fault, tuple) else (fault, {})
             self.answer(status, {"error": "asked for by the test"}, headers)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import tiny_bert
+from conftest import tiny_bert, with_random_values
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from test_adapter import logits, unequal
@@ -157,12 +157,7 @@ def base(tmp_path: Path) -> Path:
 def grown_on(base: Path, labels: int) -> Any:
     options = {"num_labels": labels, "ignore_mismatched_sizes": True}
     model = attach(AutoModelForSequenceClassification.from_pretrained(base, **options))
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
-    return model
+    return with_random_values(model, 0.3)
 
 
 @pytest.mark.parametrize("labels", [2, 3], ids=["labels of the base", "labels of its own"])

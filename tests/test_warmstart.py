@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import arguments, tiny_bert, token_rows
+from conftest import arguments, tiny_bert, token_rows, with_random_values
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from test_adapter import logits, unequal
 
@@ -17,12 +17,7 @@ def lora(**settings: Any) -> PeftModel:
     """PEFT's own LoRA with random weights in A, B and the head."""
     defaults: dict[str, Any] = {"r": 3, "target_modules": ["query", "output.dense"], "task_type": "SEQ_CLS"}
     model = get_peft_model(tiny_bert(), LoraConfig(**{**defaults, **settings}))
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
-    return model
+    return with_random_values(model, 0.2)
 
 
 @pytest.mark.parametrize(
