@@ -23,16 +23,17 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from importlib.metadata import version
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from datasets import Dataset, load_dataset
+from safetensors import safe_open
 
 ROOT = Path(__file__).parents[1]
 METRICS = {"cola": "matthews_correlation", "stsb": "pearson", "squad_v2": "f1", "mrpc": "accuracy", "rte": "accuracy"}
-PACKAGES = ("torch", "transformers", "peft")
+PACKAGES = ("torch", "transformers", "peft", "adapters", "increlora-hf")
 RESAMPLES = 10_000
 PAPER = {  # arXiv 2308.12043, Table 1, DeBERTaV3-base: the authors' numbers
     "full": {"cola": 69.19, "rte": 83.75, "mrpc": 89.46, "stsb": 91.60},
@@ -49,6 +50,10 @@ PAPER = {  # arXiv 2308.12043, Table 1, DeBERTaV3-base: the authors' numbers
     "- - -": {"rte": 85.92, "stsb": 91.64},
 }
 
+BOTTLENECKS = {
+    "houlsby": 8,
+    "pfeiffer": 16,
+}  # widths with about the parameters of LoRA r=2 on a BERT's 6 layers a block
 TUNING = "tuning"  # the study of learning rates, on what is held out of the training data
 RANKS_OF = "ranks of"  # in place of a flag: this row of the study of methods, same task and seed, gives the ranks
 
@@ -91,8 +96,10 @@ def studies(rank: int) -> dict[str, dict[str, Flags]]:
     return {
         "methods": {
             **{f"{name} r={rank}": tuner(name, rank) for name in ("increlora", "lora", "adalora")},
+            f"increlora r={rank}, lam x 10": tuner("increlora", rank) | {"increlora_lam_lr_multiplier": 10},
             f"lora r={4 * rank}": tuner("lora", 4 * rank),
             **{name: tuner(name) for name in ("bitfit", "head", "full")},
+            **{name: {"tuner": name, "bottleneck": width * rank // 2} for name, width in BOTTLENECKS.items()},
         },
         "ablation": ablation,
         "budgets": {f"{n} r={r}": tuner(n, r) for r in (2, 4, 8, 12, 16, 24) for n in ("increlora", "lora")},
@@ -112,8 +119,9 @@ def studies(rank: int) -> dict[str, dict[str, Flags]]:
             "score_reduction sqrt": tuner("increlora", rank) | {"increlora_score_reduction": "sqrt"},
             "rank_scaling per_rank": tuner("increlora", rank) | {"increlora_rank_scaling": "per_rank"},
             "init_std unit": tuner("increlora", rank) | {"increlora_init_std": "unit"},
-            "lam_lr_multiplier 4": tuner("increlora", rank) | {"increlora_lam_lr_multiplier": 4},
+            "lam_lr_multiplier 10": tuner("increlora", rank) | {"increlora_lam_lr_multiplier": 10},
             "orth_reg_squared": tuner("increlora", rank) | {"increlora_orth_reg_squared": True},
+            "orth_reg_weight 0": tuner("increlora", rank) | {"increlora_orth_reg_weight": 0},
             "growth_fraction 0.2": tuner("increlora", rank) | {"increlora_growth_fraction": 0.2},
             "growth_fraction 0.7": tuner("increlora", rank) | {"increlora_growth_fraction": 0.7},
             "reserve_lambda 1e-3": tuner("increlora", rank) | {"increlora_reserve_lambda": 1e-3},
@@ -157,7 +165,10 @@ def with_ranks(flags: Flags, task: str, seed: int, done: Iterable[Mapping[str, A
 def execute(run: Run, settings: argparse.Namespace, data: Path, device: str | None) -> dict[str, Any]:
     """Train and evaluate in a process of its own; the line for the results."""
     script = "run_squad.py" if run.task.startswith("squad") else "run_glue.py"
-    line: dict[str, Any] = {"key": run.key, **run._asdict(), "versions": {name: version(name) for name in PACKAGES}}
+    python = sys.executable
+    if run.flags["tuner"] in BOTTLENECKS:
+        script, python = "benchmarks/bottleneck.py", str(settings.adapters_python)
+    line: dict[str, Any] = {"key": run.key, **run._asdict(), "versions": versions(python)}
     with tempfile.TemporaryDirectory() as work:
         out = Path(work) / "out"
         flags: Flags = {
@@ -171,7 +182,7 @@ def execute(run: Run, settings: argparse.Namespace, data: Path, device: str | No
             "save_strategy": "no",
             **run.flags,
         }
-        command = [sys.executable, str(ROOT / script), "--do_train", "--do_eval", *run.common]
+        command = [python, str(ROOT / script), "--do_train", "--do_eval", *run.common]
         command += [f"--{name}={value}" for name, value in flags.items()]
         environment = {**os.environ, **({} if device is None else {"CUDA_VISIBLE_DEVICES": device})}
         started = time.time()
@@ -186,13 +197,26 @@ def execute(run: Run, settings: argparse.Namespace, data: Path, device: str | No
         return line | {"error": None} | read(out)
 
 
+@cache
+def versions(python: str) -> dict[str, str]:
+    """Of the packages in an interpreter's environment."""
+    code = "import importlib.metadata as m, json; print(json.dumps({d.name: d.version for d in m.distributions()}))"
+    found = json.loads(subprocess.check_output([python, "-c", code]))
+    return {name: found[name] for name in PACKAGES if name in found}
+
+
 def read(out: Path) -> dict[str, Any]:
     """What a run left: metrics, curves, counts, ranks."""
     metrics = json.loads((out / "all_results.json").read_text())
     history = json.loads((out / "trainer_state.json").read_text())["log_history"]
+    gains = gained(out)
     return {
         "metrics": metrics,
-        "evaluations": [entry for entry in history if any(name.startswith("eval_") for name in entry)],
+        "evaluations": [
+            entry | {"ungrown": sum(count for step, count in gains if step > entry["step"])}
+            for entry in history
+            if any(name.startswith("eval_") for name in entry)
+        ],
         "training": [
             {k.removeprefix("increlora/"): e[k] for k in ("step", "loss", "increlora/orth_loss") if k in e}
             for e in history
@@ -200,6 +224,26 @@ def read(out: Path) -> dict[str, Any]:
         ],
         "ranks": ranks(out),
     }
+
+
+def gained(out: Path) -> list[tuple[int, int]]:
+    """The step of each round of IncreLoRA's, and the parameters in the components that it activated."""
+    file = out / "increlora_history.json"
+    if not file.exists():
+        return []
+    history = json.loads(file.read_text())
+    left = history["total_rank"] - sum(history["initial_ranks"].values())
+    gains = []
+    with safe_open(out / "adapter_model.safetensors", "np") as saved:
+        for record in history["rounds"]:
+            count = 0
+            for name in record["layers"]:
+                rank = min(history["config"]["increment"], left)
+                left -= rank
+                a, b = (saved.get_slice(f"base_model.model.{name}.lora_{f}.weight").get_shape() for f in "AB")
+                count += rank * (a[1] + b[0] + 1)
+            gains.append((record["step"], count))
+    return gains
 
 
 def ranks(out: Path) -> dict[str, int] | None:
@@ -225,6 +269,13 @@ def score(line: Mapping[str, Any], *, best: bool) -> float:
     found = [entry[name] for entry in line["evaluations"] if name in entry] if best else []
     factor = 1 if line["task"].startswith("squad") else 100
     return factor * max([last, *found])
+
+
+def trained(line: Mapping[str, Any], *, best: bool) -> int:
+    """Trained parameters at the end, or at the best evaluation; the first of several that are as good."""
+    found = [entry for entry in line["evaluations"] if f"eval_{metric(line['task'])}" in entry] if best else []
+    top: Mapping[str, Any] = max(found, key=lambda entry: entry[f"eval_{metric(line['task'])}"], default={})
+    return int(line["metrics"]["trainable_parameters"] - top.get("ungrown", 0))
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
@@ -285,6 +336,8 @@ def run_study(settings: argparse.Namespace) -> None:
     if unknown:
         raise SystemExit(f"--rows {unknown[0]!r} is not in {settings.study}. Choose from: {', '.join(rows)}.")
     rows = {name: flags for name, flags in rows.items() if not settings.rows or name in settings.rows}
+    if settings.adapters_python is None:
+        rows = {name: flags for name, flags in rows.items() if name not in BOTTLENECKS}
     common = [f"--model_name_or_path={settings.model}", *settings.more]
     rates: dict[tuple[str, str], Flags] = {}
     if settings.tune:
@@ -343,9 +396,10 @@ def _flag(argv: Sequence[str], name: str) -> str:
     return words[words.index(name) + 1] if name in words else "default"
 
 
-def table(of_study: Sequence[Mapping[str, Any]], *, best: bool) -> str:
+def table(of_study: Sequence[Mapping[str, Any]], *, best: bool, first: str | None = None) -> str:
     """Rows of the study by task, differences to its first row, parameters and time."""
     names = list(dict.fromkeys(line["row"] for line in of_study))
+    names.sort(key=lambda name: name != first)
     tasks = list(dict.fromkeys(line["task"] for line in of_study))
     scores = {
         (row, task): {
@@ -354,7 +408,8 @@ def table(of_study: Sequence[Mapping[str, Any]], *, best: bool) -> str:
         for row, task in itertools.product(names, tasks)
     }
     heads = [h for task in tasks for h in (task, f"first − this, {task}", f"paper, {task}", f"learning rate, {task}")]
-    text = ["| | " + " | ".join(heads) + " | trained at the end | seconds |", "|---" * (len(heads) + 3) + "|"]
+    when = "the best evaluation" if best else "the end"
+    text = ["| | " + " | ".join(heads) + f" | trained at {when} | seconds |", "|---" * (len(heads) + 3) + "|"]
     for row in names:
         cells = []
         for task in tasks:
@@ -368,10 +423,10 @@ def table(of_study: Sequence[Mapping[str, Any]], *, best: bool) -> str:
                 learning_rate(line for line in of_study if (line["row"], line["task"]) == (row, task)),
             ]
         mine = [line for line in of_study if line["row"] == row]
-        counts = sorted({line["metrics"]["trainable_parameters"] for line in mine})
-        trained = f"{counts[0]:,}" + (f"-{counts[-1]:,}" if len(counts) > 1 else "") if counts else ""
+        counts = sorted({trained(line, best=best) for line in mine})
+        count = f"{counts[0]:,}" + (f"-{counts[-1]:,}" if len(counts) > 1 else "") if counts else ""
         seconds = f"{statistics.median(line['seconds'] for line in mine):.0f}" if mine else ""
-        text.append(f"| {row} | " + " | ".join(cells) + f" | {trained} | {seconds} |")
+        text.append(f"| {row} | " + " | ".join(cells) + f" | {count} | {seconds} |")
     return "\n".join(text)
 
 
@@ -391,23 +446,25 @@ def tuning_table(lines_of_task: Sequence[Mapping[str, Any]]) -> str:
 
 
 def report(settings: argparse.Namespace) -> None:
-    """Tables of every study in the results, into the file between its two marks, or onto the screen."""
+    """Tables of every study in each results file, into the document between its two marks, or onto the screen."""
     parts = []
-    found = [line for path in settings.results_files for line in lines(path)]
-    for study in dict.fromkeys(line["study"] for line in found):
-        own = [line for line in found if line["study"] == study]
-        good = [line for line in own if line["error"] is None]
-        parts.append(f"### {study}\n\n{len(own)} runs, {len(own) - len(good)} failed.\n")
-        if study == TUNING:
-            for task in dict.fromkeys(line["task"] for line in good):
-                of_task = [line for line in good if line["task"] == task]
-                parts.append(f"{task}, by learning rate:\n\n{tuning_table(of_task)}\n")
-            continue
-        parts.append(f"Last step:\n\n{table(good, best=False)}\n")
-        if any(len(line["evaluations"]) > 1 for line in good):
-            parts.append(f"Best of the evaluations:\n\n{table(good, best=True)}\n")
-    if settings.figures is not None:
-        figures([line for line in found if line["error"] is None], settings.figures)
+    for path in settings.results_files:
+        found = lines(path)
+        parts.append(f"### {path.stem}\n")
+        for study in dict.fromkeys(line["study"] for line in found):
+            own = [line for line in found if line["study"] == study]
+            good = [line for line in own if line["error"] is None]
+            parts.append(f"#### {study}\n\n{len(own)} runs, {len(own) - len(good)} failed.\n")
+            if study == TUNING:
+                for task in dict.fromkeys(line["task"] for line in good):
+                    of_task = [line for line in good if line["task"] == task]
+                    parts.append(f"{task}, by learning rate:\n\n{tuning_table(of_task)}\n")
+                continue
+            parts.append(f"Last step:\n\n{table(good, best=False, first=settings.first)}\n")
+            if any(len(line["evaluations"]) > 1 for line in good):
+                parts.append(f"Best of the evaluations:\n\n{table(good, best=True, first=settings.first)}\n")
+        if settings.figures is not None:
+            figures([line for line in found if line["error"] is None], settings.figures / path.stem)
     text = "\n".join(parts)
     if settings.output is None:
         sys.stdout.write(text)
@@ -500,17 +557,19 @@ def main() -> None:
     running.add_argument("--model", required=True)
     running.add_argument("--data", type=Path, required=True, help="folder with a folder of parquet files per task")
     running.add_argument("--tasks", nargs="+", required=True)
-    running.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
+    running.add_argument("--seeds", nargs="*", type=int, default=[1, 2, 3])
     running.add_argument("--rows", nargs="+", help="these of the study alone")
     running.add_argument("--r_avg", type=int, default=2)
     running.add_argument("--results", type=Path, required=True)
     running.add_argument("--tune", nargs="+", type=float, help="learning rates to choose from")
     running.add_argument("--tuning_seed", type=int, default=0)
+    running.add_argument("--adapters_python", type=Path, help="for houlsby and pfeiffer: see benchmarks/bottleneck.py")
     running.add_argument("--devices", nargs="+", help="CUDA devices, taken in turns")
     running.add_argument("--parallel", type=int, default=1, help="runs at a time")
     running.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir()) / "glue_table")
     reporting = commands.add_parser("report", help="print tables, or put them into a document")
     reporting.add_argument("--results", dest="results_files", nargs="+", type=Path, required=True)
+    reporting.add_argument("--first", help="the row that others are compared with; default: the first of a study")
     reporting.add_argument("--figures", type=Path, help="folder for pictures; needs matplotlib")
     reporting.add_argument(
         "--output", type=Path, help="a document with the marks <!-- tables --> and <!-- end of tables -->"

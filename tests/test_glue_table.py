@@ -6,8 +6,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from glue_fixtures import save_tiny_model, sentence_pairs, write_parquet
+from safetensors.numpy import save_file
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -43,7 +45,8 @@ def test_studies_are_those_of_the_paper() -> None:
     found = studies(2)
     assert list(found["ablation"]) == ["- - -", "- A -", "O - -", "O - R", "O A -", "O A R"]
     assert "increlora_orth_reg_weight" not in found["ablation"]["O A R"]
-    assert list(found["methods"])[:4] == ["increlora r=2", "lora r=2", "adalora r=2", "lora r=8"]
+    assert list(found["methods"])[:3] == ["increlora r=2", "lora r=2", "adalora r=2"]
+    assert found["methods"]["lora r=8"] == {"tuner": "lora", "increlora_r_avg": 8}
     assert len(found["budgets"]) == 12
     assert studies(8)["methods"]["lora r=32"]["increlora_r_avg"] == 32
 
@@ -138,6 +141,26 @@ def test_penalty_of_a_run_is_read_from_its_training_log(tmp_path: Path) -> None:
     assert glue_table.read(tmp_path)["training"] == [{"step": 5, "loss": 1.0, "orth_loss": 0.5}]
 
 
+def test_counts_of_the_best_evaluation_leave_out_what_grew_later(tmp_path: Path) -> None:
+    rounds = [{"step": 4, "layers": ["wide", "tall"]}, {"step": 8, "layers": ["wide", "tall"]}]
+    history = {
+        **{"config": {"increment": 2}, "initial_ranks": {"wide": 1, "tall": 1}, "rounds": rounds},
+        **{"total_rank": 9, "rank_pattern": {"wide": 5, "tall": 4}},  # of 10: the last layer grew by one
+    }
+    (tmp_path / "increlora_history.json").write_text(json.dumps(history))
+    shapes = {"wide.lora_A": (5, 20), "wide.lora_B": (10, 5), "tall.lora_A": (4, 10), "tall.lora_B": (30, 4)}
+    tensors = {f"base_model.model.{name}.weight": np.zeros(shape, np.float32) for name, shape in shapes.items()}
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    wide, tall = 20 + 10 + 1, 10 + 30 + 1
+    assert glue_table.gained(tmp_path) == [(4, 2 * wide + 2 * tall), (8, 2 * wide + tall)]
+    (tmp_path / "all_results.json").write_text(json.dumps({"trainable_parameters": 1000}))
+    log = [{"step": step, "eval_accuracy": value} for step, value in ((3, 0.1), (4, 0.9), (8, 0.9), (9, 0.5))]
+    (tmp_path / "trainer_state.json").write_text(json.dumps({"log_history": log}))
+    one = {**line("increlora", 1, 0.5), **glue_table.read(tmp_path)}
+    assert glue_table.trained(one, best=False) == 1000
+    assert glue_table.trained(one, best=True) == 1000 - 2 * wide - tall  # of equals the first and smallest
+
+
 @pytest.mark.slow
 def test_a_study_is_tuned_run_and_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = save_tiny_model(tmp_path / "model")
@@ -151,7 +174,7 @@ def test_a_study_is_tuned_run_and_reported(tmp_path: Path, capsys: pytest.Captur
             "results": tmp_path / "r.jsonl",
             "cache": tmp_path / "cache",
         },
-        **{"devices": None, "parallel": 2, "rows": ["increlora r=2", "head", "broken"]},
+        **{"adapters_python": None, "devices": None, "parallel": 2, "rows": ["increlora r=2", "head", "broken"]},
         more=["--max_steps=12", "--use_cpu", "--warmup_steps=2", "--logging_steps=4", "--dataloader_pin_memory=false"],
     )
     methods = studies(2)["methods"]
@@ -166,13 +189,13 @@ def test_a_study_is_tuned_run_and_reported(tmp_path: Path, capsys: pytest.Captur
     assert ours["flags"]["learning_rate"] in settings.tune
     assert sum(ours["ranks"].values()) == 12
     assert "orth_loss" in ours["training"][0]
-    report(argparse.Namespace(results_files=[settings.results], output=None, figures=tmp_path / "figures"))
+    report(argparse.Namespace(results_files=[settings.results], first=None, output=None, figures=tmp_path / "figures"))
     printed = capsys.readouterr().out
     assert "3 runs, 1 failed" in printed
-    assert (tmp_path / "figures" / "methods-rte-penalty.png").stat().st_size > 1000
+    assert (tmp_path / "figures" / "r" / "methods-rte-penalty.png").stat().st_size > 1000
     document = tmp_path / "evidence.md"
     document.write_text("before\n<!-- tables -->\nold\n<!-- end of tables -->\nafter\n")
-    report(argparse.Namespace(results_files=[settings.results], output=document, figures=None))
+    report(argparse.Namespace(results_files=[settings.results], first=None, output=document, figures=None))
     text = document.read_text()
     assert text.startswith("before\n")
     assert text.endswith("after\n")
