@@ -16,45 +16,27 @@ import itertools
 import json
 import os
 import queue
-import statistics
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from datasets import Dataset, load_dataset
+from glue_report import TUNING, lines, report, score
 from safetensors import safe_open
 
 ROOT = Path(__file__).parents[1]
-METRICS = {"cola": "matthews_correlation", "stsb": "pearson", "squad_v2": "f1", "mrpc": "accuracy", "rte": "accuracy"}
 PACKAGES = ("torch", "transformers", "peft", "adapters", "increlora-hf")
-RESAMPLES = 10_000
-PAPER = {  # arXiv 2308.12043, Table 1, DeBERTaV3-base: the authors' numbers
-    "full": {"cola": 69.19, "rte": 83.75, "mrpc": 89.46, "stsb": 91.60},
-    "bitfit": {"cola": 66.96, "rte": 78.70, "mrpc": 87.75, "stsb": 91.35},
-    "lora r=8": {"cola": 69.82, "rte": 85.20, "mrpc": 89.95, "stsb": 91.60},
-    "lora r=2": {"cola": 68.71, "rte": 85.56, "mrpc": 89.71, "stsb": 91.68},
-    "adalora r=2": {"cola": 70.04, "rte": 87.36, "mrpc": 90.44, "stsb": 91.63},
-    "increlora r=2": {"cola": 71.13, "rte": 88.52, "mrpc": 91.13, "stsb": 91.89},
-    "O A R": {"rte": 88.81, "stsb": 92.07},
-    "O - R": {"rte": 87.86, "stsb": 91.85},
-    "O A -": {"rte": 88.09, "stsb": 91.88},
-    "O - -": {"rte": 87.73, "stsb": 91.78},
-    "- A -": {"rte": 87.00, "stsb": 91.89},
-    "- - -": {"rte": 85.92, "stsb": 91.64},
-}
-
 BOTTLENECKS = {
     "houlsby": 8,
     "pfeiffer": 16,
 }  # widths with about the parameters of LoRA r=2 on a BERT's 6 layers a block
-TUNING = "tuning"  # the study of learning rates, on what is held out of the training data
 RANKS_OF = "ranks of"  # in place of a flag: this row of the study of methods, same task and seed, gives the ranks
 
 Flags = dict[str, Any]
@@ -128,9 +110,6 @@ def studies(rank: int) -> dict[str, dict[str, Flags]]:
             **({"init_r 2": tuner("increlora", rank) | {"increlora_init_r": 2}} if rank > 2 else {}),
         },
     }
-
-
-# ---- Running -----------------------------------------------------------------------------------------------------
 
 
 def held_out(data: Path, task: str, into: Path) -> Path:
@@ -257,35 +236,6 @@ def ranks(out: Path) -> dict[str, int] | None:
     return {name.removesuffix(".lora_E"): int(np.sum(kept)) for name, kept in config["rank_pattern"].items()}
 
 
-def metric(task: str) -> str:
-    """The one that a task is judged by."""
-    return METRICS.get(task, "accuracy")
-
-
-def score(line: Mapping[str, Any], *, best: bool) -> float:
-    """The task's metric × 100, of the best evaluation or of the last."""
-    name = f"eval_{metric(line['task'])}"
-    last = line["metrics"][name]
-    found = [entry[name] for entry in line["evaluations"] if name in entry] if best else []
-    factor = 1 if line["task"].startswith("squad") else 100
-    return factor * max([last, *found])
-
-
-def trained(line: Mapping[str, Any], *, best: bool) -> int:
-    """Trained parameters at the end, or at the best evaluation; the first of several that are as good."""
-    found = [entry for entry in line["evaluations"] if f"eval_{metric(line['task'])}" in entry] if best else []
-    top: Mapping[str, Any] = max(found, key=lambda entry: entry[f"eval_{metric(line['task'])}"], default={})
-    return int(line["metrics"]["trainable_parameters"] - top.get("ungrown", 0))
-
-
-def lines(path: Path) -> list[dict[str, Any]]:
-    """What is in the results; of a run that was repeated the last line."""
-    if not path.exists():
-        return []
-    found = [json.loads(text) for text in path.read_text().splitlines()]
-    return list({line["key"]: line for line in found}.values())
-
-
 class Results:
     """The results file, to which several workers add."""
 
@@ -364,184 +314,6 @@ def run_study(settings: argparse.Namespace) -> None:
         for seed, task, (row, flags) in itertools.product(settings.seeds, settings.tasks, rows.items())
     ]
     run_all(((run, settings.data / run.task) for run in runs), results, settings)
-
-
-# ---- Reporting ---------------------------------------------------------------------------------------------------
-
-
-def spread(values: Sequence[float]) -> str:
-    """Mean ± standard deviation (number of seeds)."""
-    deviation = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.2f}{deviation} ({len(values)})"
-
-
-def paired(ours: Mapping[int, float], theirs: Mapping[int, float]) -> str:
-    """Mean difference over common seeds with a 95 % bootstrap interval over the seeds."""
-    differences = np.array([ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())])
-    if len(differences) < 2:
-        return "—"
-    draws = np.random.default_rng(0).choice(differences, (RESAMPLES, len(differences))).mean(axis=1)
-    low, high = np.quantile(draws, [0.025, 0.975])
-    return f"{differences.mean():+.2f} [{low:+.2f}, {high:+.2f}]"
-
-
-def learning_rate(runs: Iterable[Mapping[str, Any]]) -> str:
-    """Of a cell's runs, a row's own flag or the one for all."""
-    given = {str(line["flags"].get("learning_rate") or _flag(line["common"], "--learning_rate")) for line in runs}
-    return ", ".join(sorted(given))
-
-
-def _flag(argv: Sequence[str], name: str) -> str:
-    words = [word for argument in argv for word in argument.split("=", 1)]
-    return words[words.index(name) + 1] if name in words else "default"
-
-
-def table(of_study: Sequence[Mapping[str, Any]], *, best: bool, first: str | None = None) -> str:
-    """Rows of the study by task, differences to its first row, parameters and time."""
-    names = list(dict.fromkeys(line["row"] for line in of_study))
-    names.sort(key=lambda name: name != first)
-    tasks = list(dict.fromkeys(line["task"] for line in of_study))
-    scores = {
-        (row, task): {
-            line["seed"]: score(line, best=best) for line in of_study if (line["row"], line["task"]) == (row, task)
-        }
-        for row, task in itertools.product(names, tasks)
-    }
-    heads = [h for task in tasks for h in (task, f"first − this, {task}", f"paper, {task}", f"learning rate, {task}")]
-    when = "the best evaluation" if best else "the end"
-    text = ["| | " + " | ".join(heads) + f" | trained at {when} | seconds |", "|---" * (len(heads) + 3) + "|"]
-    for row in names:
-        cells = []
-        for task in tasks:
-            own = scores[row, task]
-            against = paired(scores[names[0], task], own) if row != names[0] else ""
-            paper = PAPER.get(row, {}).get(task)
-            cells += [
-                spread(list(own.values())) if own else "failed",
-                against,
-                "" if paper is None else f"{paper:.2f}",
-                learning_rate(line for line in of_study if (line["row"], line["task"]) == (row, task)),
-            ]
-        mine = [line for line in of_study if line["row"] == row]
-        counts = sorted({trained(line, best=best) for line in mine})
-        count = f"{counts[0]:,}" + (f"-{counts[-1]:,}" if len(counts) > 1 else "") if counts else ""
-        seconds = f"{statistics.median(line['seconds'] for line in mine):.0f}" if mine else ""
-        text.append(f"| {row} | " + " | ".join(cells) + f" | {count} | {seconds} |")
-    return "\n".join(text)
-
-
-def tuning_table(lines_of_task: Sequence[Mapping[str, Any]]) -> str:
-    """Scores on what was held out of the training data, by method and learning rate; the best of each row in bold."""
-    rates = sorted({line["flags"]["learning_rate"] for line in lines_of_task})
-    text = ["| | " + " | ".join(f"{rate:g}" for rate in rates) + " |", "|---" * (len(rates) + 1) + "|"]
-    for row in dict.fromkeys(line["row"] for line in lines_of_task):
-        found = {
-            line["flags"]["learning_rate"]: score(line, best=False) for line in lines_of_task if line["row"] == row
-        }
-        cells = [f"{found[rate]:.2f}" if rate in found else "" for rate in rates]
-        best = rates.index(max(found, key=found.__getitem__))
-        cells[best] = f"**{cells[best]}**"
-        text.append(f"| {row} | " + " | ".join(cells) + " |")
-    return "\n".join(text)
-
-
-def report(settings: argparse.Namespace) -> None:
-    """Tables of every study in each results file, into the document between its two marks, or onto the screen."""
-    parts = []
-    for path in settings.results_files:
-        found = lines(path)
-        parts.append(f"### {path.stem}\n")
-        for study in dict.fromkeys(line["study"] for line in found):
-            own = [line for line in found if line["study"] == study]
-            good = [line for line in own if line["error"] is None]
-            parts.append(f"#### {study}\n\n{len(own)} runs, {len(own) - len(good)} failed.\n")
-            if study == TUNING:
-                for task in dict.fromkeys(line["task"] for line in good):
-                    of_task = [line for line in good if line["task"] == task]
-                    parts.append(f"{task}, by learning rate:\n\n{tuning_table(of_task)}\n")
-                continue
-            parts.append(f"Last step:\n\n{table(good, best=False, first=settings.first)}\n")
-            if any(len(line["evaluations"]) > 1 for line in good):
-                parts.append(f"Best of the evaluations:\n\n{table(good, best=True, first=settings.first)}\n")
-        if settings.figures is not None:
-            figures([line for line in found if line["error"] is None], settings.figures / path.stem)
-    text = "\n".join(parts)
-    if settings.output is None:
-        sys.stdout.write(text)
-        return
-    begin, end = "<!-- tables -->\n", "<!-- end of tables -->"
-    document = settings.output.read_text()
-    before, after = document.split(begin)[0], document.split(end)[1]
-    settings.output.write_text(f"{before}{begin}\n{text}\n{end}{after}")
-
-
-def figures(found: Sequence[Mapping[str, Any]], folder: Path) -> None:
-    """Pictures of what the lines hold: evaluations and the penalty over the steps, scores by budget."""
-    from matplotlib import pyplot
-
-    folder.mkdir(parents=True, exist_ok=True)
-    for study, task in dict.fromkeys((line["study"], line["task"]) for line in found):
-        if study == TUNING:
-            continue
-        own = [line for line in found if (line["study"], line["task"]) == (study, task)]
-        figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
-        _draw_scores(axes, own)
-        axes.set(title=f"{task}, {study}: last step; a dot a seed, | their mean", xlabel=metric(task))
-        figure.savefig(folder / f"{study}-{task}.png", dpi=120)
-        pyplot.close(figure)
-        curves = {
-            "evaluations": ("evaluations", f"eval_{metric(task)}"),
-            "penalty": ("training", "orth_loss"),
-        }
-        for name, (where, key) in curves.items():
-            figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
-            _draw_curves(axes, own, where, key)
-            if axes.lines:
-                axes.set(title=f"{task}: {key}, a line a seed", xlabel="optimizer step")
-                axes.legend(fontsize="small")
-                figure.savefig(folder / f"{study}-{task}-{name}.png", dpi=120)
-            pyplot.close(figure)
-        if study == "budgets":
-            figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
-            _draw_budgets(axes, own)
-            axes.set(title=f"{task}: mean and deviation over seeds", xlabel="average rank")
-            axes.legend()
-            figure.savefig(folder / f"budgets-{task}.png", dpi=120)
-            pyplot.close(figure)
-
-
-def _draw_scores(axes: Any, own: Sequence[Mapping[str, Any]]) -> None:
-    rows = list(dict.fromkeys(line["row"] for line in own))
-    for index, row in enumerate(rows):
-        values = [score(line, best=False) for line in own if line["row"] == row]
-        axes.plot(values, [index] * len(values), "o", color=f"C{index % 10}", alpha=0.7)
-        axes.plot(statistics.mean(values), index, "|", color="black", markersize=18)
-    axes.set_yticks(range(len(rows)), rows)
-    axes.invert_yaxis()
-    axes.grid(axis="x", alpha=0.3)
-
-
-def _draw_curves(axes: Any, own: Sequence[Mapping[str, Any]], where: str, key: str) -> None:
-    rows = list(dict.fromkeys(line["row"] for line in own))
-    labelled = set()
-    for line in own:
-        points = [(entry["step"], entry[key]) for entry in line[where] if key in entry]
-        if len(points) > 1:
-            label = None if line["row"] in labelled else line["row"]
-            labelled.add(line["row"])
-            axes.plot(*zip(*points, strict=True), color=f"C{rows.index(line['row']) % 10}", label=label, alpha=0.8)
-
-
-def _draw_budgets(axes: Any, own: Sequence[Mapping[str, Any]]) -> None:
-    scores: dict[str, dict[int, list[float]]] = {}
-    for line in own:
-        by_rank = scores.setdefault(line["row"].split()[0], {})
-        by_rank.setdefault(line["flags"]["increlora_r_avg"], []).append(score(line, best=False))
-    for method, by_rank in scores.items():
-        ranks_of_method = sorted(by_rank)
-        means = [statistics.mean(by_rank[rank]) for rank in ranks_of_method]
-        errors = [statistics.stdev(by_rank[rank]) if len(by_rank[rank]) > 1 else 0.0 for rank in ranks_of_method]
-        axes.errorbar(ranks_of_method, means, yerr=errors, marker="o", capsize=3, label=method)
 
 
 def main() -> None:

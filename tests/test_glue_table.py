@@ -14,20 +14,10 @@ from safetensors.numpy import save_file
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
+import glue_report  # noqa: E402
 import glue_table  # noqa: E402
-from glue_table import (  # noqa: E402
-    Results,
-    Run,
-    held_out,
-    paired,
-    report,
-    run_all,
-    run_study,
-    score,
-    studies,
-    table,
-    tuning_table,
-)
+from glue_report import paired, report, score, table, trained, tuning_table  # noqa: E402
+from glue_table import Results, Run, held_out, run_all, run_study, studies  # noqa: E402
 
 
 def line(row: str, seed: int, value: float, best: float | None = None, **more: Any) -> dict[str, Any]:
@@ -72,6 +62,9 @@ def test_table_holds_means_spreads_and_the_papers_column() -> None:
     first, second = table(rows, best=False).splitlines()[2:]
     assert first == "| increlora r=2 | 65.00 ± 7.07 (2) |  | 88.52 | default | 100 | 10 |"
     assert second == "| lora r=2 | 50.00 ± 0.00 (2) | +15.00 [+10.00, +20.00] | 85.56 | default | 100 | 10 |"
+    first, second = table(rows, best=False, first="lora r=2").splitlines()[2:]
+    assert first.startswith("| lora r=2 | 50.00 ± 0.00 (2) |  |")
+    assert second.startswith("| increlora r=2 | 65.00 ± 7.07 (2) | -15.00 [-20.00, -10.00] |")
 
 
 def test_what_is_done_is_not_run_again_and_what_failed_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -89,7 +82,7 @@ def test_what_is_done_is_not_run_again_and_what_failed_is(tmp_path: Path, monkey
         run_all(((run, tmp_path) for run in runs), Results(tmp_path / "r.jsonl"), settings)
         assert asked == expected
     assert len((tmp_path / "r.jsonl").read_text().splitlines()) == 4
-    assert len(glue_table.lines(tmp_path / "r.jsonl")) == 3
+    assert len(glue_report.lines(tmp_path / "r.jsonl")) == 3
 
 
 def test_ranks_of_another_run_become_a_file(tmp_path: Path) -> None:
@@ -116,7 +109,7 @@ def test_budgets_are_drawn(tmp_path: Path) -> None:
         for rank in (2, 4)
         for seed in (1, 2)
     ]
-    glue_table.figures([{**row, "evaluations": []} for row in rows], tmp_path)
+    glue_report.figures([{**row, "evaluations": []} for row in rows], tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["budgets-rte.png"]
 
 
@@ -157,8 +150,8 @@ def test_counts_of_the_best_evaluation_leave_out_what_grew_later(tmp_path: Path)
     log = [{"step": step, "eval_accuracy": value} for step, value in ((3, 0.1), (4, 0.9), (8, 0.9), (9, 0.5))]
     (tmp_path / "trainer_state.json").write_text(json.dumps({"log_history": log}))
     one = {**line("increlora", 1, 0.5), **glue_table.read(tmp_path)}
-    assert glue_table.trained(one, best=False) == 1000
-    assert glue_table.trained(one, best=True) == 1000 - 2 * wide - tall  # of equals the first and smallest
+    assert trained(one, best=False) == 1000
+    assert trained(one, best=True) == 1000 - 2 * wide - tall  # of equals the first and smallest
 
 
 @pytest.mark.slow
