@@ -33,10 +33,7 @@ from safetensors import safe_open
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("torch", "transformers", "peft", "adapters", "increlora-hf")
-BOTTLENECKS = {
-    "houlsby": 8,
-    "pfeiffer": 16,
-}  # widths with about the parameters of LoRA r=2 on a BERT's 6 layers a block
+BOTTLENECKS = {"houlsby": 8, "pfeiffer": 16}  # widths; on a BERT with about the parameters of LoRA r=2
 RANKS_OF = "ranks of"  # in place of a flag: this row of the study of methods, same task and seed, gives the ranks
 
 Flags = dict[str, Any]
