@@ -459,11 +459,13 @@ class _GrowthCallback(TrainerCallback):
 
 
 def _separate(optimizer: torch.optim.Optimizer, lams: list[nn.Parameter], multiplier: float) -> None:
-    """Give the λ a group of their own, with this multiple of the learning rate."""
+    """Give the λ a group of their own: the options of the one they were in, with this multiple of its learning rate."""
     gone = {id(lam) for lam in lams}
-    for group in optimizer.param_groups:
+    groups = optimizer.param_groups
+    options = next(group for group in groups if any(id(parameter) in gone for parameter in group["params"])).copy()
+    for group in groups:
         group["params"] = [parameter for parameter in group["params"] if id(parameter) not in gone]
-    optimizer.add_param_group({"params": lams, "lr": optimizer.param_groups[0]["lr"] * multiplier})
+    optimizer.add_param_group({**options, "params": lams, "lr": options["lr"] * multiplier})
 
 
 @contextmanager

@@ -85,7 +85,7 @@ def _compare(settings: Settings, schedule: str, accumulation: int, tmp_path: Pat
     args = arguments(
         tmp_path,
         max_steps=STEPS,
-        weight_decay=0.01,
+        weight_decay=0.3,  # unlike that of any optimizer on its own
         gradient_accumulation_steps=accumulation,
         lr_scheduler_type=schedule,
         per_device_train_batch_size=4,
@@ -101,7 +101,7 @@ def _compare(settings: Settings, schedule: str, accumulation: int, tmp_path: Pat
         total_steps=STEPS,
         warmup=3,
         lr=1e-2,
-        weight_decay=0.01,
+        weight_decay=0.3,  # unlike that of any optimizer on its own
         curve=cosine_curve if schedule == "cosine" else linear_curve,
     )
     trainer.train()
