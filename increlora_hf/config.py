@@ -74,7 +74,9 @@ class IncreLoraConfig:
     init_std: float | str = _setting(
         0.02, "Standard deviation of new A and B; 'unit' draws with 1/sqrt(d), near norm 1.", flag_type=str
     )
-    lam_lr_multiplier: float = _setting(1.0, "Factor on the learning rate of the lambdas.")
+    lam_lr_multiplier: float = _setting(
+        10.0, "Factor on the learning rate of the lambdas: 10 lets an update grow as fast as LoRA's. The paper's is 1."
+    )
     rank_pattern: dict[str, int] | str | None = _setting(
         None,
         "Fixed ranks without growth: layer name -> rank, or a JSON file with them (an increlora_history.json does).",

@@ -70,7 +70,7 @@ class Settings:
     advance_learning: bool = True
     restart_warmup: bool = True
     reserve_lambda: float = 1e-5
-    lam_lr_multiplier: float = 1.0
+    lam_lr_multiplier: float = 10.0
 
 
 def linear_curve(t: int, warmup: int, total: int) -> float:

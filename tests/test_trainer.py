@@ -135,16 +135,17 @@ def test_optimizer_of_the_user_is_followed(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"increment": 3}, {"advance_learning": False}, {"lam_lr_multiplier": 3.0}, {"orth_reg_weight": 0.0}],
+    [{}, {"increment": 3}, {"advance_learning": False}, {"lam_lr_multiplier": 1.0}, {"orth_reg_weight": 0.0}],
     ids=str,
 )
 def test_optimizer_holds_exactly_what_the_model_trains(settings: dict[str, Any], tmp_path: Path) -> None:
     trainer = run(tmp_path, IncreLoraConfig(r_avg=2, top_h=3, interval=4, start=4, **settings))
     growth = trainer.increlora
-    groups = 2 if settings.get("lam_lr_multiplier") else 1
+    own_rate = settings.get("lam_lr_multiplier") != 1
+    groups = 2 if own_rate else 1
     expected = 2 + (groups - 1) + groups * len(growth.rounds)
     assert growth.total_rank == 24
-    if settings.get("lam_lr_multiplier"):
+    if own_rate and growth.config.advance_learning:
         expected -= 1  # the last round inserts λ's alone
     assert len(trainer.optimizer.param_groups) == expected
 
