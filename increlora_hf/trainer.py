@@ -459,7 +459,7 @@ class _GrowthCallback(TrainerCallback):
 
 
 def _separate(optimizer: torch.optim.Optimizer, lams: list[nn.Parameter], multiplier: float) -> None:
-    """Give the λ a group of their own: the options of the one they were in, with this multiple of its learning rate."""
+    """Give the λ a group of their own: that of before, with this multiple of its learning rate."""
     gone = {id(lam) for lam in lams}
     groups = optimizer.param_groups
     options = next(group for group in groups if any(id(parameter) in gone for parameter in group["params"])).copy()
