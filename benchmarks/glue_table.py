@@ -75,7 +75,7 @@ def studies(rank: int) -> dict[str, dict[str, Flags]]:
     return {
         "methods": {
             **{f"{name} r={rank}": tuner(name, rank) for name in ("increlora", "lora", "adalora")},
-            f"increlora r={rank}, lam x 10": tuner("increlora", rank) | {"increlora_lam_lr_multiplier": 10},
+            f"increlora r={rank}, lam x 1": tuner("increlora", rank) | {"increlora_lam_lr_multiplier": 1},
             f"lora r={4 * rank}": tuner("lora", 4 * rank),
             **{name: tuner(name) for name in ("bitfit", "head", "full")},
             **{name: {"tuner": name, "bottleneck": width * rank // 2} for name, width in BOTTLENECKS.items()},
@@ -98,7 +98,7 @@ def studies(rank: int) -> dict[str, dict[str, Flags]]:
             "score_reduction sqrt": tuner("increlora", rank) | {"increlora_score_reduction": "sqrt"},
             "rank_scaling per_rank": tuner("increlora", rank) | {"increlora_rank_scaling": "per_rank"},
             "init_std unit": tuner("increlora", rank) | {"increlora_init_std": "unit"},
-            "lam_lr_multiplier 10": tuner("increlora", rank) | {"increlora_lam_lr_multiplier": 10},
+            "lam_lr_multiplier 1": tuner("increlora", rank) | {"increlora_lam_lr_multiplier": 1},
             "orth_reg_squared": tuner("increlora", rank) | {"increlora_orth_reg_squared": True},
             "orth_reg_weight 0": tuner("increlora", rank) | {"increlora_orth_reg_weight": 0},
             "growth_fraction 0.2": tuner("increlora", rank) | {"increlora_growth_fraction": 0.2},
