@@ -63,13 +63,13 @@ def budget_curve(history: History, log: Log = ()) -> Figure | None:
     axes[0].yaxis.set_major_locator(MaxNLocator(integer=True))
     axes[0].legend(loc="lower right")
     if rates:
-        _draw_rates(axes[1], rates)
+        _draw_rates(axes[1], rates, history["config"]["lam_lr_multiplier"])
     axes[-1].set_xlabel("optimizer step")
     return figure
 
 
 def learning_rates(history: History) -> dict[int, tuple[np.ndarray, np.ndarray]]:
-    """Birth step of a parameter group -> scheduler steps, and the learning rate from each on.
+    """Birth step of a parameter group -> scheduler steps, and the learning rate of its A and B from each on.
 
     The rates are those that `RestartWarmupLR` gives; of a long run not every step is there. Empty where the history
     knows no schedule.
@@ -195,11 +195,12 @@ def _layer_names(layers: Mapping[str, int]) -> dict[str, str]:
     return {name: f"{blocks[row]} {modules[column]}" for name, (row, column) in zip(layers, cells, strict=True)}
 
 
-def _draw_rates(axes: Any, rates: Mapping[int, tuple[np.ndarray, np.ndarray]]) -> None:
+def _draw_rates(axes: Any, rates: Mapping[int, tuple[np.ndarray, np.ndarray]], of_lam: float) -> None:
     colours = matplotlib.colormaps["viridis"](np.linspace(0, 0.9, len(rates)))
     births = list(rates)
     for birth, colour in zip(births, colours, strict=True):
         label = "from the start" if birth == 0 else f"born at {birth:,}" if birth in (births[1], births[-1]) else None
         axes.plot(*rates[birth], color=colour, label=label, linewidth=1.2)
-    axes.set(title="Learning rates of the parameter groups by birth", ylabel="learning rate")
+    title = "Learning rates of the parameter groups by birth" + (f" (λ: × {of_lam:g})" if of_lam != 1 else "")
+    axes.set(title=title, ylabel="learning rate")
     axes.legend(loc="upper right")
