@@ -369,8 +369,10 @@ def test_second_training_goes_on_from_the_first(tmp_path: Path) -> None:
     trainer.train()
     assert trainer.increlora.total_rank == 24
     assert any(not torch.equal(before[n], layer.delta_weight()) for n, layer in trainer.increlora.layers.items())
-    assert all(len(step) == 1 for step in rates)  # all groups are there from the start of the second training
-    assert rates[3] == {0.01}
+    for step in rates:  # all groups are there from the start of the second training, the λ's at 10 times the rate
+        assert len(step) <= 2
+        assert max(step) == pytest.approx(10 * min(step))
+    assert rates[3] == {0.01, 0.1}
 
 
 def test_resumed_checkpoint_may_be_rotated_away(tmp_path: Path) -> None:
