@@ -89,10 +89,9 @@ def _flag(argv: Sequence[str], name: str) -> str:
     return words[words.index(name) + 1] if name in words else "default"
 
 
-def table(of_study: Sequence[Mapping[str, Any]], *, best: bool, first: str | None = None) -> str:
+def table(of_study: Sequence[Mapping[str, Any]], *, best: bool) -> str:
     """Rows of the study by task, differences to its first row, parameters and time."""
     names = list(dict.fromkeys(line["row"] for line in of_study))
-    names.sort(key=lambda name: name != first)
     tasks = list(dict.fromkeys(line["task"] for line in of_study))
     scores = {
         (row, task): {
@@ -142,7 +141,7 @@ def report(settings: argparse.Namespace) -> None:
     """Tables of every study in each results file, into the document between its two marks, or onto the screen."""
     parts = []
     for path in settings.results_files:
-        found = lines(path)
+        found = sorted(lines(path), key=lambda line: line["row"] != settings.first)
         parts.append(f"### {path.stem}\n")
         for study in dict.fromkeys(line["study"] for line in found):
             own = [line for line in found if line["study"] == study]
@@ -153,9 +152,9 @@ def report(settings: argparse.Namespace) -> None:
                     of_task = [line for line in good if line["task"] == task]
                     parts.append(f"{task}, by learning rate:\n\n{tuning_table(of_task)}\n")
                 continue
-            parts.append(f"Last step:\n\n{table(good, best=False, first=settings.first)}\n")
+            parts.append(f"Last step:\n\n{table(good, best=False)}\n")
             if any(len(line["evaluations"]) > 1 for line in good):
-                parts.append(f"Best of the evaluations:\n\n{table(good, best=True, first=settings.first)}\n")
+                parts.append(f"Best of the evaluations:\n\n{table(good, best=True)}\n")
         if settings.figures is not None:
             figures([line for line in found if line["error"] is None], settings.figures / path.stem)
     text = "\n".join(parts)

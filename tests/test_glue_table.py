@@ -62,9 +62,18 @@ def test_table_holds_means_spreads_and_the_papers_column() -> None:
     first, second = table(rows, best=False).splitlines()[2:]
     assert first == "| increlora r=2 | 65.00 ± 7.07 (2) |  | 88.52 | default | 100 | 10 |"
     assert second == "| lora r=2 | 50.00 ± 0.00 (2) | +15.00 [+10.00, +20.00] | 85.56 | default | 100 | 10 |"
-    first, second = table(rows, best=False, first="lora r=2").splitlines()[2:]
-    assert first.startswith("| lora r=2 | 50.00 ± 0.00 (2) |  |")
-    assert second.startswith("| increlora r=2 | 65.00 ± 7.07 (2) | -15.00 [-20.00, -10.00] |")
+
+
+def test_report_compares_with_the_row_that_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "short.jsonl"
+    rows = [line("lora r=2", 1, 0.5), line("increlora r=2", 1, 0.75), line("lora r=2", 2, 0.5)]
+    file.write_text("".join(json.dumps({**one, "key": i}) + "\n" for i, one in enumerate(rows)))
+    report(argparse.Namespace(results_files=[file], first="increlora r=2", output=None, figures=None))
+    printed = capsys.readouterr().out
+    assert printed.startswith("### short\n\n#### methods\n\n3 runs, 0 failed.\n")
+    first, second = [text for text in printed.splitlines() if "lora" in text][:2]
+    assert first.startswith("| increlora r=2 | 75.00 (1) |  |")
+    assert second.startswith("| lora r=2 | 50.00 ± 0.00 (2) | — |")
 
 
 def test_what_is_done_is_not_run_again_and_what_failed_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
