@@ -6,13 +6,12 @@ python run_glue.py CONFIG.json [--flag value ...]    # the settings of a JSON fi
 
 import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 from datasets import Dataset
 from transformers import (
     AutoModelForSequenceClassification,
@@ -24,7 +23,7 @@ from transformers import (
 
 from increlora_hf import IncreLoraArguments, IncreLoraTrainer
 from increlora_hf.tasks.glue import TASKS, GlueSource, TextTask, load_task
-from increlora_hf.tasks.metrics import GlueMetric
+from increlora_hf.tasks.metrics import metrics_of, predicted
 from increlora_hf.tasks.script import (
     HubArguments,
     ModelArguments,
@@ -128,18 +127,6 @@ def encode(rows: Dataset, tokenizer: Any, task: TextTask, data_args: DataArgumen
         load_from_cache_file=not data_args.overwrite_cache,
         desc="Tokenizing",
     )
-
-
-def predicted(outputs: Any, task: TextTask) -> np.ndarray:
-    """Class numbers, or the predicted values, of a model's outputs (n, num_labels): shape (n,)."""
-    logits = outputs[0] if isinstance(outputs, tuple) else outputs
-    return logits[:, 0] if task.is_regression else logits.argmax(axis=1)
-
-
-def metrics_of(task: TextTask) -> Callable[[Any], dict[str, float]]:
-    """What `Trainer.evaluate` calls."""
-    metric = GlueMetric(task.name, keep_in_memory=True)
-    return lambda result: metric.compute(predictions=predicted(result.predictions, task), references=result.label_ids)
 
 
 def prepare(

@@ -11,7 +11,6 @@ import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import adapters
 from datasets import Dataset
@@ -29,7 +28,7 @@ from transformers import (
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from increlora_hf.tasks.glue import GlueSource, load_task
-from increlora_hf.tasks.metrics import GlueMetric
+from increlora_hf.tasks.metrics import metrics_of
 
 KINDS = {"houlsby": adapters.DoubleSeqBnConfig, "pfeiffer": adapters.SeqBnConfig}
 
@@ -44,7 +43,7 @@ class Arguments:
     tuner: str
     bottleneck: int  # width of an adapter
     max_seq_length: int = 128
-    cache_dir: str | None = None
+    cache_dir: str | None = None  # not needed: the data is local
 
 
 def main() -> None:
@@ -57,8 +56,8 @@ def main() -> None:
     config = AutoConfig.from_pretrained(args.model_name_or_path, num_labels=task.num_labels)
     model = AutoModelForSequenceClassification.from_pretrained(args.model_name_or_path, config=config)
     adapters.init(model)
-    width = config.hidden_size / args.bottleneck
-    model.add_adapter(task.name, config=KINDS[args.tuner](reduction_factor=width))
+    reduction = config.hidden_size / args.bottleneck
+    model.add_adapter(task.name, config=KINDS[args.tuner](reduction_factor=reduction))
     model.train_adapter(task.name)
     for name, parameter in model.named_parameters():
         if "pooler" in name:
@@ -73,17 +72,12 @@ def main() -> None:
             remove_columns=list(task.columns),
         )
 
-    def compute(result: Any) -> dict[str, float]:
-        logits = result.predictions
-        values = logits[:, 0] if task.is_regression else logits.argmax(axis=1)
-        return GlueMetric(task.name, keep_in_memory=True).compute(predictions=values, references=result.label_ids)
-
     trainer = Trainer(
         model=model,
         args=training,
         train_dataset=encode(texts["train"]),
         eval_dataset=encode(texts["validation"]),
-        compute_metrics=compute,
+        compute_metrics=metrics_of(task),
         data_collator=DataCollatorWithPadding(tokenizer),
     )
     metrics = trainer.train().metrics

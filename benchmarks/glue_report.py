@@ -38,19 +38,23 @@ def metric(task: str) -> str:
     return METRICS.get(task, "accuracy")
 
 
+def scored(line: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The evaluations during the run that have the task's metric."""
+    return [entry for entry in line["evaluations"] if f"eval_{metric(line['task'])}" in entry]
+
+
 def score(line: Mapping[str, Any], *, best: bool) -> float:
     """The task's metric × 100, of the best evaluation or of the last."""
     name = f"eval_{metric(line['task'])}"
-    last = line["metrics"][name]
-    found = [entry[name] for entry in line["evaluations"] if name in entry] if best else []
+    found = [line["metrics"], *(scored(line) if best else [])]
     factor = 1 if line["task"].startswith("squad") else 100
-    return factor * max([last, *found])
+    return factor * max(entry[name] for entry in found)
 
 
 def trained(line: Mapping[str, Any], *, best: bool) -> int:
     """Trained parameters at the end, or at the best evaluation; the first of several that are as good."""
-    found = [entry for entry in line["evaluations"] if f"eval_{metric(line['task'])}" in entry] if best else []
-    top: Mapping[str, Any] = max(found, key=lambda entry: entry[f"eval_{metric(line['task'])}"], default={})
+    name = f"eval_{metric(line['task'])}"
+    top: Mapping[str, Any] = max(scored(line) if best else [], key=lambda entry: entry[name], default={})
     return int(line["metrics"]["trainable_parameters"] - top.get("ungrown", 0))
 
 

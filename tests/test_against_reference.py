@@ -14,6 +14,7 @@ from increlora_hf import IncreLoraConfig, IncreLoraTrainer
 from increlora_hf.adapter import component_generator
 
 STEPS = 30
+WEIGHT_DECAY = 0.3  # unlike that of any optimizer on its own
 CASES = {
     "defaults": {},
     "per-rank-scale": {"rank_scaling": "per_rank"},
@@ -85,7 +86,7 @@ def _compare(settings: Settings, schedule: str, accumulation: int, tmp_path: Pat
     args = arguments(
         tmp_path,
         max_steps=STEPS,
-        weight_decay=0.3,  # unlike that of any optimizer on its own
+        weight_decay=WEIGHT_DECAY,
         gradient_accumulation_steps=accumulation,
         lr_scheduler_type=schedule,
         per_device_train_batch_size=4,
@@ -101,7 +102,7 @@ def _compare(settings: Settings, schedule: str, accumulation: int, tmp_path: Pat
         total_steps=STEPS,
         warmup=3,
         lr=1e-2,
-        weight_decay=0.3,  # unlike that of any optimizer on its own
+        weight_decay=WEIGHT_DECAY,
         curve=cosine_curve if schedule == "cosine" else linear_curve,
     )
     trainer.train()

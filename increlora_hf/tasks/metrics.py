@@ -1,12 +1,15 @@
 """The GLUE metrics as an `evaluate.Metric`, computed here with scikit-learn and SciPy: nothing is downloaded."""
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import datasets
 import evaluate
 import numpy as np
 from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
+
+from increlora_hf.tasks.glue import TextTask
 
 Scorer = Callable[[np.ndarray, np.ndarray], float]
 
@@ -77,3 +80,15 @@ class GlueMetric(evaluate.Metric):
         if len(scores) > 1:
             scores["combined_score"] = sum(scores.values()) / len(scores)
         return scores
+
+
+def predicted(outputs: Any, task: TextTask) -> np.ndarray:
+    """Class numbers, or the predicted values, of a model's outputs (n, num_labels): shape (n,)."""
+    logits = outputs[0] if isinstance(outputs, tuple) else outputs
+    return logits[:, 0] if task.is_regression else logits.argmax(axis=1)
+
+
+def metrics_of(task: TextTask) -> Callable[[Any], dict[str, float]]:
+    """What `Trainer.evaluate` calls."""
+    metric = GlueMetric(task.name, keep_in_memory=True)
+    return lambda result: metric.compute(predictions=predicted(result.predictions, task), references=result.label_ids)
