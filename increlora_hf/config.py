@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, cast, get_type_hints
@@ -85,10 +85,14 @@ class IncreLoraConfig:
     seed: int | None = _setting(None, "Seed of new components. Default: the Trainer's seed.")
 
     def __post_init__(self) -> None:
-        """Validate, and read ``rank_pattern`` where it is a file."""
+        """Validate, make lists of other collections of names, and read ``rank_pattern`` where it is a file."""
         self._check_counts()
         self._check_ranges()
         self._check_choices()
+        for name in ("target_modules", "modules_to_save"):
+            names = getattr(self, name)
+            if isinstance(names, Set | tuple):
+                object.__setattr__(self, name, sorted(names) if isinstance(names, Set) else list(names))
         if self.rank_pattern is not None:
             pattern = self.rank_pattern
             if not isinstance(pattern, Mapping):

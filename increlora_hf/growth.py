@@ -48,6 +48,7 @@ class Growth:
         layers: the adapted layers by name, in the model's order.
         plan: the schedule of rounds; None until a Trainer knows how long the run is.
         rounds: one record per round so far.
+        rounds_before_optimizer: how many of them the optimizer was made after; what they gave is in its first groups.
         schedule: the learning rate's, with the names and values that `restart_curves` takes; None until then, too.
         tracker: Ī and U of all layers.
     """
@@ -59,6 +60,7 @@ class Growth:
         self.plan: Plan | None = None
         self.schedule: dict[str, Any] | None = None
         self.rounds: list[Round] = []
+        self.rounds_before_optimizer = 0
         self.tracker = ImportanceTracker(len(self.layers), config.beta1, config.beta2)
         self.initial_ranks = self.rank_pattern
         self.run_start_rank = self.total_rank  # Σ r_k when the current training began

@@ -8,6 +8,7 @@ import logging
 import os
 import re
 import shutil
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -63,7 +64,8 @@ def write_manifest(folder: Path) -> None:
         entries[name] = {"size": path.stat().st_size, "sha256": _sha256(path)}
         _sync(path)
     draft = folder / (MANIFEST_NAME + ".tmp")
-    draft.write_text(json.dumps({"format_version": MANIFEST_FORMAT, "files": entries}, indent=2) + "\n")
+    document = {"format_version": MANIFEST_FORMAT, "written": time.time_ns(), "files": entries}
+    draft.write_text(json.dumps(document, indent=2) + "\n")
     _sync(draft)
     draft.replace(folder / MANIFEST_NAME)
     _sync(folder)
@@ -119,13 +121,24 @@ def _check_entry(folder: Path, name: str, entry: Any, hashes: bool) -> None:
 
 
 def checkpoints(output_dir: str | Path) -> list[Path]:
-    """The folders checkpoint-N in ``output_dir``, newest first."""
-    found = {}
+    """The folders checkpoint-N in ``output_dir``, those that were written last first, whatever their N.
+
+    An earlier and longer run may have left higher numbers there.
+    """
+    found = []
     for path in Path(output_dir).glob("checkpoint-*"):
         match = re.fullmatch(r"checkpoint-(\d+)", path.name)
         if match and path.is_dir():
-            found[int(match[1])] = path
-    return [found[step] for step in sorted(found, reverse=True)]
+            found.append((_written(path), int(match[1]), path))
+    return [path for *_, path in sorted(found, reverse=True)]
+
+
+def _written(folder: Path) -> int:
+    """When, in ns: by its manifest, which a copy keeps; of what is not complete, by the folder itself."""
+    try:
+        return int(read_json_object(folder / MANIFEST_NAME)["written"])
+    except (AdapterFormatError, KeyError, TypeError, ValueError):
+        return folder.stat().st_mtime_ns
 
 
 @contextmanager

@@ -136,7 +136,10 @@ class Packing:
         return Parameter(like.new_empty(sum(one.length for one in rows), *like.shape[1:]))
 
     def _cut(self, strip: _Strip) -> None:
-        """Drop the rows that their factors no longer have, with their part of the optimizer's state."""
+        """Drop the rows that their factors no longer have, with their part of the optimizer's state.
+
+        A state in factors or quantised blocks has no part of a row's own: it starts anew.
+        """
         kept: list[int] = []
         left: list[_Rows] = []
         offset = 0
@@ -155,9 +158,16 @@ class Packing:
             for group in self._optimizer.param_groups:
                 group["params"] = [p for p in group["params"] if p is not strip.parameter]
             return
-        for name, value in state.get(strip.parameter, {}).items():
-            if isinstance(value, Tensor) and value.shape == shape and name != "step":
+        moments = {
+            name: value
+            for name, value in state.get(strip.parameter, {}).items()
+            if isinstance(value, Tensor) and value.ndim > 0 and name != "step"
+        }
+        if all(type(value) is Tensor and value.shape == shape for value in moments.values()):
+            for name, value in moments.items():
                 state[strip.parameter][name] = value[kept]
+        else:
+            state.pop(strip.parameter)
         strip.parameter.grad = None
 
     def _lay_out(self) -> None:

@@ -32,6 +32,7 @@ class SavedState:
     plan: dict[str, Any] | None
     initial_ranks: dict[str, int]
     run_start_rank: int
+    rounds_before_optimizer: int
     rounds: list[Round]
     smoothed: list[float]  # Ī
     uncertainty: list[float]  # U
@@ -49,6 +50,12 @@ def running_statistics(model: nn.Module) -> dict[str, Tensor]:
     return {f"{p}.{name}": buffer for p, module in layers for name, buffer in module.named_buffers(recurse=False)}
 
 
+def frozen_norms(model: nn.Module) -> list[nn.Module]:
+    """The layers with running statistics outside modules that are trained fully: the adapter does not hold them."""
+    norms = [(p, module) for p, module in model.named_modules() if isinstance(module, nn.modules.batchnorm._NormBase)]
+    return [module for p, module in norms if ".modules_to_save." not in p]
+
+
 def write_state(folder: Path, model: PeftModel) -> None:
     """Write `STATE_TENSORS` and `STATE_JSON`: raw A, B and λ with reserves, heads, rounds, Ī and U."""
     growth: Growth = model.increlora
@@ -58,9 +65,9 @@ def write_state(folder: Path, model: PeftModel) -> None:
         "format_version": STATE_FORMAT,
         "config": growth.config.to_dict(),
         "plan": None if growth.plan is None else asdict(growth.plan),
-        "seed": growth.config.seed,
         "initial_ranks": growth.initial_ranks,
         "run_start_rank": growth.run_start_rank,
+        "rounds_before_optimizer": growth.rounds_before_optimizer,
         "rounds": [asdict(record) for record in growth.rounds],
         "smoothed": growth.tracker.smoothed.tolist(),
         "uncertainty": growth.tracker.uncertainty.tolist(),
@@ -89,6 +96,7 @@ def read_state(folder: Path) -> SavedState:
         plan=plan,
         initial_ranks=initial,
         run_start_rank=_typed(path, document, "run_start_rank", int),
+        rounds_before_optimizer=_typed(path, document, "rounds_before_optimizer", int),
         rounds=[_round(path, index, record, initial) for index, record in enumerate(rounds)],
         smoothed=_numbers(path, document, "smoothed", len(initial)),
         uncertainty=_numbers(path, document, "uncertainty", len(initial)),
@@ -174,7 +182,7 @@ def _refuse_differences(saved: SavedState, differences: list[str]) -> None:
 
 
 def restore(saved: SavedState, model: PeftModel, follow: Callable[[int], None] = lambda birth_step: None) -> None:
-    """Bring a model that is at its first ranks to the saved state, bit for bit.
+    """Bring a model that is at its first ranks, or after some of the saved rounds, to the saved state, bit for bit.
 
     Args:
         follow: is told of each replayed round, with its birth step, for an optimizer to follow.
@@ -182,7 +190,7 @@ def restore(saved: SavedState, model: PeftModel, follow: Callable[[int], None] =
     growth: Growth = model.increlora
     path = saved.folder / STATE_TENSORS
     loaded = read_tensors(path)
-    for record in saved.rounds:
+    for record in saved.rounds[len(growth.rounds) :]:
         growth.apply(record)
         follow(record.birth_step)
     if growth.rank_pattern != saved.rank_pattern:

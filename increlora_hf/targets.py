@@ -32,6 +32,8 @@ def resolve_targets(
         ValueError: a target matches nothing, or a module that is not linear.
     """
     outside = _outside_backbone(model)
+    if config.modules_to_save is None:
+        _refuse_shared_endings(model, outside)
     targets = config.target_modules
     if targets is None or targets == ALL_LINEAR:
         targets = _backbone_linears(model, outside)
@@ -134,7 +136,19 @@ def _backbone(model: nn.Module) -> Sequence[nn.Module]:
 def _backbone_linears(model: nn.Module, outside: Iterable[str]) -> list[str]:
     heads = {id(part) for name in outside for part in model.get_submodule(name).modules()}
     inside = {id(part) for tower in _backbone(model) for part in tower.modules()} - heads
-    return [name for name, module in model.named_modules() if id(module) in inside and is_linear(module)]
+    frozen = _frozen_outputs(model)
+    return [
+        name
+        for name, module in model.named_modules()
+        if id(module) in inside and is_linear(module) and id(module) not in frozen and id(module.weight) not in frozen
+    ]
+
+
+def _frozen_outputs(model: nn.Module) -> set[int]:
+    """Ids of output embeddings, of language models inside too, and of the embeddings that a layer may be tied to."""
+    inner = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+    embeddings = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+    return {id(one.get_output_embeddings()) for one in inner} | {id(one.weight) for one in embeddings}
 
 
 def _outside_backbone(model: nn.Module) -> list[str]:
@@ -165,6 +179,20 @@ def _outside_backbone(model: nn.Module) -> list[str]:
     poolers = [getattr(tower, "pooler", None) for tower in backbone]
     outside += [names[id(pooler)] for pooler in poolers if isinstance(pooler, nn.Module) and _has_parameters(pooler)]
     return outside
+
+
+def _refuse_shared_endings(model: nn.Module, outside: Sequence[str]) -> None:
+    """PEFT takes the name of a head as an ending, and would train fully whatever else ends like it."""
+    heads = [name for one in outside for name, _ in model.get_submodule(one).named_modules(prefix=one)]
+    others = [name for name, _ in model.named_modules() if name and name not in heads]
+    for head in outside:
+        taken = [name for name in others if name.endswith(head)]
+        if taken:
+            raise ValueError(
+                f"The head {head!r} of {type(model).__name__} cannot be trained fully by itself: PEFT takes the name "
+                f"as an ending, and {taken[0]!r} ends like it. Rename the head, or name in modules_to_save what is to "
+                "be trained fully."
+            )
 
 
 def _has_parameters(module: nn.Module) -> bool:

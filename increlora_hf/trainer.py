@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import random
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -12,6 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
@@ -50,6 +52,7 @@ from .state import (
     SavedState,
     check_same_plan,
     check_same_run,
+    frozen_norms,
     read_state,
     restore,
     running_statistics,
@@ -98,6 +101,7 @@ class IncreLoraTrainerMixin(PublishingMixin):
         self._probes: SensitivityProbes | None = None
         self._sensitivities: Tensor | None = None
         self._statistics: list[Tensor] = []
+        self._frozen_norms: list[nn.Module] = []
         self._packing: Packing | None = None
         self._loss_kwargs_checked = False
         self._resuming: SavedState | None = None
@@ -176,6 +180,8 @@ class IncreLoraTrainerMixin(PublishingMixin):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Bring the model back to its first ranks; `create_optimizer` then replays the rounds on both."""
         self._start_over()
+        if not self._optimizer_is_users:
+            self.optimizer, self.lr_scheduler = None, None
 
     def _start_over(self) -> None:
         """Fresh components at the first ranks, if the model has grown, and so an optimizer that is made anew."""
@@ -191,12 +197,17 @@ class IncreLoraTrainerMixin(PublishingMixin):
                 "The optimizer that was passed held parameters that are gone: the model went back to earlier ranks. "
                 "Make a new trainer with a new optimizer for the next training."
             )
+        make_packing = fresh or self._packing is None
+        if make_packing and self._resuming is not None:
+            for record in self._resuming.rounds[: self._resuming.rounds_before_optimizer]:
+                self.increlora.apply(record)
         optimizer = super().create_optimizer(*args, **kwargs)
-        if fresh or self._packing is None:
+        if make_packing:
             multiplier = self.increlora.config.lam_lr_multiplier
-            if fresh and multiplier != 1:
+            if multiplier != 1:
                 _separate(optimizer, [layer.A.active_lam for layer in self.increlora.layers.values()], multiplier)
             self._packing = Packing(optimizer, self.increlora.parameters())
+            self.increlora.rounds_before_optimizer = len(self.increlora.rounds)
         for group in optimizer.param_groups:  # of an earlier training: there from the start of this one
             group.pop("birth_step", None)
         self._restore_growth() if self._resuming else self.increlora.begin_run()
@@ -232,8 +243,23 @@ class IncreLoraTrainerMixin(PublishingMixin):
         return self.lr_scheduler
 
     def _begin_together(self) -> None:
-        """The processes have been started alike, and start from rank 0's values."""
+        """The processes have been started alike, and start from rank 0's values.
+
+        Raises:
+            ValueError: a method of the Trainer class kept ours from being called, or the processes differ.
+        """
         assert isinstance(self.model, nn.Module)
+        for method, missing in (("optimizer", self._packing is None), ("scheduler", self.increlora.plan is None)):
+            if missing:
+                raise ValueError(
+                    f"create_{method} of {type(self).__name__} leaves IncreLoRA's out, and so the {method} would not "
+                    f"follow the growth. Let it end with `return super().create_{method}(...)`; an optimizer of your "
+                    "own may stand in self.optimizer by then."
+                )
+        if self._probes is not None:  # of a training that ended early
+            self._probes.remove()
+        self._probes = self._sensitivities = None
+        self._frozen_norms = frozen_norms(self.model)
         loader = self.callback_handler.train_dataloader
         require_same_start(self.args, self.increlora, self.model, len(loader) if has_length(loader) else None)
         share(tensor for tensor in training_tensors(self.model).values() if not is_sharded(tensor))
@@ -252,7 +278,12 @@ class IncreLoraTrainerMixin(PublishingMixin):
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Trainer's, with a correct account of who normalises the loss by ``num_items_in_batch``."""
+        """Trainer's, with a correct account of who normalises the loss by ``num_items_in_batch``.
+
+        Frozen layers with running statistics stay as they are: the adapter could not bring other ones along.
+        """
+        for layer in self._frozen_norms:
+            layer.eval()  # Trainer has just called model.train()
         if not self._loss_kwargs_checked and num_items_in_batch is not None:
             self._loss_kwargs_checked = True
             uses_them = of_rank_0(self._loss_uses_num_items(model, inputs, num_items_in_batch))
@@ -271,12 +302,13 @@ class IncreLoraTrainerMixin(PublishingMixin):
             return True
         modes = [(module, module.training) for module in model.modules()]
         model.eval()
-        with torch.no_grad(), torch.random.fork_rng(), self.compute_loss_context_manager():
-            loss_with = partial(super().compute_loss, model, return_outputs=False)
-            once, twice = (loss_with(dict(inputs), num_items_in_batch=n) for n in (num_items, 2 * num_items))
+        losses: list[Any] = []
+        for number in (num_items, 2 * num_items):
+            with torch.no_grad(), _borrowed_random_states(), self.compute_loss_context_manager():
+                losses.append(super().compute_loss(model, dict(inputs), False, number))
         for module, mode in modes:
             module.training = mode
-        return not torch.allclose(once, twice)  # type: ignore[arg-type]
+        return not torch.allclose(*losses)
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """Trainer's, then the sensitivities, and once per update the gradient of the orthogonality penalty."""
@@ -459,13 +491,29 @@ class _GrowthCallback(TrainerCallback):
 
 
 def _separate(optimizer: torch.optim.Optimizer, lams: list[nn.Parameter], multiplier: float) -> None:
-    """Give the λ a group of their own: that of before, with this multiple of its learning rate."""
-    gone = {id(lam) for lam in lams}
-    groups = optimizer.param_groups
-    options = next(group for group in groups if any(id(parameter) in gone for parameter in group["params"])).copy()
-    for group in groups:
-        group["params"] = [parameter for parameter in group["params"] if id(parameter) not in gone]
-    optimizer.add_param_group({**options, "params": lams, "lr": options["lr"] * multiplier})
+    """Take the λ out of groups that hold others too, into groups with this multiple of those groups' learning rates.
+
+    Where a user's optimizer has them apart already, their rates are the user's.
+    """
+    wanted = {id(lam) for lam in lams}
+    for group in list(optimizer.param_groups):
+        apart = [parameter for parameter in group["params"] if id(parameter) in wanted]
+        others = [parameter for parameter in group["params"] if id(parameter) not in wanted]
+        if apart and others:
+            group["params"] = others
+            optimizer.add_param_group({**group, "params": apart, "lr": group["lr"] * multiplier})
+
+
+@contextmanager
+def _borrowed_random_states() -> Iterator[None]:
+    """Draw from the random states as they are now, and leave them so."""
+    drawn, drawn_by_numpy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng():
+        try:
+            yield
+        finally:
+            random.setstate(drawn)
+            np.random.set_state(drawn_by_numpy)
 
 
 @contextmanager

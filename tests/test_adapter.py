@@ -16,6 +16,11 @@ from transformers import (
     AutoConfig,
     AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
+    BertConfig,
+    BertModel,
+    BertPreTrainedModel,
+    EncoderDecoderConfig,
+    EncoderDecoderModel,
     GPT2Config,
     GPT2LMHeadModel,
 )
@@ -192,6 +197,32 @@ def test_language_model_keeps_its_output_embeddings_frozen_and_adapts_conv1d() -
     assert all("lora_" in name for name in trainable)
     before = logits(trained(model))
     torch.testing.assert_close(logits(model.merge_and_unload()), before, atol=1e-5, rtol=0)
+
+
+def test_output_embeddings_of_a_language_model_inside_stay_frozen_too() -> None:
+    sizes = {"vocab_size": 60, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    decoder = BertConfig(**sizes, intermediate_size=24, is_decoder=True, add_cross_attention=True)
+    config = EncoderDecoderConfig.from_encoder_decoder_configs(BertConfig(**sizes, intermediate_size=24), decoder)
+    model = trained(attach(EncoderDecoderModel(config)))
+    assert not [name for name in model.increlora.layers if "predictions.decoder" in name]
+    inputs = {"input_ids": INPUT, "decoder_input_ids": INPUT}
+    with torch.no_grad():
+        expected = model.eval()(**inputs).logits
+        torch.testing.assert_close(model.merge_and_unload()(**inputs).logits, expected)
+
+
+def test_head_whose_name_others_end_with_is_refused_and_the_model_stays_plain() -> None:
+    class Model(BertPreTrainedModel):
+        def __init__(self, config: BertConfig) -> None:
+            super().__init__(config)
+            self.bert, self.dense = BertModel(config, add_pooling_layer=False), nn.Linear(16, 2)
+
+    model = Model(tiny_bert().config)
+    before = [(name, parameter.requires_grad) for name, parameter in model.named_parameters()]
+    with pytest.raises(ValueError, match=r"head 'dense' of Model .*'bert\.encoder\.layer\.0.*modules_to_save"):
+        attach(model)
+    assert [(name, parameter.requires_grad) for name, parameter in model.named_parameters()] == before
+    assert len(attach(model, IncreLoraConfig(modules_to_save=[])).increlora.layers) == 12
 
 
 def deberta_v3_base_on_meta(config: IncreLoraConfig) -> PeftModel:

@@ -53,6 +53,12 @@ def test_json_round_trip_keeps_every_setting() -> None:
     assert IncreLoraConfig.from_json(config.to_json()) == config
 
 
+def test_names_may_come_in_any_collection() -> None:
+    for names in ({"value", "query"}, ("query", "value"), frozenset({"query", "value"})):
+        config = IncreLoraConfig(target_modules=names, modules_to_save=names)
+        assert config == IncreLoraConfig(target_modules=["query", "value"], modules_to_save=["query", "value"])
+
+
 def test_unknown_setting_in_json_is_refused() -> None:
     with pytest.raises(ValueError, match=r"Unknown IncreLoRA setting r_average. Known:.*r_avg"):
         IncreLoraConfig.from_dict({"r_average": 2})

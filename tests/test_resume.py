@@ -142,6 +142,64 @@ def test_resume_in_the_same_process_rewinds_the_grown_model(tmp_path: Path) -> N
     assert_same_bits(bits(trainer), expected)
 
 
+class StopAt(TrainerCallback):
+    """Ends training early, after a step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_training_stop = state.global_step == self.step
+
+
+@pytest.mark.parametrize("stop", [4, 8])  # before and after the first round, both while steps are scored
+def test_resume_in_the_same_process_after_an_early_end(stop: int, tmp_path: Path) -> None:
+    whole = make(tmp_path / "whole")
+    whole.train()
+    trainer = make(tmp_path, save_at={3})
+    trainer.add_callback(StopAt(stop))
+    trainer.train()
+    trainer.remove_callback(StopAt)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert_same_bits(bits(trainer), bits(whole))
+
+
+def test_resume_in_the_same_process_after_an_interrupt_between_micro_batches(tmp_path: Path) -> None:
+    class Interrupt(TrainerCallback):
+        def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 4:
+                raise KeyboardInterrupt
+
+    accumulation = {"gradient_accumulation_steps": 2}
+    whole = make(tmp_path / "whole", **accumulation)
+    whole.train()
+    trainer = make(tmp_path, save_at={3}, **accumulation)
+    trainer.add_callback(Interrupt())
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    trainer.remove_callback(Interrupt)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert_same_bits(bits(trainer), bits(whole))
+
+
+def test_fresh_model_after_an_early_end_is_scored_anew(tmp_path: Path) -> None:
+    def trainer() -> IncreLoraTrainer:
+        return IncreLoraTrainer(
+            args=arguments(tmp_path),
+            model_init=lambda: tiny_bert(),
+            train_dataset=token_rows(),
+            increlora_config=CONFIG,
+        )
+
+    fresh, stopped = trainer(), trainer()
+    fresh.train()
+    stopped.add_callback(StopAt(8))
+    stopped.train()
+    stopped.remove_callback(StopAt)
+    stopped.train()
+    assert stopped.increlora.rounds == fresh.increlora.rounds
+
+
 def test_resume_with_an_optimizer_of_the_user(tmp_path: Path) -> None:
     def with_sgd(save_at: set[int] | None = None) -> Any:
         from increlora_hf import attach
@@ -373,6 +431,30 @@ def test_second_training_goes_on_from_the_first(tmp_path: Path) -> None:
         assert len(step) <= 2
         assert max(step) == pytest.approx(10 * min(step))
     assert rates[3] == {0.01, 0.1}
+
+
+@pytest.mark.parametrize("first", [{}, {"load_best_model_at_end": True}], ids=["went-on", "went-on-from-the-best"])
+def test_second_training_resumes_to_the_same_bits(first: dict[str, Any], tmp_path: Path) -> None:
+    every_8 = {"eval_strategy": "steps", "eval_steps": 8, "save_strategy": "steps", "save_steps": 8}
+    trainer = make(tmp_path / "first", **every_8, **first)
+    trainer.train()
+    trainer.args.output_dir, trainer.args.load_best_model_at_end = str(tmp_path), False
+    trainer.train()
+    for step in (8, 16):
+        resumed = make(tmp_path, **every_8)
+        resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
+        assert_same_bits(bits(resumed), bits(trainer), str(step))
+
+
+def test_checkpoints_of_an_earlier_longer_run_count_as_older(tmp_path: Path) -> None:
+    make(tmp_path, save_at={24}).train()
+    run = make(tmp_path, learning_rate=1e-3, save_strategy="steps", save_steps=6, save_total_limit=1)
+    run.add_callback(StopAt(15))
+    run.train()
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-12"]
+    resumed = make(tmp_path, learning_rate=1e-3)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.started.step == 12
 
 
 def test_resumed_checkpoint_may_be_rotated_away(tmp_path: Path) -> None:

@@ -2,20 +2,34 @@
 
 import logging
 import math
+import random
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import arguments, tiny_bert, token_rows
 from datasets import Dataset
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, set_seed
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, set_seed
 
 from increlora_hf import IncreLoraConfig, IncreLoraTrainer, IncreLoraTrainerMixin, attach
 
 QUICK = IncreLoraConfig(r_avg=2, top_h=3, interval=4, start=4)
+
+
+class Classifier(nn.Module):
+    """Any body before two logits."""
+
+    def __init__(self, body: nn.Module) -> None:
+        super().__init__()
+        self.body, self.head = body, nn.Linear(8, 2)
+
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
+        logits = self.head(torch.relu(self.body(x)))
+        return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
 
 
 class WatchedTrainer(IncreLoraTrainer):
@@ -127,7 +141,20 @@ def test_optimizer_of_the_user_is_followed(tmp_path: Path) -> None:
     )
     trainer.train()
     assert trainer.increlora.total_rank == 24
-    assert len(optimizer.param_groups) == 1 + len(trainer.increlora.rounds)
+    base, lams = (group["initial_lr"] for group in optimizer.param_groups[:2])
+    assert (base, lams) == (0.1, 1.0)
+    lam_groups = sum(group["initial_lr"] == lams for group in optimizer.param_groups)
+    assert lam_groups == 1 + len(trainer.increlora.rounds)
+    assert len(optimizer.param_groups) == 2 * lam_groups - 1  # the last round inserts λ's alone
+
+
+def test_rates_that_the_user_gave_the_lambdas_are_kept(tmp_path: Path) -> None:
+    model = attach(tiny_bert(), QUICK)
+    lams = [layer.A.active_lam for layer in model.increlora.layers.values()]
+    others = [p for p in model.parameters() if p.requires_grad and all(p is not lam for lam in lams)]
+    optimizer = torch.optim.SGD([{"params": others}, {"params": lams, "lr": 0.3}], lr=0.1)
+    WatchedTrainer(model, arguments(tmp_path), train_dataset=token_rows(), optimizers=(optimizer, None)).train()
+    assert {group["initial_lr"] for group in optimizer.param_groups} == {0.1, 0.3}
 
 
 # ---- The run ------------------------------------------------------------------------------------------------------
@@ -323,6 +350,91 @@ def test_head_that_ignores_the_item_count_is_found_out_once(tmp_path: Path) -> N
     assert decoder.model_accepts_loss_kwargs is True
 
 
+def test_randomness_in_the_loss_is_not_taken_for_the_item_count(tmp_path: Path) -> None:
+    class Noisy(Trainer):
+        def compute_loss(
+            self, model: Any, inputs: Any, return_outputs: bool = False, *args: Any, **kwargs: Any
+        ) -> Any:
+            loss, outputs = super().compute_loss(model, inputs, True, *args, **kwargs)
+            loss = loss + 1e-3 * (torch.rand(()) + np.random.rand() + random.random())
+            return (loss, outputs) if return_outputs else loss
+
+    class NoisyTrainer(IncreLoraTrainerMixin, Noisy):
+        pass
+
+    states = []
+
+    class States(TrainerCallback):
+        def on_substep_end(self, *args: Any, **kwargs: Any) -> None:
+            states.append((np.random.get_state()[1].tolist(), random.getstate()))
+
+    losses = {}
+    for accumulation in (1, 4):
+        settings = {"gradient_accumulation_steps": accumulation, "per_device_train_batch_size": 8 // accumulation}
+        trainer = NoisyTrainer(
+            tiny_bert(),
+            arguments(tmp_path, max_steps=22, **settings),
+            train_dataset=token_rows(),
+            increlora_config=QUICK,
+        )
+        trainer.add_callback(States())
+        set_seed(7)
+        trainer.train()
+        losses[accumulation] = history(trainer, "loss")[0]
+    assert losses[4] == pytest.approx(losses[1], rel=0.01)
+    set_seed(7)  # and one draw of each kind has been made after the first micro-batch, not three
+    np.random.rand(), random.random()
+    assert states[0] == (np.random.get_state()[1].tolist(), random.getstate())
+
+
+@pytest.mark.parametrize("name", ["adafactor", "adamw_8bit"])
+def test_optimizers_whose_state_has_no_rows_train_and_resume(name: str, tmp_path: Path) -> None:
+    if name == "adamw_8bit":
+        pytest.importorskip("bitsandbytes")
+
+    def trainer(**settings: Any) -> IncreLoraTrainer:
+        torch.manual_seed(0)
+        model = Classifier(nn.Linear(2100, 8))  # wide enough for states in blocks
+        data = Dataset.from_dict({"x": torch.randn(16, 2100).tolist(), "labels": [0, 1] * 8})
+        return IncreLoraTrainer(
+            model,
+            arguments(tmp_path, max_steps=12, optim=name, learning_rate=1e-3, **settings),
+            train_dataset=data,
+            increlora_config=IncreLoraConfig(
+                target_modules=["body"], modules_to_save=["head"], increment=3, interval=4, start=4
+            ),  # of the reserve of 3 rows, 2 are cut
+        )
+
+    whole = trainer(save_strategy="steps", save_steps=3)
+    whole.train()
+    assert whole.increlora.remaining == 0
+    for step in (3, 6):
+        resumed = trainer()
+        resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
+        expected = dict(whole.model.named_parameters())
+        assert all(torch.equal(parameter, expected[key]) for key, parameter in resumed.model.named_parameters())
+
+
+def test_frozen_running_statistics_are_evaluated_as_they_are_saved(tmp_path: Path) -> None:
+    def model() -> nn.Module:
+        torch.manual_seed(0)
+        return Classifier(nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8)))
+
+    data = Dataset.from_dict({"x": (3 + torch.randn(32, 8)).tolist(), "labels": [0, 1] * 16})
+    trainer = IncreLoraTrainer(
+        model(),
+        arguments(tmp_path, max_steps=12),
+        train_dataset=data,
+        eval_dataset=data,
+        increlora_config=IncreLoraConfig(target_modules=["body.0"], modules_to_save=["head"], interval=2, start=2),
+    )
+    trainer.train()
+    trainer.save_model(str(tmp_path / "adapter"))
+    loaded = Trainer(PeftModel.from_pretrained(model(), str(tmp_path / "adapter")), arguments(tmp_path))
+    found = loaded.evaluate(data)["eval_loss"]
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(found, rel=1e-6)
+
+
 # ---- Refusals -----------------------------------------------------------------------------------------------------
 
 
@@ -365,6 +477,22 @@ def test_finished_scheduler_is_refused(tmp_path: Path) -> None:
         IncreLoraTrainer(model, arguments(tmp_path), optimizers=(optimizer, scheduler))
 
 
+@pytest.mark.parametrize("method", ["optimizer", "scheduler"])
+def test_method_that_leaves_ours_out_is_refused_before_step_1(method: str, tmp_path: Path) -> None:
+    class Own(IncreLoraTrainer):
+        def create_own(self, *args: Any, **kwargs: Any) -> Any:
+            if method == "optimizer":
+                self.optimizer = torch.optim.SGD([p for p in self.model.parameters() if p.requires_grad])
+            else:
+                self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, float)
+
+    setattr(Own, f"create_{method}", Own.create_own)
+    trainer = Own(tiny_bert(), arguments(tmp_path), train_dataset=token_rows(), increlora_config=QUICK)
+    with pytest.raises(ValueError, match=rf"create_{method} of Own leaves IncreLoRA's out.*super\(\)"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
 def test_optimizer_of_another_model_is_refused(tmp_path: Path) -> None:
     model = tiny_bert()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -377,17 +505,8 @@ def test_optimizer_of_another_model_is_refused(tmp_path: Path) -> None:
 
 
 def test_plain_module_without_a_backbone_is_adapted_whole(tmp_path: Path) -> None:
-    class Plain(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.one, self.two = nn.Linear(8, 8), nn.Linear(8, 2)
-
-        def forward(self, x: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
-            logits = self.two(torch.relu(self.one(x)))
-            return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
-
     data = Dataset.from_dict({"x": torch.randn(32, 8).tolist(), "labels": [0, 1] * 16})
-    trainer = IncreLoraTrainer(Plain(), arguments(tmp_path, max_steps=40), train_dataset=data)
+    trainer = IncreLoraTrainer(Classifier(nn.Linear(8, 8)), arguments(tmp_path, max_steps=40), train_dataset=data)
     trainer.train()
-    assert trainer.increlora.rank_pattern.keys() == {"one", "two"}
+    assert trainer.increlora.rank_pattern.keys() == {"body", "head"}
     assert trainer.increlora.total_rank == 4
