@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import random
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -13,7 +12,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
@@ -24,6 +22,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SchedulerType, Tra
 from .config import IncreLoraConfig
 from .growth import Growth, attach, is_attached
 from .importance import SensitivityProbes
+from .item_counts import ItemCountsMixin
 from .manifest import check_manifest, new_checkpoint, rotate
 from .orthogonality import add_orthogonality_gradient, orthogonality
 from .packing import Packing
@@ -63,7 +62,7 @@ from .state import (
 logger = logging.getLogger(__name__)
 
 
-class IncreLoraTrainerMixin(PublishingMixin):
+class IncreLoraTrainerMixin(ItemCountsMixin, PublishingMixin):
     """IncreLoRA on any Trainer class: ``class MyTrainer(IncreLoraTrainerMixin, SomeTrainer): pass``.
 
     A plain model is wrapped by `attach` with ``increlora_config``; a model that is already attached is taken as it is.
@@ -103,7 +102,6 @@ class IncreLoraTrainerMixin(PublishingMixin):
         self._statistics: list[Tensor] = []
         self._frozen_norms: list[nn.Module] = []
         self._packing: Packing | None = None
-        self._loss_kwargs_checked = False
         self._resuming: SavedState | None = None
         self._optimizer_is_users = kwargs.get("optimizers", (None, None))[0] is not None
         with _sharded_runs_can_resume(training_args, model):
@@ -275,48 +273,19 @@ class IncreLoraTrainerMixin(PublishingMixin):
 
     # ---- One optimizer step ------------------------------------------------------------------------------------
 
-    def compute_loss(
-        self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
-        """Trainer's, with a correct account of who normalises the loss by ``num_items_in_batch``.
-
-        Frozen layers with running statistics stay as they are: the adapter could not bring other ones along.
-        """
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        """Trainer's. Frozen layers with running statistics stay as they are: the adapter could not bring others."""
         for layer in self._frozen_norms:
             layer.eval()  # Trainer has just called model.train()
-        if not self._loss_kwargs_checked and num_items_in_batch is not None:
-            self._loss_kwargs_checked = True
-            uses_them = of_rank_0(self._loss_uses_num_items(model, inputs, num_items_in_batch))
-            self.model_accepts_loss_kwargs &= uses_them
-        if not self.model_accepts_loss_kwargs and self.compute_loss_func is None:
-            num_items_in_batch = None
-        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-
-    def _loss_uses_num_items(self, model: nn.Module, inputs: Any, num_items: Any) -> bool:
-        """Whether doubling ``num_items_in_batch`` halves the loss.
-
-        Trainer believes it of every model that accepts ``**kwargs``. Encoders' classification heads do and ignore
-        it: their loss and gradients would grow with the number of accumulation steps.
-        """
-        if self.compute_loss_func is not None or getattr(self, "_loss_shifts_labels", False):
-            return True
-        modes = [(module, module.training) for module in model.modules()]
-        model.eval()
-        losses: list[Any] = []
-        for number in (num_items, 2 * num_items):
-            with torch.no_grad(), _borrowed_random_states(), self.compute_loss_context_manager():
-                losses.append(super().compute_loss(model, dict(inputs), False, number))
-        for module, mode in modes:
-            module.training = mode
-        return not torch.allclose(*losses)
+        return super().compute_loss(*args, **kwargs)
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """Trainer's, then the sensitivities, and once per update the gradient of the orthogonality penalty."""
-        own_items = self._own_items(inputs) if self._probes is not None else None
+        own_items = self.own_items(inputs) if self._probes is not None else None
         loss = super().training_step(model, inputs, num_items_in_batch)
         scale = self._loss_scale()
         if self._probes is not None:
-            weight = self._micro_batch_weight(own_items, num_items_in_batch) / scale
+            weight = self.micro_batch_weight(own_items, num_items_in_batch) / scale
             values = self._probes.read() * weight
             self._sensitivities = values if self._sensitivities is None else self._sensitivities + values
         config = self.increlora.config
@@ -349,30 +318,9 @@ class IncreLoraTrainerMixin(PublishingMixin):
         sensitivities = [] if self._sensitivities is None else [self._sensitivities]
         average_gradients(parameters, [*sensitivities, *self._statistics])
 
-    def _own_items(self, inputs: Any) -> Any:
-        """How many items this process's micro-batch holds; Trainer would count those of all processes."""
-        across, self.args.average_tokens_across_devices = self.args.average_tokens_across_devices, False
-        try:
-            return self._get_num_items_in_batch([inputs], self.args.device)
-        finally:
-            self.args.average_tokens_across_devices = across
-
     def _loss_scale(self) -> float:
         scaler = getattr(self.accelerator, "scaler", None)
         return scaler.get_scale() if scaler is not None else 1.0
-
-    def _micro_batch_weight(self, own_items: Any, num_items_in_batch: Any) -> float:
-        """What turns this micro-batch's gradients into 1/M of those of its own mean loss, M micro-batches a step.
-
-        Trainer divides a mean loss by M itself. A loss that is a sum over N items of the whole step is scaled by
-        N / (own items · M); where N counts all P processes' items, Trainer has multiplied the loss by P.
-        """
-        if not self.model_accepts_loss_kwargs or num_items_in_batch is None or own_items is None:
-            return 1.0
-        if own_items == 0:
-            return 0.0
-        processes = num_processes() if self.args.average_tokens_across_devices else 1
-        return float(num_items_in_batch / own_items) / (self.current_gradient_accumulation_steps * processes)
 
     def _watch(self, step: int) -> None:
         """Collect sensitivities in this step if the plan scores it."""
@@ -502,18 +450,6 @@ def _separate(optimizer: torch.optim.Optimizer, lams: list[nn.Parameter], multip
         if apart and others:
             group["params"] = others
             optimizer.add_param_group({**group, "params": apart, "lr": group["lr"] * multiplier})
-
-
-@contextmanager
-def _borrowed_random_states() -> Iterator[None]:
-    """Draw from the random states as they are now, and leave them so."""
-    drawn, drawn_by_numpy = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng():
-        try:
-            yield
-        finally:
-            random.setstate(drawn)
-            np.random.set_state(drawn_by_numpy)
 
 
 @contextmanager

@@ -1,0 +1,89 @@
+"""Which losses are divided by the number of items, and what one micro-batch's gradients then weigh in a step."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import Trainer
+
+from .parallel import num_processes, of_rank_0
+
+if TYPE_CHECKING:
+    _Base = Trainer
+else:
+    _Base = object
+
+
+class ItemCountsMixin(_Base):
+    """Trainer's loss, with a correct account of who normalises it by ``num_items_in_batch``."""
+
+    _loss_kwargs_checked = False
+
+    def compute_loss(
+        self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Trainer's, with a correct account of who normalises the loss by ``num_items_in_batch``."""
+        if not self._loss_kwargs_checked and num_items_in_batch is not None:
+            self._loss_kwargs_checked = True
+            uses_them = of_rank_0(self._loss_uses_num_items(model, inputs, num_items_in_batch))
+            self.model_accepts_loss_kwargs &= uses_them
+        if not self.model_accepts_loss_kwargs and self.compute_loss_func is None:
+            num_items_in_batch = None
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+    def _loss_uses_num_items(self, model: nn.Module, inputs: Any, num_items: Any) -> bool:
+        """Whether doubling ``num_items_in_batch`` halves the loss.
+
+        Trainer believes it of every model that accepts ``**kwargs``. Encoders' classification heads do and ignore
+        it: their loss and gradients would grow with the number of accumulation steps.
+        """
+        if self.compute_loss_func is not None or getattr(self, "_loss_shifts_labels", False):
+            return True
+        modes = [(module, module.training) for module in model.modules()]
+        model.eval()
+        losses: list[Any] = []
+        for number in (num_items, 2 * num_items):
+            with torch.no_grad(), _borrowed_random_states(), self.compute_loss_context_manager():
+                losses.append(super().compute_loss(model, dict(inputs), False, number))
+        for module, mode in modes:
+            module.training = mode
+        return not torch.allclose(*losses)
+
+    def own_items(self, inputs: Any) -> Any:
+        """How many items this process's micro-batch holds; Trainer would count those of all processes."""
+        across, self.args.average_tokens_across_devices = self.args.average_tokens_across_devices, False
+        try:
+            return self._get_num_items_in_batch([inputs], self.args.device)
+        finally:
+            self.args.average_tokens_across_devices = across
+
+    def micro_batch_weight(self, own_items: Any, num_items_in_batch: Any) -> float:
+        """What turns this micro-batch's gradients into 1/M of those of its own mean loss, M micro-batches a step.
+
+        Trainer divides a mean loss by M itself. A loss that is a sum over N items of the whole step is scaled by
+        N / (own items · M); where N counts all P processes' items, Trainer has multiplied the loss by P.
+        """
+        if not self.model_accepts_loss_kwargs or num_items_in_batch is None or own_items is None:
+            return 1.0
+        if own_items == 0:
+            return 0.0
+        processes = num_processes() if self.args.average_tokens_across_devices else 1
+        return float(num_items_in_batch / own_items) / (self.current_gradient_accumulation_steps * processes)
+
+
+@contextmanager
+def _borrowed_random_states() -> Iterator[None]:
+    """Draw from the random states as they are now, and leave them so."""
+    drawn, drawn_by_numpy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng():
+        try:
+            yield
+        finally:
+            random.setstate(drawn)
+            np.random.set_state(drawn_by_numpy)
