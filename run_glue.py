@@ -16,20 +16,23 @@ from datasets import Dataset
 from transformers import (
     AutoModelForSequenceClassification,
     DataCollatorWithPadding,
+    PreTrainedConfig,
     Trainer,
     TrainingArguments,
     set_seed,
 )
 
 from increlora_hf import IncreLoraArguments, IncreLoraTrainer
-from increlora_hf.tasks.glue import TASKS, GlueSource, TextTask, load_task
+from increlora_hf.tasks.glue import TASKS, GlueSource, TextTask, in_model_order, load_task, require_two_labels
 from increlora_hf.tasks.metrics import metrics_of, predicted
 from increlora_hf.tasks.script import (
     HubArguments,
     ModelArguments,
     Preparation,
+    check_limits,
     check_run,
     checkpoint_to_resume,
+    class_names,
     flag,
     how_to_load,
     load_model,
@@ -41,6 +44,7 @@ from increlora_hf.tasks.script import (
 from increlora_hf.tasks.tuners import TunerArguments, make_trainer
 
 PROG = "run_glue.py"
+DROPOUTS = ("classifier_dropout", "cls_dropout", "seq_classif_dropout", "classifier_dropout_prob")  # by model type
 logger = logging.getLogger("run_glue")
 
 LOAD_ADAPTER = """The adapter is in {out}. To use it:
@@ -72,6 +76,10 @@ class DataArguments:
     max_eval_samples: int | None = flag(None, "Evaluate on the first so many rows of each set.")
     max_predict_samples: int | None = flag(None, "Predict the first so many rows of each set.")
 
+    def __post_init__(self) -> None:
+        """Refuse limits that leave no rows."""
+        check_limits(self)
+
     def source(self, model: ModelArguments) -> GlueSource:
         """The data that the flags describe."""
         files = {"train": self.train_file, "validation": self.validation_file, "test": self.test_file}
@@ -102,13 +110,21 @@ class Job(NamedTuple):
 
 def head(task: TextTask, dropout: float | None = None) -> dict[str, Any]:
     """The settings of a model's config that give its head the task's labels, and the dropout before it."""
-    own = {} if dropout is None else {"classifier_dropout": dropout, "cls_dropout": dropout}  # the latter DeBERTa's
+    own = {} if dropout is None else dict.fromkeys(DROPOUTS, dropout)
     if task.is_regression:
         return {"num_labels": 1, **own}
     return own | {
         "id2label": dict(enumerate(task.labels)),
         "label2id": {name: i for i, name in enumerate(task.labels)},
     }
+
+
+def require_dropout(config: PreTrainedConfig, dropout: float | None) -> None:
+    """Refuse a dropout before the classifier where the model has none."""
+    if dropout is not None and not any(hasattr(config, name) for name in DROPOUTS):
+        raise ValueError(
+            f"--classifier_dropout {dropout}: a model of type {config.model_type!r} has no such dropout. Leave it out."
+        )
 
 
 def encode(rows: Dataset, tokenizer: Any, task: TextTask, data_args: DataArguments, limit: int | None) -> Dataset:
@@ -143,14 +159,17 @@ def prepare(
     config = increlora_args.to_config()
     steps = {"train": training_args.do_train, "evaluate": training_args.do_eval, "predict": training_args.do_predict}
     task, texts = load_task(data_args.source(model_args), **steps)
+    task, texts = in_model_order(task, texts, class_names(model_args))
     set_seed(training_args.seed)
-    model, tokenizer = load_model(
-        model_args, AutoModelForSequenceClassification, head(task, data_args.classifier_dropout)
-    )
+    dropout = data_args.classifier_dropout
+    check = partial(require_dropout, dropout=dropout)
+    model, tokenizer = load_model(model_args, AutoModelForSequenceClassification, head(task, dropout), check)
     with training_args.main_process_first(desc="tokenization"):
         rows = {
             name: encode(split, tokenizer, task, data_args, data_args.limit(name)) for name, split in texts.items()
         }
+    if training_args.do_train:
+        require_two_labels(rows["train"], task, data_args.source(model_args).where("train"))
     common = {
         "model": model,
         "args": training_args,

@@ -28,6 +28,7 @@ from increlora_hf.tasks.script import (
     HubArguments,
     ModelArguments,
     Preparation,
+    check_limits,
     check_run,
     checkpoint_to_resume,
     flag,
@@ -85,6 +86,10 @@ class DataArguments:
     max_train_samples: int | None = flag(None, "Train on the first so many questions.")
     max_eval_samples: int | None = flag(None, "Evaluate on the first so many questions.")
     max_predict_samples: int | None = flag(None, "Answer the first so many questions of the test set.")
+
+    def __post_init__(self) -> None:
+        """Refuse limits that leave no rows."""
+        check_limits(self)
 
     def source(self, model: ModelArguments) -> DataSource:
         """The data that the flags describe."""

@@ -31,6 +31,8 @@ from datasets import Dataset, load_dataset
 from glue_report import TUNING, lines, report, score
 from safetensors import safe_open
 
+from increlora_hf.tasks.glue import glue_task
+
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("torch", "transformers", "peft", "adapters", "increlora-hf")
 BOTTLENECKS = {"houlsby": 8, "pfeiffer": 16}  # widths; on a BERT with about the parameters of LoRA r=2
@@ -109,6 +111,11 @@ def studies(rank: int) -> dict[str, dict[str, Flags]]:
     }
 
 
+def is_squad(task: str) -> bool:
+    """Whether a task is answered by run_squad.py."""
+    return task.startswith("squad")
+
+
 def held_out(data: Path, task: str, into: Path) -> Path:
     """The training rows of a task, nine tenths as `train` and one as `validation`, in the form of a data folder."""
     folder = into / task
@@ -119,7 +126,8 @@ def held_out(data: Path, task: str, into: Path) -> Path:
         parts = rows.train_test_split(test_size=0.1, seed=0)
         folder.mkdir(parents=True)
         parts["train"].to_parquet(folder / "train.parquet")
-        parts["test"].to_parquet(folder / "validation.parquet")
+        for split in ("validation",) if is_squad(task) else glue_task(task).eval_splits:
+            parts["test"].to_parquet(folder / f"{split}.parquet")
     return folder
 
 
@@ -140,7 +148,7 @@ def with_ranks(flags: Flags, task: str, seed: int, done: Iterable[Mapping[str, A
 
 def execute(run: Run, settings: argparse.Namespace, data: Path, device: str | None) -> dict[str, Any]:
     """Train and evaluate in a process of its own; the line for the results."""
-    script = "run_squad.py" if run.task.startswith("squad") else "run_glue.py"
+    script = "run_squad.py" if is_squad(run.task) else "run_glue.py"
     python = sys.executable
     if run.flags["tuner"] in BOTTLENECKS:
         script, python = "benchmarks/bottleneck.py", str(settings.adapters_python)
@@ -298,7 +306,10 @@ def run_study(settings: argparse.Namespace) -> None:
         for row, task in itertools.product(rows, settings.tasks):
             found = {rate: results.done.get(tuning[row, task, rate].key) for rate in settings.tune}
             scores = {rate: score(line, best=False) for rate, line in found.items() if line}
-            rates[row, task] = {"learning_rate": max(scores, key=scores.__getitem__)} if scores else {}
+            if scores:
+                rates[row, task] = {"learning_rate": max(scores, key=scores.__getitem__)}
+            else:
+                sys.stderr.write(f"{row} | {task}: left out, for all of its tuning runs failed.\n")
     runs = [
         Run(
             settings.study,
@@ -309,6 +320,7 @@ def run_study(settings: argparse.Namespace) -> None:
             common,
         )
         for seed, task, (row, flags) in itertools.product(settings.seeds, settings.tasks, rows.items())
+        if not settings.tune or (row, task) in rates
     ]
     run_all(((run, settings.data / run.task) for run in runs), results, settings)
 

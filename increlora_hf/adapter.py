@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
+from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 from torch.nn import Parameter
 
@@ -135,17 +136,29 @@ def inject(model: nn.Module, config: IncreLoraConfig, ranks: Mapping[str, int] |
 
 
 def _wrap(model: nn.Module, lora_config: LoraConfig) -> PeftModel:
-    trainable = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     try:
-        with _whole_heads(model, lora_config):
+        with whole_or_not_at_all(model), _whole_heads(model, lora_config):
             return get_peft_model(model, lora_config)
     except (TypeError, ValueError, NotImplementedError) as error:  # of a kind of layer, when some are wrapped already
+        raise ValueError(f"PEFT cannot adapt {type(model).__name__}: {error}") from error
+
+
+@contextmanager
+def whole_or_not_at_all(model: nn.Module) -> Iterator[None]:
+    """Where PEFT fails while it wraps a model, its layers, heads and what they train are as they were."""
+    trainable = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    try:
+        yield
+    except BaseException:
         for name, module in list(model.named_modules()):
             if isinstance(module, LoraLayer):
                 model.set_submodule(name, module.get_base_layer())
+            elif isinstance(module, ModulesToSaveWrapper):
+                model.set_submodule(name, module.original_module)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(trainable[name])
-        raise ValueError(f"PEFT cannot adapt {type(model).__name__}: {error}") from error
+        model.__dict__.pop("peft_config", None)
+        raise
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -123,9 +124,28 @@ def write_merged(adapter: SavedAdapter, folder: Path, base: str | None = None, t
                 f"{key!r} is neither in {name} nor in the adapter, and would be random. Give the model that the "
                 "adapter was trained on with --base."
             )
-    load_adapter(model, adapter.folder).merge_and_unload(safe_merge=True).save_pretrained(folder)
     beside = adapter.tokenizer_files()
-    AutoTokenizer.from_pretrained(adapter.folder if beside else name, trust_remote_code=False).save_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(adapter.folder if beside else name, trust_remote_code=False)
+    if model.config.pad_token_id is None:  # of decoders; a classifier needs it for more than one row
+        model.config.pad_token_id = tokenizer.pad_token_id
+    peft_model = load_adapter(model, adapter.folder)
+    _untie_adapted(peft_model)
+    peft_model.merge_and_unload(safe_merge=True).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _untie_adapted(peft_model: Any) -> None:
+    """Give adapted layers weights of their own: merging would change embeddings that are tied to them, too."""
+    from peft.tuners.lora import LoraLayer
+    from torch.nn import Parameter
+
+    model = peft_model.get_base_model()
+    uses = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
+    for module in model.modules():
+        base: Any = module.get_base_layer() if isinstance(module, LoraLayer) else None
+        if base is not None and uses[id(base.weight)] > 1:
+            base.weight = Parameter(base.weight.detach().clone(), requires_grad=False)
+            model.config.tie_word_embeddings = model.config.get_text_config().tie_word_embeddings = False
 
 
 def task_of(adapter: SavedAdapter) -> str:

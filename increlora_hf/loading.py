@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import re
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -14,8 +14,9 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
 from torch import nn
 
+from .adapter import whole_or_not_at_all
 from .manifest import MANIFEST_NAME, AdapterFormatError, check_manifest, read_json_object
-from .saved_adapter import CONFIG_NAME, PREFIX, WEIGHTS_NAME, Shape, local_folder, own_file
+from .saved_adapter import CONFIG_NAME, PREFIX, WEIGHTS_NAME, Shape, check_patterns, local_folder, own_file
 from .state import check_tensors, read_tensors
 from .targets import features, is_linear
 
@@ -30,6 +31,7 @@ CHECKED = (
     "modules_to_save",
 )
 FLAGS = ("fan_in_fan_out", "use_rslora", "inference_mode", "init_lora_weights", "ensure_weight_tying")
+PLAIN_STARTS = ("gaussian", "orthogonal")  # of init_lora_weights, beside true and false: they leave the base alone
 WORDS = ("base_model_name_or_path", "revision", "task_type", "peft_version")
 SELECTING = ("exclude_modules", "layers_to_transform", "layers_pattern")  # of layers; judged by what they select
 IGNORED = ("auto_mapping",)  # names classes to import, and nothing is imported
@@ -57,12 +59,18 @@ def load_adapter(model: nn.Module, path_or_repo: str | Path, *, trainable: bool 
     if (folder / MANIFEST_NAME).exists():
         check_manifest(folder)
     config = read_config(folder)
+    check_patterns(folder / CONFIG_NAME, _patterns(config), [name for name, _ in model.named_modules()])
     try:
         expected = _expected(folder, model, config)
-    except (re.error, TypeError, AttributeError) as error:
+    except (re.error, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise AdapterFormatError(folder / CONFIG_NAME, "patterns", "regular expressions", str(error)) from None
     check_tensors(folder / WEIGHTS_NAME, read_tensors(own_file(folder, WEIGHTS_NAME)), expected)
-    return PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
+    with whole_or_not_at_all(model):
+        try:
+            return PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
+        except Exception as error:  # whatever PEFT makes of a configuration that none of the checks foresaw
+            wanted, found = f"an adapter for {type(model).__name__}", f"{type(error).__name__}: {error}"
+            raise AdapterFormatError(folder / CONFIG_NAME, "content", wanted, found) from error
 
 
 def read_config(folder: Path) -> LoraConfig:
@@ -75,8 +83,10 @@ def read_config(folder: Path) -> LoraConfig:
     _rank(path, "r", document.get("r"))
     _scale(path, "lora_alpha", document.get("lora_alpha"))
     _scale(path, "lora_dropout", document.get("lora_dropout", 0.0))
+    if not 0 <= document.get("lora_dropout", 0.0) < 1:
+        raise AdapterFormatError(path, "lora_dropout", "a probability below 1", repr(document["lora_dropout"]))
     for key, check in (("rank_pattern", _rank), ("alpha_pattern", _scale)):
-        pattern = document.get(key) or {}
+        pattern = document.get(key, {})
         if not isinstance(pattern, dict):
             raise AdapterFormatError(path, key, "an object", repr(pattern)[:80])
         for name, value in pattern.items():
@@ -85,8 +95,15 @@ def read_config(folder: Path) -> LoraConfig:
     _names(path, "modules_to_save", document.get("modules_to_save"), required=False)
     try:
         return cast(LoraConfig, LoraConfig.from_pretrained(str(folder)))
-    except (TypeError, ValueError, KeyError, AttributeError) as error:
+    except (TypeError, ValueError, KeyError, AttributeError, OverflowError) as error:
         raise AdapterFormatError(path, "content", "a LoRA configuration", str(error)) from None
+
+
+def _patterns(config: LoraConfig) -> list[str]:
+    """What PEFT will match with names of modules as regular expressions."""
+    given = (config.target_modules, config.exclude_modules, config.layers_pattern)
+    whole = [pattern for one in given for pattern in ([one] if isinstance(one, str) else one or [])]
+    return [*whole, *(config.rank_pattern or {}), *(config.alpha_pattern or {})]
 
 
 def _plain(path: Path, document: Mapping[str, Any]) -> None:
@@ -94,6 +111,8 @@ def _plain(path: Path, document: Mapping[str, Any]) -> None:
     defaults = LoraConfig().to_dict()
     for key, value in document.items():
         if key in CHECKED or key in SELECTING or key in IGNORED:
+            continue
+        if key == "init_lora_weights" and value in PLAIN_STARTS:
             continue
         if key in FLAGS and not isinstance(value, bool):
             raise AdapterFormatError(path, key, "true or false", repr(value)[:80])
@@ -103,7 +122,9 @@ def _plain(path: Path, document: Mapping[str, Any]) -> None:
             continue
         if key not in defaults:
             raise AdapterFormatError(path, key, "a setting that peft knows", repr(value)[:80])
-        if value not in (defaults[key], None, False, {}, []):
+        default = defaults[key]
+        off = value is None and default in (None, {})
+        if not off and not (type(value) is type(default) and value == default):
             raise AdapterFormatError(path, key, "plain LoRA", repr(value)[:80])
 
 
@@ -113,7 +134,7 @@ def _rank(path: Path, key: str, value: Any) -> None:
 
 
 def _scale(path: Path, key: str, value: Any) -> None:
-    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+    if not isinstance(value, int | float) or isinstance(value, bool) or not abs(value) <= sys.float_info.max:
         raise AdapterFormatError(path, key, "a finite number", repr(value))
 
 

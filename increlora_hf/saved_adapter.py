@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
+import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -22,6 +24,15 @@ TOKENIZER_NAMES = (
     "vocab.txt", "vocab.json", "merges.txt", "bpe.codes", "spm.model", "spiece.model", "tokenizer.model",
     "sentencepiece.bpe.model", "target.spm", "source.spm",
 )  # fmt: skip
+
+MATCHING_SECONDS = 5
+MATCH = r"""
+import json, re, sys
+patterns, names = json.load(sys.stdin)
+for pattern in patterns:
+    for name in names:
+        re.match(rf"(.*\.)?({pattern})$", name), re.fullmatch(pattern, name)
+"""  # as PEFT matches them
 
 Shape = tuple[int, ...]
 
@@ -175,6 +186,8 @@ def _layers(
             found.setdefault(match[1].removeprefix(PREFIX), {})[match[2]] = key
     if not found:
         raise AdapterFormatError(path, "keys", "the factors of a LoRA, lora_A and lora_B", f"{list(shapes)[:2]}")
+    patterns = config.get("alpha_pattern")
+    check_patterns(config_path, patterns if isinstance(patterns, dict) else (), found)
     for name in sorted(found, key=_place):
         keys = found[name]
         for missing in {"A", "B"} - keys.keys():
@@ -199,6 +212,25 @@ def _place(name: str) -> list[tuple[bool, int | str]]:
     return [(False, int(part)) if part.isdecimal() else (True, part) for part in name.split(".")]
 
 
+def check_patterns(path: Path, patterns: Iterable[str], names: Iterable[str]) -> None:
+    """Refuse regular expressions that would not stop matching: a process that can be ended tries those that could."""
+    risky = [pattern for pattern in patterns if not re.fullmatch(r"\^?(?:[\w-]|\\?\.)*\$?", pattern)]
+    if not risky:
+        return
+    try:
+        subprocess.run(
+            [sys.executable, "-I", "-S", "-c", MATCH],
+            input=json.dumps([risky, list(names)]),
+            timeout=MATCHING_SECONDS,
+            capture_output=True,
+            text=True,
+            check=False,  # what is no expression at all fails here, and is refused where it is used
+        )
+    except subprocess.TimeoutExpired:
+        wanted = f"regular expressions that match within {MATCHING_SECONDS} s"
+        raise AdapterFormatError(path, "patterns", wanted, f"{risky}"[:80]) from None
+
+
 def _scale(path: Path, config: Mapping[str, Any], name: str, rank: int) -> float:
     """s = alpha / r of one layer, or alpha / √r with use_rslora, as PEFT computes it."""
     patterns = config.get("alpha_pattern") or {}
@@ -207,7 +239,7 @@ def _scale(path: Path, config: Mapping[str, Any], name: str, rank: int) -> float
     alpha = config.get("lora_alpha")
     try:
         alpha = next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", name)), alpha)
-    except re.error as error:
+    except (re.error, OverflowError, RecursionError) as error:
         raise AdapterFormatError(path, "alpha_pattern", "regular expressions", str(error)) from None
     if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not abs(alpha) <= sys.float_info.max:
         raise AdapterFormatError(path, "lora_alpha", "a finite number", repr(alpha)[:80])

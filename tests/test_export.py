@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 from conftest import tiny_bert, with_random_values
-from peft import PeftModel
+from glue_fixtures import save_tokenizer
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from test_adapter import logits, unequal
 from test_saved_adapter import PATTERNS, change, lora_layers, plain_lora
@@ -15,7 +16,14 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from torch import Tensor
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from increlora_hf import AdapterFormatError, IncreLoraConfig, attach
 from increlora_hf.export import VLLM_RANKS, new_folder, vllm_rank, write_merged, write_peft, write_uniform
@@ -175,6 +183,24 @@ def test_merged_model_computes_what_base_and_adapter_compute(
     torch.testing.assert_close(logits(merged), logits(model), rtol=1e-5, atol=1e-5)
     assert AutoTokenizer.from_pretrained(tmp_path / "m")("two one").input_ids == [2, 1]
     assert not [path for path in (tmp_path / "m").iterdir() if path.suffix in (".bin", ".pt")]
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")  # by peft: it is what the test is about
+def test_merging_into_tied_output_embeddings_leaves_the_input_ones_alone(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2}
+    config = LlamaConfig(vocab_size=60, intermediate_size=24, **sizes, tie_word_embeddings=True, pad_token_id=None)
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "base")
+    save_tokenizer(tmp_path / "base", pad_token="[PAD]")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    lora = LoraConfig(r=2, target_modules=["q_proj", "lm_head"], task_type="CAUSAL_LM")
+    peft_model = with_random_values(get_peft_model(model, lora), 0.5)
+    peft_model.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    ids = torch.tensor([[5, 6, 7, 8]])
+    write_merged(read_adapter(tmp_path / "adapter"), tmp_path / "merged")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    with torch.no_grad():
+        torch.testing.assert_close(merged(ids).logits, peft_model.eval()(ids).logits, atol=1e-4, rtol=1e-4)
+    assert merged.config.pad_token_id == 0  # the tokenizer's: the base has none, and a batch of rows needs one
 
 
 def test_merging_needs_to_know_base_and_task(tmp_path: Path, base: Path) -> None:

@@ -136,6 +136,12 @@ def test_held_out_rows_come_from_the_training_set_alone(tmp_path: Path) -> None:
     assert sorted([*parts[0], *parts[1]]) == list(range(40))
 
 
+def test_held_out_rows_stand_in_for_every_evaluation_set(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "data" / "mnli", train=sentence_pairs([0, 1, 2], names=("premise", "hypothesis")))
+    folder = held_out(tmp_path / "data", "mnli", tmp_path / "held")
+    assert {path.stem for path in folder.iterdir()} == {"train", "validation_matched", "validation_mismatched"}
+
+
 def test_penalty_of_a_run_is_read_from_its_training_log(tmp_path: Path) -> None:
     log = [{"step": 5, "loss": 1.0, "increlora/orth_loss": 0.5, "epoch": 1}, {"step": 5, "eval_accuracy": 0.5}]
     (tmp_path / "all_results.json").write_text("{}")
@@ -184,7 +190,7 @@ def test_a_study_is_tuned_run_and_reported(tmp_path: Path, capsys: pytest.Captur
         patch.setattr(glue_table, "studies", lambda rank: {"methods": methods | {"broken": {"tuner": "nothing"}}})
         run_study(settings)
     found = [json.loads(text) for text in settings.results.read_text().splitlines()]
-    assert len(found) == 3 * 3  # a rate each for three rows, then the runs
+    assert len(found) == 2 * 3 + 2  # two rates for each of three rows, then the runs of the two that could be tuned
     broken = [one for one in found if one["row"] == "broken"]
     assert all("--tuner nothing is unknown" in one["error"] for one in broken)
     ours = next(one for one in found if one["row"] == "increlora r=2" and one["study"] == "methods")
@@ -193,7 +199,8 @@ def test_a_study_is_tuned_run_and_reported(tmp_path: Path, capsys: pytest.Captur
     assert "orth_loss" in ours["training"][0]
     report(argparse.Namespace(results_files=[settings.results], first=None, output=None, figures=tmp_path / "figures"))
     printed = capsys.readouterr().out
-    assert "3 runs, 1 failed" in printed
+    assert "6 runs, 2 failed" in printed
+    assert "2 runs, 0 failed" in printed
     assert (tmp_path / "figures" / "r" / "methods-rte-penalty.png").stat().st_size > 1000
     document = tmp_path / "evidence.md"
     document.write_text("before\n<!-- tables -->\nold\n<!-- end of tables -->\nafter\n")

@@ -11,6 +11,7 @@ from increlora_hf.tasks.glue import (
     GlueSource,
     detect_task,
     glue_task,
+    in_model_order,
     load_task,
     prepare_rows,
     require_two_labels,
@@ -119,6 +120,38 @@ def test_class_names_in_another_order_are_matched_by_name():
     assert prepared_labels(sentence_pairs([0, 1], rows=2), TASKS["mrpc"], features) == [1, 0]
 
 
+@pytest.mark.parametrize(
+    "names, expected",
+    [
+        (["NEUTRAL", "CONTRADICTION", "ENTAILMENT"], ("neutral", "contradiction", "entailment")),
+        (["entailment", "neutral", "contradiction"], TASKS["mnli"].labels),
+        (["LABEL_0", "LABEL_1", "LABEL_2"], TASKS["mnli"].labels),
+        (["neutral", "entailment"], TASKS["mnli"].labels),
+        (["neutral", "neutral", "entailment"], TASKS["mnli"].labels),
+    ],
+    ids=["another order", "the same", "no names", "fewer", "a name twice"],
+)
+def test_classes_are_numbered_as_a_model_that_knows_them_does(names, expected):
+    rows = Dataset.from_dict(sentence_pairs([0, 1, 2], rows=3, names=TASKS["mnli"].columns))
+    prepared = {"train": prepare_rows(rows, TASKS["mnli"], "here"), "test": rows.remove_columns("label")}
+    task, ordered = in_model_order(TASKS["mnli"], prepared, names)
+    assert task.labels == expected
+    assert [task.labels[i] for i in ordered["train"]["label"][:]] == list(TASKS["mnli"].labels)
+    assert "label" not in ordered["test"].column_names
+
+
+def test_an_empty_cell_of_text_is_refused_with_its_row():
+    rows = Dataset.from_dict({"sentence": ["a", "b", None], "label": [0, 1, 0]})
+    with pytest.raises(ValueError, match="here, row 3: column 'sentence' has no value"):
+        prepare_rows(rows, TASKS["cola"], "here")
+
+
+def test_columns_of_text_beyond_two_are_mentioned(caplog):
+    rows = Dataset.from_dict({"date": ["a", "b"], "review": ["a", "b"], "text": ["a", "b"], "label": [0, 1]})
+    assert detect_task(rows, "here").columns == ("date", "review")
+    assert "from the columns date and review; text left out" in caplog.text
+
+
 def test_own_classes_are_numbered_in_order():
     rows = Dataset.from_dict(sentence_pairs([3, 1, 2], rows=3))
     assert prepare_rows(rows, detect_task(rows, "here"), "here")["label"][:] == [2, 0, 1]
@@ -193,8 +226,9 @@ def test_csv_cells_may_hold_commas_quotes_and_line_breaks(tmp_path):
         (["1", "02"], [1, 2]),
         (["1", "2.5"], [1.0, 2.5]),
         (["1", "x"], ["1", "x"]),
+        (["1", "9" * 20], ["1", "9" * 20]),
     ],
-    ids=["int", "float", "str"],
+    ids=["int", "float", "str", "too long for an int"],
 )
 def test_a_csv_column_has_the_type_that_holds_all_its_cells(tmp_path, cells, expected):
     assert read_table(write_csv(tmp_path / "x.csv", {"c": cells}))["c"][:] == expected
@@ -207,8 +241,9 @@ def test_a_csv_column_has_the_type_that_holds_all_its_cells(tmp_path, cells, exp
         ([1, 2.5], [1.0, 2.5]),
         (["1", "2"], ["1", "2"]),
         ([True, "x", 3], ["true", "x", "3"]),
+        ([1, 10**20], ["1", "1" + "0" * 20]),
     ],
-    ids=["int", "float", "numbers as text", "mixed"],
+    ids=["int", "float", "numbers as text", "mixed", "too long for an int"],
 )
 def test_a_json_column_keeps_its_types_where_it_can(tmp_path, cells, expected):
     assert read_table(write_json_lines(tmp_path / "x.jsonl", {"c": cells}))["c"][:] == expected

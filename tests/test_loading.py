@@ -186,6 +186,17 @@ ADAPTER_MUTATIONS: dict[str, tuple[Mutation, str]] = {
     "rank-pattern-list": (document(put("rank_pattern", [1])), r"rank_pattern: expected an object, found \[1\]"),
     "broken-pattern": (document(put("rank_pattern", {"(": 2})), "expected regular expressions"),
     "infinite-alpha": (document(put("lora_alpha", 1e999)), "the constant Infinity"),
+    "endless-pattern": (
+        document(put("exclude_modules", "([\\w.]+)+!")),
+        "expected regular expressions that match with",
+    ),
+    "overflowing-pattern": (document(put("rank_pattern", {"a{99999999999}": 2})), "expected regular expressions"),
+    "null-bias": (document(put("bias", None)), "bias: expected plain LoRA, found None"),
+    "token-indices": (document(put("trainable_token_indices", [])), "trainable_token_indices: expected plain LoRA"),
+    "other-task": (document(put("task_type", "CAUSAL_LM")), "content: expected an adapter for BertForSequence"),
+    "large-dropout": (document(put("lora_dropout", 5)), "lora_dropout: expected a probability below 1, found 5"),
+    "huge-alpha": (document(put("lora_alpha", 10**400)), "lora_alpha: expected a finite number"),
+    "alpha-pattern-list": (document(put("alpha_pattern", [])), r"alpha_pattern: expected an object, found \[\]"),
     "text-alpha": (document(put("lora_alpha", "x")), "lora_alpha: expected a finite number, found 'x'"),
     "no-targets": (document(put("target_modules", [])), "target_modules: expected module names"),
     "unknown-targets": (document(put("target_modules", ["zz"])), "expected layers of BertForSequenceClassification"),
@@ -221,6 +232,8 @@ def test_mutated_adapter_is_refused_and_the_model_stays_plain(name: str, adapter
     after = model.state_dict()
     assert after.keys() == before.keys()
     assert all(torch.equal(after[key], before[key]) for key in before)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    load_adapter(model, adapter)
 
 
 def test_good_adapter_loads_and_computes_what_it_did(adapter: Path) -> None:
@@ -229,6 +242,12 @@ def test_good_adapter_loads_and_computes_what_it_did(adapter: Path) -> None:
     torch.testing.assert_close(logits(model), expected, atol=1e-6, rtol=0)
     assert not any(p.requires_grad for p in model.parameters())
     assert any(p.requires_grad for p in load_adapter(tiny_bert(), adapter, trainable=True).parameters())
+
+
+def test_random_starts_that_leave_the_base_alone_are_plain(adapter: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(adapter, tmp_path / "adapter"))
+    document(put("init_lora_weights", "gaussian"))(folder)
+    torch.testing.assert_close(logits(load_adapter(tiny_bert(), folder)), logits(unequal()), atol=1e-6, rtol=0)
 
 
 def test_adapter_of_a_base_of_another_size_is_refused(adapter: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import processes
 import pytest
+import torch
 from glue_fixtures import (
     csv_file,
     save_tiny_decoder,
@@ -173,10 +174,46 @@ def test_a_regression_is_scored_by_correlation_and_predicts_values(run, out, tmp
     assert all(float(line.split("\t")[1]) < 100 for line in lines[1:])
 
 
-def test_a_decoder_without_a_padding_token(run, tmp_path):
+def test_a_decoder_without_a_padding_token(run, out, tmp_path):
     model, path = save_tiny_decoder(tmp_path / "decoder"), csv_file(tmp_path)
-    metrics = run("--do_train", "--do_eval", train_file=path, validation_file=path, model_name_or_path=model)
+    files = {"train_file": path, "validation_file": path}
+    metrics = run("--do_train", "--do_eval", **files, model_name_or_path=model)
     assert metrics["total_rank"] == 8
+    again = run("--do_eval", **files, model_name_or_path=out, output_dir=tmp_path / "again")
+    assert again["eval_loss"] == pytest.approx(metrics["eval_loss"])
+
+
+@pytest.mark.parametrize("order", [[2, 0, 1], [0, 1, 2]])
+def test_a_model_with_an_order_of_its_own_is_scored_by_names(run, out, tmp_path, order):
+    names = ("entailment", "neutral", "contradiction")
+    own = dict(enumerate(names[i].upper() for i in order))
+    base = save_tiny_model(tmp_path / "base", labels=3)
+    classifier = AutoModelForSequenceClassification.from_pretrained(base, id2label=own)
+    with torch.no_grad():
+        classifier.classifier.weight.zero_()
+        classifier.classifier.bias.copy_(torch.tensor([1.0 if own[i] == "CONTRADICTION" else 0.0 for i in range(3)]))
+    classifier.save_pretrained(base)
+    pairs = sentence_pairs([2], names=("premise", "hypothesis"))
+    splits = ("validation_matched", "validation_mismatched", "test_matched", "test_mismatched")
+    folder = write_parquet(tmp_path / "mnli", **dict.fromkeys(splits, pairs))
+    metrics = run("--do_eval", "--do_predict", dataset_name=folder, task_name="mnli", model_name_or_path=base)
+    assert metrics["eval_accuracy"] == metrics["eval_accuracy_mm"] == 1
+    lines = (out / "predict_results_mnli.txt").read_text().splitlines()
+    assert {line.split("\t")[1] for line in lines[1:]} == {"contradiction"}
+
+
+def test_f1_is_that_of_glue_s_class_whatever_its_number(run, tmp_path):
+    base = save_tiny_model(tmp_path / "base", labels=2)
+    own = {0: "equivalent", 1: "not_equivalent"}
+    classifier = AutoModelForSequenceClassification.from_pretrained(base, id2label=own)
+    with torch.no_grad():
+        classifier.classifier.weight.zero_()
+        classifier.classifier.bias.copy_(torch.tensor([1.0, 0.0]))
+    classifier.save_pretrained(base)
+    folder = write_parquet(tmp_path / "mrpc", validation=sentence_pairs([0, 1, 1, 1]))
+    metrics = run("--do_eval", dataset_name=folder, task_name="mrpc", model_name_or_path=base)
+    assert metrics["eval_accuracy"] == 0.75
+    assert metrics["eval_f1"] == pytest.approx(6 / 7)
 
 
 # ---- What a run leaves behind ---------------------------------------------------------------------------------------
@@ -320,14 +357,29 @@ def test_a_folder_without_the_split_is_refused(refused, tmp_path):
         (["--do_train"], {"learning_rate": "fast"}, "invalid float value: 'fast'"),
         (["--do_train"], {"resume_from_checkpoint": "nowhere"}, "--resume_from_checkpoint nowhere: there is no such"),
         (["--do_train"], {"resume_from_checkpoint": "true"}, "holds no checkpoint to resume from. Name one"),
+        (["--do_eval"], {"dataloader_drop_last": True}, "--dataloader_drop_last True leaves rows out of evaluation"),
+        (["--do_predict"], {"prediction_loss_only": True}, "--prediction_loss_only True leaves no outputs"),
+        (["--do_eval"], {"eval_do_concat_batches": False}, "--eval_do_concat_batches False gives the outputs"),
+        (["--do_eval"], {"max_eval_samples": 0}, "--max_eval_samples 0 leaves no rows"),
     ],
     ids=[
         "unknown task", "no data", "nothing to do", "no model", "IncreLoRA setting", "unknown flag", "not a number",
-        "no such checkpoint", "no checkpoint",
+        "no such checkpoint", "no checkpoint", "rows left out", "no outputs", "outputs in pieces", "no rows",
     ],
 )  # fmt: skip
 def test_bad_flags_are_refused(refused, flags, settings, message):
     assert message in refused(*flags, **settings)
+
+
+def test_rows_that_a_limit_leaves_with_one_label_are_refused(refused, tmp_path):
+    path = write_csv(tmp_path / "sorted.csv", {"text": ["red cat"] * 40, "label": [0] * 20 + [1] * 20})
+    assert "all 20 rows have the label '0'" in refused("--do_train", train_file=path, max_train_samples=20)
+
+
+def test_dropout_before_a_classifier_that_has_none_is_refused(refused, tmp_path):
+    model = save_tiny_decoder(tmp_path / "decoder")
+    line = refused("--do_train", train_file=csv_file(tmp_path), model_name_or_path=model, classifier_dropout=0.5)
+    assert "--classifier_dropout 0.5: a model of type 'gpt2' has no such dropout" in line
 
 
 def test_a_model_that_is_nowhere_is_refused(refused, tmp_path):

@@ -1,7 +1,8 @@
 """The nine GLUE tasks, and data of one's own as such a task: text columns, and a class or a value to predict."""
 
+import logging
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -9,6 +10,8 @@ from datasets import ClassLabel, Dataset, Value
 
 from increlora_hf.tasks.source import DataSource, read_splits, require_columns, require_split
 from increlora_hf.tasks.tables import LABEL, read_table
+
+logger = logging.getLogger(__name__)
 
 HUB_DATASET = "nyu-mll/glue"
 
@@ -114,6 +117,28 @@ def load_task(
     return task, rows
 
 
+def in_model_order(
+    task: TextTask, rows: Mapping[str, Dataset], names: Sequence[str]
+) -> tuple[TextTask, dict[str, Dataset]]:
+    """The task and its rows with the classes numbered as the model's outputs are, where `names` says it knows them.
+
+    Upper and lower case are the same in `names`; where they are other classes, nothing changes.
+    """
+    by_name = {label.lower(): label for label in task.labels}
+    order = tuple(by_name.get(name.lower(), "") for name in names)
+    if order == task.labels or sorted(order) != sorted(task.labels):
+        return task, dict(rows)
+    numbers = [order.index(label) for label in task.labels]
+
+    def renumbered(split: Dataset) -> Dataset:
+        if LABEL not in split.column_names:
+            return split
+        new = [numbers[old] for old in split[LABEL][:]]
+        return split.remove_columns(LABEL).add_column(LABEL, new, feature=Value("int64"))
+
+    return replace(task, labels=order), {name: renumbered(split) for name, split in rows.items()}
+
+
 def _read_file(path: str, split: str) -> Dataset:
     return read_table(path, ignore=(LABEL,) if split == "test" else ())
 
@@ -140,6 +165,9 @@ def prepare_rows(rows: Dataset, task: TextTask, where: str, *, labelled: bool = 
     for column in task.columns:
         if rows.features[column] != Value("string"):
             prepared = prepared.cast_column(column, Value("string"))
+        empty = prepared.data.column(column).null_count and prepared[column][:].index(None) + 1
+        if empty:
+            raise ValueError(f"{where}, row {empty}: column {column!r} has no value. Fill it in or remove the row.")
     if not labelled:
         return prepared
     numbers = [_label_number(label, task, f"{where}, row {i}") for i, label in enumerate(_label_names(rows, task), 1)]
@@ -189,7 +217,11 @@ def _text_columns(rows: Dataset) -> tuple[str, ...]:
         for name, feature in rows.features.items()
         if name != LABEL and name.lower() not in ROW_NUMBERS and getattr(feature, "dtype", None) == "string"
     )
-    return SENTENCES if set(SENTENCES) <= set(texts) else texts[:2]
+    if set(SENTENCES) <= set(texts):
+        return SENTENCES
+    if len(texts) > 2:
+        logger.warning("The text is read from the columns %s and %s; %s left out.", *texts[:2], ", ".join(texts[2:]))
+    return texts[:2]
 
 
 def _names(rows: Dataset) -> str:

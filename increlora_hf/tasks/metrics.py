@@ -9,7 +9,7 @@ import numpy as np
 from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
-from increlora_hf.tasks.glue import TextTask
+from increlora_hf.tasks.glue import TASKS, TextTask
 
 Scorer = Callable[[np.ndarray, np.ndarray], float]
 
@@ -89,6 +89,14 @@ def predicted(outputs: Any, task: TextTask) -> np.ndarray:
 
 
 def metrics_of(task: TextTask) -> Callable[[Any], dict[str, float]]:
-    """What `Trainer.evaluate` calls."""
+    """What `Trainer.evaluate` calls; F1 is that of GLUE's class 1, whatever its number in the model."""
     metric = GlueMetric(task.name, keep_in_memory=True)
-    return lambda result: metric.compute(predictions=predicted(result.predictions, task), references=result.label_ids)
+    names = TASKS[task.name].labels if task.name in TASKS else task.labels
+    numbers = np.array([names.index(label) for label in task.labels])
+
+    def compute(result: Any) -> dict[str, float]:
+        found = (predicted(result.predictions, task), result.label_ids)
+        guess, truth = found if task.is_regression else (numbers[part] for part in found)
+        return metric.compute(predictions=guess, references=truth)
+
+    return compute

@@ -36,10 +36,16 @@ class QuestionAnsweringTrainer(Trainer):
         """As the Trainer's, with two more arguments."""
         kwargs.setdefault("preprocess_logits_for_metrics", lambda logits, labels: logits[:2])  # some models give more
         training_args = kwargs.get("args", args[1] if len(args) > 1 else None)
-        for name, wrong in (("batch_eval_metrics", True), ("eval_do_concat_batches", False)):
+        for name, wrong in (
+            ("batch_eval_metrics", True),
+            ("eval_do_concat_batches", False),
+            ("prediction_loss_only", True),
+            ("remove_unused_columns", False),
+        ):
             if getattr(training_args, name, None) is wrong:
                 raise ValueError(
-                    f"{name}={wrong}: answers need the logits of all windows together. Leave it at {not wrong}."
+                    f"{name}={wrong}: answers need the logits of all windows together, and the model takes nothing "
+                    f"but tokens. Leave it at {not wrong}."
                 )
         super().__init__(*args, **kwargs)
         self.eval_examples = eval_examples

@@ -60,6 +60,12 @@ class ModelArguments:
         """Whether the model is a saved adapter, to be used on top of its base model."""
         return os.path.isfile(os.path.join(self.model_name_or_path, ADAPTER_CONFIG))
 
+    @property
+    def base(self) -> str:
+        """The model without an adapter: itself, or the one that the saved adapter names."""
+        path = self.model_name_or_path
+        return str(PeftConfig.from_pretrained(path).base_model_name_or_path) if self.is_adapter else path
+
 
 @dataclass
 class HubArguments:
@@ -69,6 +75,13 @@ class HubArguments:
         False,
         "Let --hub_strategy checkpoint and all_checkpoints upload optimizer and random states, which are pickles.",
     )
+
+
+def check_limits(data: Any) -> None:
+    """Refuse a --max_..._samples that leaves no rows."""
+    for name, limit in vars(data).items():
+        if name.endswith("_samples") and limit is not None and limit < 1:
+            raise ValueError(f"--{name} {limit} leaves no rows. Give a number above 0, or leave it out for all rows.")
 
 
 def parse_flags(kinds: Sequence[Any], argv: Sequence[str], prog: str) -> tuple[Any, ...]:
@@ -115,6 +128,14 @@ def check_run(model: ModelArguments, training: TrainingArguments, tuner: str) ->
         raise ValueError("--model_name_or_path is missing. Give the folder or the Hub name of a pre-trained model.")
     if not (training.do_train or training.do_eval or training.do_predict):
         raise ValueError("there is nothing to do. Give --do_train, --do_eval or --do_predict.")
+    evaluates = training.do_eval or training.do_predict or training.eval_strategy != "no"
+    for name, wrong, why in (
+        ("dataloader_drop_last", True, "leaves rows out of evaluation and prediction too"),
+        ("eval_do_concat_batches", False, "gives the outputs batch by batch, which have to be whole"),
+        ("prediction_loss_only", True, "leaves no outputs to score or to write"),
+    ):
+        if evaluates and getattr(training, name) is wrong:
+            raise ValueError(f"--{name} {wrong} {why}. Leave it out.")
     if not training.do_train:
         return
     if model.is_adapter:
@@ -147,6 +168,15 @@ def checkpoint_to_resume(training: TrainingArguments) -> str | bool | None:
     return True
 
 
+def class_names(args: ModelArguments) -> list[str]:
+    """The names of the classes in the model's own config, in the order of its outputs."""
+    try:
+        config = AutoConfig.from_pretrained(args.config_name or args.base, **args.loading())
+    except OSError as error:
+        raise ValueError(f"--model_name_or_path {args.model_name_or_path} cannot be loaded: {error}") from error
+    return [str(config.id2label[i]) for i in sorted(config.id2label)]
+
+
 def load_model(
     args: ModelArguments,
     auto_model: Any,
@@ -160,12 +190,13 @@ def load_model(
     path, options = args.model_name_or_path, args.loading()
     mismatch = {"ignore_mismatched_sizes": args.ignore_mismatched_sizes}
     try:
-        base = PeftConfig.from_pretrained(path).base_model_name_or_path if args.is_adapter else path
+        base = args.base
         tokenizer = AutoTokenizer.from_pretrained(args.tokenizer_name or path, **options)
         config = AutoConfig.from_pretrained(args.config_name or base, **head, **options)
         check(config)
         if tokenizer.pad_token is None:  # decoders
             tokenizer.pad_token = tokenizer.eos_token
+        if getattr(config, "pad_token_id", None) is None:
             config.pad_token_id = tokenizer.pad_token_id
         model = auto_model.from_pretrained(base, config=config, **mismatch, **options)
         return PeftModel.from_pretrained(model, path) if args.is_adapter else model, tokenizer

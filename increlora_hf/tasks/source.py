@@ -97,7 +97,9 @@ def _read_folder(source: DataSource, config: str | None) -> dict[str, Dataset]:
     validation_mismatched into one.
     """
     root = Path(source.name)
-    files = sorted(root.glob("*.parquet")) or sorted((root / (config or "data")).glob("*.parquet"))
+    inside = root / (config or "data")
+    places = (inside, root) if source.dataset_config_name else (root, inside)
+    files = next((found for place in places if (found := sorted(place.glob("*.parquet")))), [])
     if not files:
         raise ValueError(f"--dataset_name {root} is a folder without parquet files. Name the folder that holds them.")
     shards: dict[str, list[str]] = {}

@@ -102,21 +102,31 @@ def _check_cells(path: Path, line: int, row: Mapping[str, Any], first: Mapping[s
             raise ValueError(f"{path}, line {line}: column {name!r} has no value. Fill it in or remove the row.")
 
 
+def _fit(numbers: list[int]) -> bool:
+    """Whether 64 bits hold them; longer ones are names of something."""
+    return all(abs(number) < 2**63 for number in numbers)
+
+
 def _csv_column(cells: list[str]) -> list[int] | list[float] | list[str]:
-    """All cells as int, else all as float, else as they are."""
-    for number in (int, float):
-        try:
-            return [number(cell) for cell in cells]
-        except ValueError:
-            continue
-    return cells
+    """All cells as int (of 64 bits), else all as float, else as they are."""
+    try:
+        whole = [int(cell) for cell in cells]
+        return whole if _fit(whole) else cells
+    except ValueError:
+        pass
+    try:
+        return [float(cell) for cell in cells]
+    except ValueError:
+        return cells
 
 
 def _json_column(cells: list[Any]) -> list[int] | list[float] | list[str]:
     """JSON says itself what is a number; mixed numbers are floats, any other mixture is text."""
     kinds = {type(cell) for cell in cells}
-    if kinds in ({int}, {str}):
+    if kinds == {str} or (kinds == {int} and _fit(cells)):
         return cells
+    if kinds == {int}:
+        return [str(cell) for cell in cells]
     if kinds <= {int, float}:
         return [float(cell) for cell in cells]
     return [cell if isinstance(cell, str) else json.dumps(cell) for cell in cells]
