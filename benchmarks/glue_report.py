@@ -95,13 +95,13 @@ def _flag(argv: Sequence[str], name: str) -> str:
 
 def table(of_study: Sequence[Mapping[str, Any]], *, best: bool) -> str:
     """Rows of the study by task, differences to its first row, parameters and time."""
+    good = [line for line in of_study if line["error"] is None]
     names = list(dict.fromkeys(line["row"] for line in of_study))
     tasks = list(dict.fromkeys(line["task"] for line in of_study))
+    tried = {(line["row"], line["task"]) for line in of_study}
     scores = {
-        (row, task): {
-            line["seed"]: score(line, best=best) for line in of_study if (line["row"], line["task"]) == (row, task)
-        }
-        for row, task in itertools.product(names, tasks)
+        cell: {line["seed"]: score(line, best=best) for line in good if (line["row"], line["task"]) == cell}
+        for cell in itertools.product(names, tasks)
     }
     heads = [h for task in tasks for h in (task, f"first − this, {task}", f"paper, {task}", f"learning rate, {task}")]
     when = "the best evaluation" if best else "the end"
@@ -110,15 +110,15 @@ def table(of_study: Sequence[Mapping[str, Any]], *, best: bool) -> str:
         cells = []
         for task in tasks:
             own = scores[row, task]
-            against = paired(scores[names[0], task], own) if row != names[0] else ""
+            against = paired(scores[names[0], task], own) if own and row != names[0] else ""
             paper = PAPER.get(row, {}).get(task)
             cells += [
-                spread(list(own.values())) if own else "failed",
+                spread(list(own.values())) if own else "failed" if (row, task) in tried else "not run",
                 against,
                 "" if paper is None else f"{paper:.2f}",
                 learning_rate(line for line in of_study if (line["row"], line["task"]) == (row, task)),
             ]
-        mine = [line for line in of_study if line["row"] == row]
+        mine = [line for line in good if line["row"] == row]
         counts = sorted({trained(line, best=best) for line in mine})
         count = f"{counts[0]:,}" + (f"-{counts[-1]:,}" if len(counts) > 1 else "") if counts else ""
         seconds = f"{statistics.median(line['seconds'] for line in mine):.0f}" if mine else ""
@@ -145,7 +145,7 @@ def report(settings: argparse.Namespace) -> None:
     """Tables of every study in each results file, into the document between its two marks, or onto the screen."""
     parts = []
     for path in settings.results_files:
-        found = sorted(lines(path), key=lambda line: line["row"] != settings.first)
+        found = sorted(lines(path), key=lambda line: line["row"] not in settings.first)
         parts.append(f"### {path.stem}\n")
         for study in dict.fromkeys(line["study"] for line in found):
             own = [line for line in found if line["study"] == study]
@@ -156,9 +156,9 @@ def report(settings: argparse.Namespace) -> None:
                     of_task = [line for line in good if line["task"] == task]
                     parts.append(f"{task}, by learning rate:\n\n{tuning_table(of_task)}\n")
                 continue
-            parts.append(f"Last step:\n\n{table(good, best=False)}\n")
+            parts.append(f"Last step:\n\n{table(own, best=False)}\n")
             if any(len(line["evaluations"]) > 1 for line in good):
-                parts.append(f"Best of the evaluations:\n\n{table(good, best=True)}\n")
+                parts.append(f"Best of the evaluations:\n\n{table(own, best=True)}\n")
         if settings.figures is not None:
             figures([line for line in found if line["error"] is None], settings.figures / path.stem)
     text = "\n".join(parts)

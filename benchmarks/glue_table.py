@@ -350,7 +350,9 @@ def main() -> None:
     running.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir()) / "glue_table")
     reporting = commands.add_parser("report", help="print tables, or put them into a document")
     reporting.add_argument("--results", dest="results_files", nargs="+", type=Path, required=True)
-    reporting.add_argument("--first", help="the row that others are compared with; default: the first of a study")
+    reporting.add_argument(
+        "--first", nargs="+", default=[], help="rows that others are compared with; default: the first of a study"
+    )
     reporting.add_argument("--figures", type=Path, help="folder for pictures; needs matplotlib")
     reporting.add_argument(
         "--output", type=Path, help="a document with the marks <!-- tables --> and <!-- end of tables -->"

@@ -64,11 +64,18 @@ def test_table_holds_means_spreads_and_the_papers_column() -> None:
     assert second == "| lora r=2 | 50.00 ± 0.00 (2) | +15.00 [+10.00, +20.00] | 85.56 | default | 100 | 10 |"
 
 
+def test_table_tells_what_failed_from_what_was_not_run() -> None:
+    rows = [line("lora r=2", 1, 0.5), {**line("lora r=2", 1, 0.5), "task": "mrpc"}]
+    rows += [{**line("head", 1, 0.5), "error": "out of memory"}]
+    *_, head = table(rows, best=False).splitlines()
+    assert [cell.strip() for cell in head.split("|")[2:7:4]] == ["failed", "not run"]
+
+
 def test_report_compares_with_the_row_that_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "short.jsonl"
     rows = [line("lora r=2", 1, 0.5), line("increlora r=2", 1, 0.75), line("lora r=2", 2, 0.5)]
     file.write_text("".join(json.dumps({**one, "key": i}) + "\n" for i, one in enumerate(rows)))
-    report(argparse.Namespace(results_files=[file], first="increlora r=2", output=None, figures=None))
+    report(argparse.Namespace(results_files=[file], first=["increlora r=2"], output=None, figures=None))
     printed = capsys.readouterr().out
     assert printed.startswith("### short\n\n#### methods\n\n3 runs, 0 failed.\n")
     first, second = [text for text in printed.splitlines() if "lora" in text][:2]
@@ -197,14 +204,14 @@ def test_a_study_is_tuned_run_and_reported(tmp_path: Path, capsys: pytest.Captur
     assert ours["flags"]["learning_rate"] in settings.tune
     assert sum(ours["ranks"].values()) == 12
     assert "orth_loss" in ours["training"][0]
-    report(argparse.Namespace(results_files=[settings.results], first=None, output=None, figures=tmp_path / "figures"))
+    report(argparse.Namespace(results_files=[settings.results], first=[], output=None, figures=tmp_path / "figures"))
     printed = capsys.readouterr().out
     assert "6 runs, 2 failed" in printed
     assert "2 runs, 0 failed" in printed
     assert (tmp_path / "figures" / "r" / "methods-rte-penalty.png").stat().st_size > 1000
     document = tmp_path / "evidence.md"
     document.write_text("before\n<!-- tables -->\nold\n<!-- end of tables -->\nafter\n")
-    report(argparse.Namespace(results_files=[settings.results], first=None, output=document, figures=None))
+    report(argparse.Namespace(results_files=[settings.results], first=[], output=document, figures=None))
     text = document.read_text()
     assert text.startswith("before\n")
     assert text.endswith("after\n")
