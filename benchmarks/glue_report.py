@@ -38,6 +38,11 @@ def metric(task: str) -> str:
     return METRICS.get(task, "accuracy")
 
 
+def is_squad(task: str) -> bool:
+    """Whether a task is answered by run_squad.py."""
+    return task.startswith("squad")
+
+
 def scored(line: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """The evaluations during the run that have the task's metric."""
     return [entry for entry in line["evaluations"] if f"eval_{metric(line['task'])}" in entry]
@@ -47,7 +52,7 @@ def score(line: Mapping[str, Any], *, best: bool) -> float:
     """The task's metric × 100, of the best evaluation or of the last."""
     name = f"eval_{metric(line['task'])}"
     found = [line["metrics"], *(scored(line) if best else [])]
-    factor = 1 if line["task"].startswith("squad") else 100
+    factor = 1 if is_squad(line["task"]) else 100
     return factor * max(entry[name] for entry in found)
 
 

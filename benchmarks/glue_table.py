@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from datasets import Dataset, load_dataset
-from glue_report import TUNING, lines, report, score
+from glue_report import TUNING, is_squad, lines, report, score
 from safetensors import safe_open
 
 from increlora_hf.tasks.glue import glue_task
@@ -109,11 +109,6 @@ def studies(rank: int) -> dict[str, dict[str, Flags]]:
             **({"init_r 2": tuner("increlora", rank) | {"increlora_init_r": 2}} if rank > 2 else {}),
         },
     }
-
-
-def is_squad(task: str) -> bool:
-    """Whether a task is answered by run_squad.py."""
-    return task.startswith("squad")
 
 
 def held_out(data: Path, task: str, into: Path) -> Path:

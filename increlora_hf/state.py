@@ -46,14 +46,18 @@ def training_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 def running_statistics(model: nn.Module) -> dict[str, Tensor]:
     """The means, variances and counts that normalising layers keep of what they have seen, by name."""
-    layers = [(p, module) for p, module in model.named_modules() if isinstance(module, nn.modules.batchnorm._NormBase)]
-    return {f"{p}.{name}": buffer for p, module in layers for name, buffer in module.named_buffers(recurse=False)}
+    return {
+        f"{p}.{name}": buffer for p, module in _norms(model) for name, buffer in module.named_buffers(recurse=False)
+    }
 
 
 def frozen_norms(model: nn.Module) -> list[nn.Module]:
     """The layers with running statistics outside modules that are trained fully: the adapter does not hold them."""
-    norms = [(p, module) for p, module in model.named_modules() if isinstance(module, nn.modules.batchnorm._NormBase)]
-    return [module for p, module in norms if ".modules_to_save." not in p]
+    return [module for p, module in _norms(model) if ".modules_to_save." not in p]
+
+
+def _norms(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    return [(p, module) for p, module in model.named_modules() if isinstance(module, nn.modules.batchnorm._NormBase)]
 
 
 def write_state(folder: Path, model: PeftModel) -> None:

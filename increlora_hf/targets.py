@@ -183,7 +183,7 @@ def _outside_backbone(model: nn.Module) -> list[str]:
 
 def _refuse_shared_endings(model: nn.Module, outside: Sequence[str]) -> None:
     """PEFT takes the name of a head as an ending, and would train fully whatever else ends like it."""
-    heads = [name for one in outside for name, _ in model.get_submodule(one).named_modules(prefix=one)]
+    heads = {name for one in outside for name, _ in model.get_submodule(one).named_modules(prefix=one)}
     others = [name for name, _ in model.named_modules() if name and name not in heads]
     for head in outside:
         taken = [name for name in others if name.endswith(head)]
