@@ -293,8 +293,11 @@ def run_study(settings: argparse.Namespace) -> None:
     if settings.tune:
         grid = list(itertools.product(rows, settings.tasks, settings.tune))
         folder = settings.cache / "held-out"
+        length = {} if settings.tuning_epochs is None else {"num_train_epochs": settings.tuning_epochs}
         tuning = {
-            cell: Run(TUNING, *cell[:2], settings.tuning_seed, rows[cell[0]] | {"learning_rate": cell[2]}, common)
+            cell: Run(
+                TUNING, *cell[:2], settings.tuning_seed, rows[cell[0]] | {"learning_rate": cell[2]} | length, common
+            )
             for cell in grid
         }
         run_all(((run, held_out(settings.data, run.task, folder)) for run in tuning.values()), results, settings)
@@ -339,6 +342,7 @@ def main() -> None:
     running.add_argument("--results", type=Path, required=True)
     running.add_argument("--tune", nargs="+", type=float, help="learning rates to choose from")
     running.add_argument("--tuning_seed", type=int, default=0)
+    running.add_argument("--tuning_epochs", type=float, help="of a tuning run; default: the length of the others")
     running.add_argument("--adapters_python", type=Path, help="for houlsby and pfeiffer: see benchmarks/bottleneck.py")
     running.add_argument("--devices", nargs="+", help="CUDA devices, taken in turns")
     running.add_argument("--parallel", type=int, default=1, help="runs at a time")
