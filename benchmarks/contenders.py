@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
 from increlora_hf import IncreLoraConfig, IncreLoraTrainer
-from increlora_hf.targets import resolve_targets
+from increlora_hf.adapter.targets import resolve_targets
 from increlora_hf.tasks.tuners import ADALORA_START
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))  # for the naive form

@@ -17,9 +17,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import run_glue
 from increlora_hf import IncreLoraArguments, IncreLoraConfig
-from increlora_hf.allocator import choose, scored_window
-from increlora_hf.growth import Growth
-from increlora_hf.importance import ImportanceTracker
+from increlora_hf.growth.growth import Growth
+from increlora_hf.method.allocation import choose, scored_window
+from increlora_hf.method.importance import ImportanceTracker
 
 
 class ComparingTracker(ImportanceTracker):

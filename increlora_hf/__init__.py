@@ -5,10 +5,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .config import IncreLoraArguments, IncreLoraConfig
-    from .growth import attach
-    from .loading import load_adapter
-    from .manifest import AdapterFormatError
-    from .trainer import IncreLoraTrainer, IncreLoraTrainerMixin
+    from .files.checkpoints import AdapterFormatError
+    from .files.loading import load_adapter
+    from .growth.growth import attach
+    from .trainer.mixin import IncreLoraTrainer, IncreLoraTrainerMixin
 
 __all__ = [
     "AdapterFormatError",
@@ -22,13 +22,13 @@ __all__ = [
 __version__ = "0.1.0"
 
 _HOMES = {
-    "AdapterFormatError": "manifest",
+    "AdapterFormatError": "files.checkpoints",
     "IncreLoraArguments": "config",
     "IncreLoraConfig": "config",
-    "IncreLoraTrainer": "trainer",
-    "IncreLoraTrainerMixin": "trainer",
-    "attach": "growth",
-    "load_adapter": "loading",
+    "IncreLoraTrainer": "trainer.mixin",
+    "IncreLoraTrainerMixin": "trainer.mixin",
+    "attach": "growth.growth",
+    "load_adapter": "files.loading",
 }
 
 

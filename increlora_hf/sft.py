@@ -2,7 +2,7 @@
 
 from trl import SFTTrainer
 
-from .trainer import IncreLoraTrainerMixin
+from .trainer.mixin import IncreLoraTrainerMixin
 
 
 class IncreLoraSFTTrainer(IncreLoraTrainerMixin, SFTTrainer):  # type: ignore[misc]

@@ -34,7 +34,7 @@ def pictures() -> None:
 def _no_pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Drawing takes longer than most trainings here."""
     if "pictures" not in request.fixturenames:
-        monkeypatch.setattr("increlora_hf.reporting._can_draw", lambda: False)
+        monkeypatch.setattr("increlora_hf.report.callback._can_draw", lambda: False)
 
 
 def tiny_bert(
@@ -95,7 +95,7 @@ def arguments(output_dir: Path | str, **settings: Any) -> TrainingArguments:
 def slept(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """The waits that `push_folder` asked for; nothing waits."""
     waits: list[float] = []
-    monkeypatch.setattr("increlora_hf.hub.time", SimpleNamespace(sleep=waits.append))
+    monkeypatch.setattr("increlora_hf.hub.upload.time", SimpleNamespace(sleep=waits.append))
     monkeypatch.setattr("huggingface_hub.utils._http.time", SimpleNamespace(sleep=lambda seconds: None))
     return waits
 

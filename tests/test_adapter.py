@@ -26,8 +26,8 @@ from transformers import (
 )
 
 from increlora_hf import IncreLoraConfig, attach
-from increlora_hf.adapter import adapted_layers
-from increlora_hf.growth import Round
+from increlora_hf.adapter.inject import adapted_layers
+from increlora_hf.growth.growth import Round
 
 INPUT = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 0]])
 

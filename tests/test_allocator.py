@@ -7,7 +7,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from increlora_hf.allocator import Plan, choose, gains, make_plan, scored_window
+from increlora_hf.method.allocation import Plan, choose, gains, make_plan, scored_window
 
 
 def plan_for(num_layers: int = 36, total_steps: int = 3900, warmup_steps: int = 100, **settings: Any) -> Plan:

@@ -10,8 +10,8 @@ from conftest import arguments, tiny_bert, token_rows
 from huggingface_hub import ModelCard
 
 from increlora_hf import IncreLoraConfig, IncreLoraTrainer
-from increlora_hf.card import AT_BEST, Facts, _last_evaluation, card_text, describe
-from increlora_hf.snippet import is_hub_id
+from increlora_hf.hub.card import AT_BEST, Facts, _last_evaluation, card_text, describe
+from increlora_hf.hub.snippet import is_hub_id
 
 FACTS = Facts(
     repository="user/adapter",
@@ -122,7 +122,7 @@ def test_checkpoints_and_output_folder_carry_the_card_of_the_run(tmp_path):
 
 
 def test_a_card_that_fails_costs_no_checkpoint(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr("increlora_hf.publishing.card_text", lambda *args, **kwargs: 1 / 0)
+    monkeypatch.setattr("increlora_hf.trainer.publishing.card_text", lambda *args, **kwargs: 1 / 0)
     run = IncreLoraTrainer(
         tiny_bert(), arguments(tmp_path), train_dataset=token_rows(), increlora_config=IncreLoraConfig(r_avg=2)
     )

@@ -21,14 +21,14 @@ from test_saved_adapter import change, plain_lora
 
 import increlora_hf
 from increlora_hf import IncreLoraConfig
-from increlora_hf.cli import DONE, REFUSED, main
-from increlora_hf.planning import plan_model
-from increlora_hf.report import rank_table
-from increlora_hf.saved_adapter import read_adapter
+from increlora_hf.cli.estimate import plan_model
+from increlora_hf.cli.main import DONE, REFUSED, main
+from increlora_hf.files.saved_adapter import read_adapter
+from increlora_hf.report.text import rank_table
 
 USAGE = 2  # argparse's own
 WIDTH = 80
-PROGRAM = [sys.executable, "-c", "import sys; from increlora_hf.cli import main; sys.exit(main())"]
+PROGRAM = [sys.executable, "-c", "import sys; from increlora_hf.cli.main import main; sys.exit(main())"]
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -97,7 +97,7 @@ def test_plan_prints_what_planning_counts(increlora: Run, model: Path) -> None:
 
 
 def test_plan_names_experts_that_stay_frozen(increlora: Run, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("increlora_hf.planning.fused_experts", lambda model: ["layers.0.experts.gate_up"])
+    monkeypatch.setattr("increlora_hf.cli.estimate.fused_experts", lambda model: ["layers.0.experts.gate_up"])
     _, out, _ = increlora("plan", model, "--max_steps", 200)
     assert "the experts' weights: layers.0.experts.gate_up" in out
 
@@ -317,7 +317,7 @@ def run_program(*args: Any, **options: Any) -> subprocess.CompletedProcess[str]:
 
 def test_help_has_examples_and_exit_codes_and_imports_no_torch() -> None:
     code = (
-        "import sys; from increlora_hf.cli import main\ntry: main(['--help'])\nfinally: "
+        "import sys; from increlora_hf.cli.main import main\ntry: main(['--help'])\nfinally: "
         "assert not {'torch', 'transformers', 'peft', 'numpy'} & sys.modules.keys()"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -19,7 +19,7 @@ from safetensors.torch import load, load_file, save_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from increlora_hf import IncreLoraConfig, IncreLoraTrainer
-from increlora_hf.hub import ATTEMPTS, LONGEST_WAIT, HubPushError, create_repository, is_pickle, push_folder
+from increlora_hf.hub.upload import ATTEMPTS, LONGEST_WAIT, HubPushError, create_repository, is_pickle, push_folder
 from increlora_hf.tasks.script import ModelArguments, check_run
 
 CONFIG = IncreLoraConfig(r_avg=2, interval=2, start=2, top_h=6)
@@ -282,7 +282,7 @@ def test_what_cannot_be_prepared_does_not_end_training(hub, tmp_path, caplog, mo
     def full(*args: Any, **options: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("increlora_hf.publishing.shutil.copytree", full)
+    monkeypatch.setattr("increlora_hf.trainer.publishing.shutil.copytree", full)
     trainer(tmp_path, push_to_hub=True, hub_strategy="every_save").train()
     assert "could not be prepared for the Hub" in caplog.text
     assert "No space left" in caplog.text

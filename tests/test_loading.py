@@ -20,7 +20,7 @@ from test_resume import make
 from torch import Tensor
 
 from increlora_hf import AdapterFormatError, attach, load_adapter
-from increlora_hf.manifest import check_manifest, write_manifest
+from increlora_hf.files.checkpoints import check_manifest, write_manifest
 
 QUERY = "base_model.model.bert.encoder.layer.0.attention.self.query.lora_"
 Mutation = Callable[[Path], None]

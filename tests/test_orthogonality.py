@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from increlora_hf.orthogonality import add_orthogonality_gradient, orthogonality
+from increlora_hf.method.orthogonality import add_orthogonality_gradient, orthogonality
 
 SHAPES = [(2, 5), (3, 5), (2, 5), (1, 7), (3, 5)]
 EITHER = pytest.mark.parametrize(

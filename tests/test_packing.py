@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, optim
 from torch.nn import Parameter
 
-from increlora_hf.packing import ELEMENTWISE, Packing
+from increlora_hf.growth.packing import ELEMENTWISE, Packing
 
 WIDTHS = ((3,), (3,), (), (5,))  # of four factors; () is a λ
 SETTINGS: dict[str, Any] = {"lr": 0.1, "weight_decay": 0.3}
@@ -61,7 +61,7 @@ def test_growing_and_cut_rows_are_optimized_as_if_each_were_alone(
     kind: Any, together: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not together:
-        monkeypatch.setattr("increlora_hf.packing.ELEMENTWISE", ())
+        monkeypatch.setattr("increlora_hf.growth.packing.ELEMENTWISE", ())
     now = factors(STAGES[0])
     alone = Alone(kind, now)
     head = Parameter(draw(2, seed=99))

@@ -32,9 +32,10 @@ from transformers import (
 from transformers.trainer_pt_utils import AcceleratorConfig
 from transformers.training_args import ParallelMode
 
-from increlora_hf import IncreLoraConfig, IncreLoraTrainer, replicas
-from increlora_hf.parallel import average, average_gradients, checksums, is_sharded, of_rank_0, require_equal, share
-from increlora_hf.replicas import refuse_other_parallelism
+from increlora_hf import IncreLoraConfig, IncreLoraTrainer
+from increlora_hf.distributed import average, average_gradients, checksums, is_sharded, of_rank_0, require_equal, share
+from increlora_hf.growth import replicas
+from increlora_hf.growth.replicas import refuse_other_parallelism
 
 CONFIG = IncreLoraConfig(r_avg=4, top_h=3, interval=7, start=7)  # 12 rounds of a BERT's 12 layers, by step 84
 SHORT = IncreLoraConfig(r_avg=2, top_h=6, interval=5, start=4)  # 2 rounds, by step 10
@@ -154,7 +155,7 @@ def test_averages_and_agreement_between_two_processes(tmp_path: Path) -> None:
 
 
 def buckets(rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("increlora_hf.parallel.BUCKET", 5)
+    monkeypatch.setattr("increlora_hf.distributed.BUCKET", 5)
     tensors = [torch.full((size,), float(rank * size)) for size in (2, 3, 1, 7, 4)]
     average(tensors)
     assert [t.tolist() for t in tensors] == [[size / 2] * size for size in (2, 3, 1, 7, 4)]

@@ -13,9 +13,9 @@ from torch import nn
 from transformers import BertConfig, BertForSequenceClassification, BertModel
 
 from increlora_hf import IncreLoraConfig, IncreLoraTrainer, attach
-from increlora_hf.base_models import TASKS, skeleton
-from increlora_hf.growth import Growth, Round
-from increlora_hf.planning import plan_model
+from increlora_hf.cli.estimate import plan_model
+from increlora_hf.files.base_models import TASKS, skeleton
+from increlora_hf.growth.growth import Growth, Round
 
 STEPS = 200
 

@@ -12,8 +12,9 @@ from matplotlib.figure import Figure
 from matplotlib.image import imread
 from transformers import TrainerCallback
 
-from increlora_hf import IncreLoraConfig, IncreLoraTrainer, plots
-from increlora_hf.plots import (
+from increlora_hf import IncreLoraConfig, IncreLoraTrainer
+from increlora_hf.report import plots
+from increlora_hf.report.plots import (
     budget_curve,
     compare,
     draw_all,
@@ -24,7 +25,7 @@ from increlora_hf.plots import (
     save,
     score_history,
 )
-from increlora_hf.rank_map import block_names, module_names
+from increlora_hf.report.rank_map import block_names, module_names
 
 CONFIG = IncreLoraConfig(r_avg=2, top_h=5, interval=4, start=4)  # rounds of 5, 5 and 2 at 8, 12, 16
 LLAMA = (

@@ -18,8 +18,8 @@ from transformers import TrainerCallback
 from transformers.integrations import TrackioCallback, WandbCallback
 
 from increlora_hf import IncreLoraConfig, IncreLoraTrainer
-from increlora_hf.report import round_line, sparkline
-from increlora_hf.reporting import GrowthReportCallback
+from increlora_hf.report.callback import GrowthReportCallback
+from increlora_hf.report.text import round_line, sparkline
 
 CONFIG = IncreLoraConfig(r_avg=2, top_h=5, interval=4, start=4)  # rounds of 5, 5 and 2 at 8, 12, 16
 PICTURES = [
@@ -88,7 +88,7 @@ class Trackio(TrackioCallback):
 @pytest.fixture
 def pictures_of_rounds(pictures: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Pictures, but none at the end."""
-    monkeypatch.setattr("increlora_hf.plots.draw_all", lambda *args: None)
+    monkeypatch.setattr("increlora_hf.report.plots.draw_all", lambda *args: None)
 
 
 # ---- Loggers ------------------------------------------------------------------------------------------------------
@@ -169,7 +169,7 @@ def test_other_processes_report_nothing(tmp_path: Path, pictures: None, caplog: 
             report._reported = 0
             event(trainer.args, state, trainer.control, model=trainer.model)
     assert not service.logged
-    assert not [record for record in caplog.records if record.name == "increlora_hf.reporting"]
+    assert not [record for record in caplog.records if record.name == "increlora_hf.report.callback"]
     assert not drawn(tmp_path)
 
 
@@ -278,7 +278,7 @@ def test_best_model_is_drawn_with_its_own_ranks(
     tmp_path: Path, pictures: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     histories: list[Any] = []
-    monkeypatch.setattr("increlora_hf.plots.draw_all", lambda history, log, folder: histories.append(history))
+    monkeypatch.setattr("increlora_hf.report.plots.draw_all", lambda history, log, folder: histories.append(history))
     settings = {"eval_strategy": "steps", "save_strategy": "steps", "eval_steps": 10, "save_steps": 10}
     trainer = make(tmp_path, load_best_model_at_end=True, metric_for_best_model="mark", **settings)
     marks = iter([2.0, 1.0])
@@ -295,12 +295,12 @@ def test_picture_that_fails_is_a_warning_and_training_ends_well(
     def fail(*args: Any) -> None:
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("increlora_hf.plots.draw_all", fail)
-    monkeypatch.setattr("increlora_hf.plots.rank_map", fail)
+    monkeypatch.setattr("increlora_hf.report.plots.draw_all", fail)
+    monkeypatch.setattr("increlora_hf.report.plots.rank_map", fail)
     service = Service()
     trainer = make(tmp_path, Wandb(service))
     assert trainer.train().global_step == 20
-    warnings = [record.getMessage() for record in caplog.records if record.name == "increlora_hf.reporting"]
+    warnings = [record.getMessage() for record in caplog.records if record.name == "increlora_hf.report.callback"]
     assert (
         warnings
         == [
@@ -317,7 +317,7 @@ def test_without_matplotlib_there_are_no_pictures_and_no_words_about_it(
     tmp_path: Path, pictures: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    monkeypatch.delitem(sys.modules, "increlora_hf.plots", raising=False)
+    monkeypatch.delitem(sys.modules, "increlora_hf.report.plots", raising=False)
     make(tmp_path, Wandb(Service())).train()
     assert not drawn(tmp_path)
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]

@@ -12,7 +12,7 @@ from conftest import arguments, tiny_bert, token_rows
 from transformers import TrainerCallback
 
 from increlora_hf import IncreLoraConfig, IncreLoraTrainer
-from increlora_hf.manifest import AdapterFormatError, rotate, write_manifest
+from increlora_hf.files.checkpoints import AdapterFormatError, rotate, write_manifest
 
 STEPS = 24
 CONFIG = IncreLoraConfig(r_avg=2, top_h=4, interval=5, start=4, increment=1, lora_dropout=0.1)  # rounds at 5, 10, 15
@@ -502,7 +502,7 @@ def test_rotation_keeps_as_many_as_asked_and_the_best(tmp_path: Path) -> None:
 
 
 def test_failed_save_leaves_nothing_and_keeps_the_previous(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import increlora_hf.trainer as module
+    import increlora_hf.trainer.mixin as module
 
     trainer = make(tmp_path, save_strategy="steps", save_steps=6)
     real = module.write_state

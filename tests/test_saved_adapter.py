@@ -16,7 +16,7 @@ from test_adapter import unequal
 from torch import nn
 
 from increlora_hf import AdapterFormatError, IncreLoraConfig
-from increlora_hf.saved_adapter import read_adapter
+from increlora_hf.files.saved_adapter import read_adapter
 
 PATTERNS = {"rank_pattern": {"query": 5, "^bert.encoder.layer.1.attention.self.key": 3}, "alpha_pattern": {"query": 7}}
 
@@ -166,7 +166,8 @@ def test_links_out_of_the_folder_are_not_followed(tmp_path: Path) -> None:
 def test_reading_an_adapter_imports_no_torch(tmp_path: Path) -> None:
     plain_lora(tmp_path)
     code = (
-        "import sys; from increlora_hf.saved_adapter import read_adapter; from increlora_hf.report import rank_table; "
+        "import sys; from increlora_hf.files.saved_adapter import read_adapter; "
+        "from increlora_hf.report.text import rank_table; "
         f"rank_table(read_adapter({str(tmp_path)!r}).ranks); "
         "assert not {'torch', 'transformers'} & sys.modules.keys()"
     )

@@ -9,7 +9,7 @@ from torch.nn import Parameter
 from transformers import get_scheduler
 from transformers.trainer_utils import SchedulerType
 
-from increlora_hf.scheduler import NO_CURVE, RestartWarmupLR, restart_curves
+from increlora_hf.growth.schedule import NO_CURVE, RestartWarmupLR, restart_curves
 
 TOTAL, WARMUP, BIRTH, PEAK = 40, 5, 12, 0.1
 KWARGS: dict[str, dict[str, Any]] = {

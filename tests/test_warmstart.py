@@ -10,7 +10,7 @@ from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from test_adapter import logits, unequal
 
 from increlora_hf import IncreLoraConfig, IncreLoraTrainer, attach
-from increlora_hf.warmstart import decompose
+from increlora_hf.adapter.warmstart import decompose
 
 
 def lora(**settings: Any) -> PeftModel:

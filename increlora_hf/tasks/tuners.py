@@ -10,8 +10,8 @@ from peft import AdaLoraConfig, LoraConfig, get_peft_model
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
+from ..adapter.targets import resolve_targets
 from ..config import IncreLoraConfig
-from ..targets import resolve_targets
 from .script import flag
 
 TUNERS = ("increlora", "lora", "adalora", "bitfit", "full", "head")

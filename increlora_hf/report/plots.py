@@ -13,10 +13,10 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from .allocator import gains
+from ..growth.schedule import restart_curves
+from ..method.allocation import gains
 from .rank_map import block_names, compare, module_names, rank_map
-from .report import ORTH_LOSS, TOTAL_RANK, rank_grid
-from .scheduler import restart_curves
+from .text import ORTH_LOSS, TOTAL_RANK, rank_grid
 
 __all__ = [
     "budget_curve",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from .base_models import TASKS
+from ..files.base_models import TASKS
 
 NAMELESS_BASE = "BASE"
 DEFAULT_LABELS = 2  # what transformers gives a head that nobody sized

@@ -8,11 +8,11 @@ from typing import Any
 
 from torch import nn
 
-from .adapter import budget
-from .config import IncreLoraConfig
-from .growth import plan_for
-from .report import added_parameters
-from .targets import features, fused_experts, resolve_targets
+from ..adapter.inject import budget
+from ..adapter.targets import features, fused_experts, resolve_targets
+from ..config import IncreLoraConfig
+from ..growth.growth import plan_for
+from ..report.text import added_parameters
 
 FLOAT32 = 4  # bytes
 ADAMW = 2 * FLOAT32  # bytes of the optimizer's state for a parameter: its two averages

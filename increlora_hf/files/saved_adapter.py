@@ -13,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from .manifest import HISTORY_NAME, AdapterFormatError, read_json_object
+from .checkpoints import HISTORY_NAME, AdapterFormatError, read_json_object
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"

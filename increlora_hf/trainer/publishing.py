@@ -18,10 +18,10 @@ from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import HubStrategy
 from transformers.utils import hub
 
-from .card import card_text, describe
-from .hub import HubPushError, create_repository, push_folder, without_tokens
-from .manifest import MANIFEST_NAME
-from .state import STATE_JSON, STATE_TENSORS
+from ..files.checkpoints import MANIFEST_NAME
+from ..files.run_state import STATE_JSON, STATE_TENSORS
+from ..hub.card import card_text, describe
+from ..hub.upload import HubPushError, create_repository, push_folder, without_tokens
 
 logger = logging.getLogger(__name__)
 

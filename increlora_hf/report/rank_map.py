@@ -14,7 +14,7 @@ from matplotlib.colors import ListedColormap, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from .report import rank_grid
+from .text import rank_grid
 
 Ranks = Mapping[str, int]  # layer name -> rank
 

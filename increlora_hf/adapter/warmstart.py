@@ -11,8 +11,8 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 
-from .adapter import adapted_layers, inject
-from .config import IncreLoraConfig
+from ..config import IncreLoraConfig
+from .inject import adapted_layers, inject
 
 
 def warm_start(peft_model: PeftModel, config: IncreLoraConfig) -> PeftModel:

@@ -12,7 +12,7 @@ from peft import PeftModel
 from torch import nn
 from torch.nn import Parameter
 
-from .adapter import (
+from ..adapter.inject import (
     AdaptedLayer,
     adapted_layers,
     budget,
@@ -21,11 +21,11 @@ from .adapter import (
     record_ranks,
     start_components,
 )
-from .allocator import Plan, choose, gains, make_plan, scored_window
-from .config import IncreLoraConfig
-from .importance import ImportanceTracker
-from .manifest import HISTORY_NAME
-from .warmstart import trainable_adapters, warm_start
+from ..adapter.warmstart import trainable_adapters, warm_start
+from ..config import IncreLoraConfig
+from ..files.checkpoints import HISTORY_NAME
+from ..method.allocation import Plan, choose, gains, make_plan, scored_window
+from ..method.importance import ImportanceTracker
 
 HISTORY_FORMAT = 1
 

@@ -16,10 +16,10 @@ from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 from torch.nn import Parameter
 
-from .config import DEFAULT_SEED, UNIT_STD, IncreLoraConfig
+from ..config import DEFAULT_SEED, UNIT_STD, IncreLoraConfig
+from ..distributed import is_sharded
 from .factors import ADAPTER, GrowingA, GrowingB
-from .layers import fuse
-from .parallel import is_sharded
+from .fused import fuse
 from .targets import plain_alpha, resolve_targets
 
 

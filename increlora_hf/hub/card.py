@@ -17,9 +17,9 @@ from transformers.modelcard import extract_hyperparameters_from_trainer
 from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
 from transformers.training_args import OptimizerNames
 
-from . import __version__
-from .config import IncreLoraConfig
-from .report import rank_table
+from .. import __version__
+from ..config import IncreLoraConfig
+from ..report.text import rank_table
 from .snippet import DEFAULT_LABELS, is_hub_id, snippet
 
 PAPER = "https://arxiv.org/abs/2308.12043"

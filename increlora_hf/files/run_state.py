@@ -14,9 +14,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from .config import IncreLoraConfig
-from .growth import Growth, Round, write_json
-from .manifest import AdapterFormatError, check_format, read_json_object
+from ..config import IncreLoraConfig
+from ..growth.growth import Growth, Round, write_json
+from .checkpoints import AdapterFormatError, check_format, read_json_object
 
 STATE_JSON = "increlora_state.json"
 STATE_TENSORS = "increlora_state.safetensors"

@@ -54,9 +54,9 @@ def write_uniform(adapter: SavedAdapter, folder: Path) -> None:
     from safetensors.torch import save_file
     from torch.nn.functional import pad
 
-    from .growth import write_json
+    from ..growth.growth import write_json
     from .loading import read_config
-    from .state import read_tensors
+    from .run_state import read_tensors
 
     read_config(adapter.folder)
     tensors = read_tensors(own_file(adapter.folder, WEIGHTS_NAME))

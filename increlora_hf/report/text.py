@@ -9,7 +9,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # the rank table needs no torch
-    from .growth import Growth
+    from ..growth.growth import Growth
 
 TOTAL_RANK = "increlora/total_rank"  # as Trainer logs it; its integrations put `train/` before it
 ORTH_LOSS = "increlora/orth_loss"

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from transformers import TrainingArguments
 from transformers.training_args import ParallelMode
 
+from ..distributed import checksums, is_sharded, num_processes, require_equal, wait_for_all
+from ..files.checkpoints import MANIFEST_NAME, read_json_object, resolve_checkpoint
+from ..files.run_state import STATE_TENSORS
 from .growth import Growth
-from .manifest import MANIFEST_NAME, read_json_object, resolve_checkpoint
-from .parallel import checksums, is_sharded, num_processes, require_equal, wait_for_all
-from .state import STATE_TENSORS
 
 SAMPLE = 1024  # elements of a frozen weight that are compared
 PACKAGES = ("torch", "transformers", "peft", "accelerate")
@@ -58,7 +58,7 @@ def _form(parameter: Tensor) -> str:
 
 def _code() -> str:
     digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.rglob("*.py")):
+    for path in sorted(Path(__file__).parents[1].rglob("*.py")):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
 

@@ -19,14 +19,8 @@ from transformers import ProgressCallback, Trainer, TrainerCallback, TrainerStat
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SchedulerType, TrainOutput, has_length
 
-from .config import IncreLoraConfig
-from .growth import Growth, attach, is_attached
-from .importance import SensitivityProbes
-from .item_counts import ItemCountsMixin
-from .manifest import check_manifest, new_checkpoint, rotate
-from .orthogonality import add_orthogonality_gradient, orthogonality
-from .packing import Packing
-from .parallel import (
+from ..config import IncreLoraConfig
+from ..distributed import (
     average_gradients,
     give_up_after,
     is_lost_process,
@@ -36,18 +30,8 @@ from .parallel import (
     share,
     wait_for_all,
 )
-from .publishing import PublishingMixin, refuse_pickles
-from .replicas import (
-    refuse_other_parallelism,
-    require_on_every_node,
-    require_same_replicas,
-    require_same_start,
-    same_checkpoint,
-)
-from .report import ORTH_LOSS, TOTAL_RANK, plan_line, rank_table
-from .reporting import GrowthReportCallback
-from .scheduler import NO_CURVE, RestartWarmupLR, restart_curves
-from .state import (
+from ..files.checkpoints import check_manifest, new_checkpoint, rotate
+from ..files.run_state import (
     SavedState,
     check_same_plan,
     check_same_run,
@@ -58,6 +42,22 @@ from .state import (
     training_tensors,
     write_state,
 )
+from ..growth.growth import Growth, attach, is_attached
+from ..growth.packing import Packing
+from ..growth.replicas import (
+    refuse_other_parallelism,
+    require_on_every_node,
+    require_same_replicas,
+    require_same_start,
+    same_checkpoint,
+)
+from ..growth.schedule import NO_CURVE, RestartWarmupLR, restart_curves
+from ..method.importance import SensitivityProbes
+from ..method.orthogonality import add_orthogonality_gradient, orthogonality
+from ..report.callback import GrowthReportCallback
+from ..report.text import ORTH_LOSS, TOTAL_RANK, plan_line, rank_table
+from .loss_accounting import ItemCountsMixin
+from .publishing import PublishingMixin, refuse_pickles
 
 logger = logging.getLogger(__name__)
 

@@ -15,8 +15,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.integrations import INTEGRATION_TO_CALLBACK, TensorBoardCallback, TrackioCallback, WandbCallback
 from transformers.trainer_callback import CallbackHandler
 
-from .growth import Growth
-from .report import RANK_OF, TOTAL_RANK, round_line
+from ..growth.growth import Growth
+from .text import RANK_OF, TOTAL_RANK, round_line
 
 RANK_MAP = "train/increlora/rank_map"  # integrations put `train/` before the names of numbers; so do we for pictures
 INTEGRATIONS: tuple[type[TrainerCallback], ...] = tuple(INTEGRATION_TO_CALLBACK.values())

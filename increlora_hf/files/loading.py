@@ -14,11 +14,11 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
 from torch import nn
 
-from .adapter import whole_or_not_at_all
-from .manifest import MANIFEST_NAME, AdapterFormatError, check_manifest, read_json_object
+from ..adapter.inject import whole_or_not_at_all
+from ..adapter.targets import features, is_linear
+from .checkpoints import MANIFEST_NAME, AdapterFormatError, check_manifest, read_json_object
+from .run_state import check_tensors, read_tensors
 from .saved_adapter import CONFIG_NAME, PREFIX, WEIGHTS_NAME, Shape, check_patterns, local_folder, own_file
-from .state import check_tensors, read_tensors
-from .targets import features, is_linear
 
 CHECKED = (
     "peft_type",

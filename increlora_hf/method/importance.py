@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .lowrank import Probe
+from ..adapter.lowrank import Probe
 
 
 class ImportanceTracker:

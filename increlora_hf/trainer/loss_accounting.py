@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import Trainer
 
-from .parallel import num_processes, of_rank_0
+from ..distributed import num_processes, of_rank_0
 
 if TYPE_CHECKING:
     _Base = Trainer

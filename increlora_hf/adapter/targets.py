@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from transformers.models.auto import modeling_auto
 from transformers.pytorch_utils import Conv1D
 
-from .config import IncreLoraConfig
+from ..config import IncreLoraConfig
 
 logger = logging.getLogger(__name__)
 

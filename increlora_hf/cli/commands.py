@@ -8,11 +8,11 @@ from contextlib import contextmanager
 from dataclasses import fields
 from typing import Any
 
-from .config import IncreLoraArguments
-from .export import new_folder, vllm_rank, write_merged, write_peft, write_uniform
-from .manifest import HISTORY_NAME, AdapterFormatError
-from .report import rank_table
-from .saved_adapter import SavedAdapter, read_adapter
+from ..config import IncreLoraArguments
+from ..files.checkpoints import HISTORY_NAME, AdapterFormatError
+from ..files.export import new_folder, vllm_rank, write_merged, write_peft, write_uniform
+from ..files.saved_adapter import SavedAdapter, read_adapter
+from ..report.text import rank_table
 
 FORMATS = ("peft", "uniform", "merged")
 
@@ -24,8 +24,8 @@ def plan(args: argparse.Namespace) -> Answer:
     """Say what a run would do, hold and save, from the model's configuration alone."""
     settings = {setting.name: getattr(args, setting.name) for setting in fields(IncreLoraArguments)}
     config = IncreLoraArguments(**settings).to_config()
-    from .base_models import skeleton
-    from .planning import plan_model
+    from ..files.base_models import skeleton
+    from .estimate import plan_model
 
     model = skeleton(args.model, args.task)
     planned = plan_model(model, config, max_steps=args.max_steps, warmup_steps=args.warmup_steps)
@@ -93,7 +93,7 @@ def plot(args: argparse.Namespace) -> Answer:
     adapter = read_adapter(args.adapter)
     history = adapter.history or {"rank_pattern": adapter.ranks}
     with _matplotlib():
-        from .plots import draw_all
+        from ..report.plots import draw_all
 
         try:
             files = [str(path) for path in draw_all(history, adapter.log_history, args.output)]
@@ -118,8 +118,8 @@ def compare(args: argparse.Namespace) -> Answer:
     rows = {name: [a.get(name, 0), b.get(name, 0)] for name in {**a, **b}}
     if args.output is not None:
         with _matplotlib():
-            from .plots import compare as draw
-            from .plots import save
+            from ..report.plots import compare as draw
+            from ..report.plots import save
 
             save(draw(a, b, (args.a, args.b)), args.output)
     totals = [sum(a.values()), sum(b.values())]
@@ -162,7 +162,7 @@ def _for_vllm(adapter: SavedAdapter) -> list[str]:
 def push(args: argparse.Namespace) -> Answer:
     """Upload an adapter to the Hub."""
     adapter = read_adapter(args.adapter)
-    from .hub import push_folder
+    from ..hub.upload import push_folder
 
     url = push_folder(adapter.folder, args.repo, private=args.private or None, revision=args.revision)
     return {"url": url}, on_a_line(url)

@@ -14,10 +14,11 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
-from . import __version__, commands
-from .base_models import TASKS
+from .. import __version__
+from ..config import FLAG_PREFIX, IncreLoraArguments
+from ..files.base_models import TASKS
+from . import commands
 from .commands import Answer, on_a_line
-from .config import FLAG_PREFIX, IncreLoraArguments
 
 DONE, REFUSED = 0, 1  # argparse itself exits with 2
 FORMAT_HELP = """\

@@ -1,0 +1,1 @@
+"""Growing LoRA layers inside PEFT's own."""

@@ -1,0 +1,1 @@
+"""How one model grows: its ranks, its rounds, and one training with them."""

@@ -1,0 +1,1 @@
+"""The method: what IncreLoRA computes, in plain Python and torch. Imports neither peft nor transformers."""

@@ -1,0 +1,1 @@
+"""Growth in words and pictures."""
