@@ -1,4 +1,4 @@
-"""The processes of one run through torch.distributed: averages, copies of rank 0's, and whether all hold the same."""
+"""torch.distributed for a run that grows: mean gradients, broadcasts from rank 0, and checks that all processes agree."""
 
 from __future__ import annotations
 
@@ -69,10 +69,10 @@ def _buckets(tensors: Sequence[Tensor]) -> Iterable[list[Tensor]]:
 
 @torch.no_grad()
 def average_gradients(parameters: Sequence[Parameter], beside: Sequence[Tensor] = ()) -> None:
-    """Replace the gradients, and in the same all-reduce the tensors ``beside``, by their means over the processes.
+    """Replace the gradients and the tensors ``beside`` by their means over the processes, in one all-reduce.
 
-    A parameter that the loss reached on some processes counts as 0 on the others; one that it reached nowhere stays
-    without a gradient.
+    Where a parameter has a gradient on some processes only, the others count as 0. Where it has none on any process,
+    it keeps none.
     """
     if num_processes() == 1:
         return
@@ -84,16 +84,16 @@ def average_gradients(parameters: Sequence[Parameter], beside: Sequence[Tensor] 
     unreached = gradients[0].new_tensor(float((~reached).sum()), dtype=torch.float32)
     average([*gradients, *beside, unreached])
     if unreached > 0:
-        share = reached.to(gradients[0].device, torch.float32)
-        average([share])
-        for parameter, anywhere in zip(parameters, share.tolist(), strict=True):
+        reached_share = reached.to(gradients[0].device, torch.float32)
+        average([reached_share])
+        for parameter, anywhere in zip(parameters, reached_share.tolist(), strict=True):
             if anywhere == 0:
                 parameter.grad = None
 
 
 @torch.no_grad()
-def share(tensors: Iterable[Tensor]) -> None:
-    """Give every process rank 0's values, in place."""
+def broadcast_tensors(tensors: Iterable[Tensor]) -> None:
+    """Overwrite the tensors with rank 0's values, in place."""
     if num_processes() == 1:
         return
     for tensor in tensors:
@@ -102,8 +102,8 @@ def share(tensors: Iterable[Tensor]) -> None:
         tensor.copy_(values)
 
 
-def of_rank_0(value: Any) -> Any:
-    """Rank 0's value, a plain Python object, on every process."""
+def broadcast_object(value: Any) -> Any:
+    """Return rank 0's value, a plain Python object, on every process."""
     if num_processes() == 1:
         return value
     box = [value]
@@ -111,14 +111,14 @@ def of_rank_0(value: Any) -> Any:
     return box[0]
 
 
-def wait_for_all() -> None:
-    """Until every process is here."""
+def barrier() -> None:
+    """Wait until every process has come here; nothing in a run of one process."""
     if num_processes() > 1:
         dist.barrier()
 
 
-def gather(value: Any) -> list[Any]:
-    """The plain Python object that each process gives, by rank."""
+def all_gather_objects(value: Any) -> list[Any]:
+    """Return the plain Python objects of all processes, by rank."""
     if num_processes() == 1:
         return [value]
     values: list[Any] = [None] * num_processes()
@@ -134,9 +134,9 @@ def require_equal(facts: Mapping[str, Any], remedy: str) -> None:
         remedy: what to do, a sentence.
     """
     text = json.dumps(facts, default=str)
-    if len(set(gather(hashlib.sha256(text.encode()).hexdigest()))) == 1:
+    if len(set(all_gather_objects(hashlib.sha256(text.encode()).hexdigest()))) == 1:
         return
-    found: list[dict[str, Any]] = [json.loads(text) for text in gather(text)]
+    found: list[dict[str, Any]] = [json.loads(text) for text in all_gather_objects(text)]
     for name in dict.fromkeys(name for one in found for name in one):
         ranks = defaultdict(list)
         for rank, one in enumerate(found):

@@ -33,7 +33,7 @@ from transformers.trainer_pt_utils import AcceleratorConfig
 from transformers.training_args import ParallelMode
 
 from increlora_hf import IncreLoraConfig, IncreLoraTrainer
-from increlora_hf.distributed import average, average_gradients, checksums, is_sharded, of_rank_0, require_equal, share
+from increlora_hf.distributed import average, average_gradients, checksums, is_sharded, broadcast_object, require_equal, broadcast_tensors
 from increlora_hf.growth import replicas
 from increlora_hf.growth.replicas import refuse_other_parallelism
 
@@ -135,9 +135,9 @@ def pieces(rank: int) -> None:
     assert [half.flatten()[0].item() for half in halves] == [0.5, 1.5]
 
     transposed = torch.full((2, 3), float(rank)).T
-    share([transposed])
+    broadcast_tensors([transposed])
     assert transposed.sum() == 0
-    assert of_rank_0({"rank": rank}) == {"rank": 0}
+    assert broadcast_object({"rank": rank}) == {"rank": 0}
     require_equal({"a": 1, "b": [1, 2]}, "Nothing to do.")
     with pytest.raises(ValueError, match=r"differ in b: 0 on rank 0, 1 on rank 1\. Do that\."):
         require_equal({"a": 1, "b": rank}, "Do that.")

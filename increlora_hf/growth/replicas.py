@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import TrainingArguments
 from transformers.training_args import ParallelMode
 
-from ..distributed import checksums, is_sharded, num_processes, require_equal, wait_for_all
+from ..distributed import checksums, is_sharded, num_processes, require_equal, barrier
 from ..files.checkpoints import MANIFEST_NAME, read_json_object, resolve_checkpoint
 from ..files.run_state import STATE_TENSORS
 from .growth import Growth
@@ -106,7 +106,7 @@ def same_checkpoint(wanted: str | bool, output_dir: str) -> Path:
 
 def require_on_every_node(folder: Path) -> None:
     """Raise ValueError where a checkpoint that was just written, and will be needed, is not on some process's disk."""
-    wait_for_all()
+    barrier()
     found = "there" if (folder / MANIFEST_NAME).is_file() else "missing"
     require_equal({f"{folder.name}, which load_best_model_at_end may need": found}, ON_EVERY_NODE)
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import Trainer
 
-from ..distributed import num_processes, of_rank_0
+from ..distributed import num_processes, broadcast_object
 
 if TYPE_CHECKING:
     _Base = Trainer
@@ -31,7 +31,7 @@ class ItemCountsMixin(_Base):
         """Trainer's, with a correct account of who normalises the loss by ``num_items_in_batch``."""
         if not self._loss_kwargs_checked and num_items_in_batch is not None:
             self._loss_kwargs_checked = True
-            uses_them = of_rank_0(self._loss_uses_num_items(model, inputs, num_items_in_batch))
+            uses_them = broadcast_object(self._loss_uses_num_items(model, inputs, num_items_in_batch))
             self.model_accepts_loss_kwargs &= uses_them
         if not self.model_accepts_loss_kwargs and self.compute_loss_func is None:
             num_items_in_batch = None

@@ -26,9 +26,9 @@ from ..distributed import (
     is_lost_process,
     is_sharded,
     num_processes,
-    of_rank_0,
-    share,
-    wait_for_all,
+    broadcast_object,
+    broadcast_tensors,
+    barrier,
 )
 from ..files.checkpoints import check_manifest, new_checkpoint, rotate
 from ..files.run_state import (
@@ -260,7 +260,7 @@ class IncreLoraTrainerMixin(ItemCountsMixin, PublishingMixin):
         self._frozen_norms = frozen_norms(self.model)
         loader = self.callback_handler.train_dataloader
         require_same_start(self.args, self.increlora, self.model, len(loader) if has_length(loader) else None)
-        share(tensor for tensor in training_tensors(self.model).values() if not is_sharded(tensor))
+        broadcast_tensors(tensor for tensor in training_tensors(self.model).values() if not is_sharded(tensor))
         self._statistics = [t for t in running_statistics(self.model).values() if t.is_floating_point()]
 
     def _sync_replicated_trainable_parameters(self, model: nn.Module) -> None:
@@ -349,7 +349,7 @@ class IncreLoraTrainerMixin(ItemCountsMixin, PublishingMixin):
             self._sensitivities = None
         if growth.plan.is_due(step):
             require_same_replicas(growth, self.model)  # type: ignore[arg-type]
-            growth.tracker = of_rank_0(growth.tracker)
+            growth.tracker = broadcast_object(growth.tracker)
             assert self.lr_scheduler is not None
             birth_step = self.lr_scheduler.last_epoch + 1 if growth.config.restart_warmup else 0
             growth.grow(step, birth_step)
@@ -369,7 +369,7 @@ class IncreLoraTrainerMixin(ItemCountsMixin, PublishingMixin):
         output_dir = self._get_output_dir(trial)
         folder = Path(output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         with new_checkpoint(folder) if self.args.should_save else nullcontext():
-            wait_for_all()  # what was left there is gone
+            barrier()  # what was left there is gone
             limit, self.args.save_total_limit = self.args.save_total_limit, None  # Trainer would rotate too early
             try:
                 super()._save_checkpoint(model, trial)
@@ -378,7 +378,7 @@ class IncreLoraTrainerMixin(ItemCountsMixin, PublishingMixin):
             if self.args.should_save:
                 self._write_arguments(folder)  # again, with the limit in place
                 write_state(folder, self.model)  # type: ignore[arg-type]
-            wait_for_all()  # the random state of every process is there
+            barrier()  # the random state of every process is there
         if self.args.load_best_model_at_end:
             require_on_every_node(folder)
         self._push_checkpoint(folder)
