@@ -43,7 +43,7 @@ class Contender:
         self.model: Any = trainer.model
         self.run = trainer.model if not trainer.args.torch_compile else torch.compile(trainer.model)
         self.after_backward: Callable[[], None] = lambda: None
-        self.after_step: Callable[[int], None] = lambda step: None
+        self.after_step: Callable[[int], Any] = lambda step: None
         self.step_number = 0
 
     @property
@@ -71,8 +71,10 @@ class Growing(Contender):
     def __init__(self, trainer: IncreLoraTrainer, steps: int) -> None:
         """As for any; the trainer's own hook follows every optimizer step."""
         super().__init__(trainer, steps)
-        self.after_step = lambda step: trainer._after_optimizer_step()
-        trainer._watch(1)
+        run = trainer.growth_run
+        assert run is not None
+        self.growth_run = run
+        self.after_step = lambda step: run.grow_if_due()
 
     @property
     def phase(self) -> str:
@@ -80,7 +82,7 @@ class Growing(Contender):
         growth = self.trainer.increlora
         if growth.remaining == 0:
             return "after"
-        return "scoring" if self.trainer._probes is not None else "between"
+        return "scoring" if self.growth_run.is_scoring else "between"
 
 
 class DenseLinear(nn.Module):

@@ -11,7 +11,7 @@ from reference import Naive, Settings, cosine_curve, linear_curve
 from torch import Tensor
 
 from increlora_hf import IncreLoraConfig, IncreLoraTrainer
-from increlora_hf.adapter.inject import component_generator
+from increlora_hf.adapter.components import component_generator
 
 STEPS = 30
 WEIGHT_DECAY = 0.3  # unlike that of any optimizer on its own
@@ -48,8 +48,8 @@ class RecordingTrainer(IncreLoraTrainer):
         if self.accelerator.sync_gradients:
             self.batches.append([])
             self.lrs.append(sorted({float(group["lr"]) for group in self.optimizer.param_groups}))
-            if self._sensitivities is not None:
-                self.seen.append(self._sensitivities.tolist())
+            if self.growth_run.sensitivities is not None:
+                self.seen.append(self.growth_run.sensitivities.tolist())
         return loss
 
 

@@ -30,6 +30,12 @@ def grown(old: list[Parameter], rows: tuple[int, ...], seed: int) -> list[Parame
     return new
 
 
+def stepped(packing: Packing, optimizer: optim.Optimizer) -> list[Parameter]:
+    """What the groups hold inside ``optimizer.step()``."""
+    with packing._strips_in_groups():
+        return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
 class Alone:
     """Every row a parameter of its own, in a group of its own."""
 
@@ -78,7 +84,6 @@ def test_growing_and_cut_rows_are_optimized_as_if_each_were_alone(
             alone.step(gradients)
             for factor, gradient in zip(now, gradients, strict=True):
                 factor.grad = gradient.clone()
-            packing.gather()
             optimizer.step()
             for factor, expected in zip(now, alone.rows, strict=True):
                 torch.testing.assert_close(
@@ -88,17 +93,18 @@ def test_growing_and_cut_rows_are_optimized_as_if_each_were_alone(
     assert births == [None, 1, 2]
     assert head is optimizer.param_groups[0]["params"][-1]
     if together:  # three widths at first, two and one of later strips are left, and the head
-        assert len(packing.parameters) == 3 + 2 + 1 + 1
-    assert set(optimizer.state) <= set(packing.parameters)
+        assert len(stepped(packing, optimizer)) == 3 + 2 + 1 + 1
+    assert set(optimizer.state) <= set(stepped(packing, optimizer))
 
 
 def test_few_tensors_whatever_the_number_of_factors() -> None:
     many = [Parameter(torch.ones(2, 4)) for _ in range(300)]
-    packing = Packing(optim.AdamW(many), many)
+    optimizer = optim.AdamW(many)
+    packing = Packing(optimizer, many)
     for round_ in range(5):
         many = [Parameter(torch.ones(len(factor) + 1, 4)) for factor in many]
         packing.follow(many, birth_step=round_)
-    assert [tuple(strip.shape) for strip in packing.parameters] == [(600, 4)] + 5 * [(300, 4)]
+    assert [tuple(strip.shape) for strip in stepped(packing, optimizer)] == [(600, 4)] + 5 * [(300, 4)]
 
 
 def test_new_rows_join_the_settings_of_their_factors_group() -> None:
@@ -108,15 +114,16 @@ def test_new_rows_join_the_settings_of_their_factors_group() -> None:
     packing.follow([Parameter(torch.ones(2, 2)), Parameter(torch.ones(3, 2))], birth_step=4)
     found = [(g["initial_lr"], g["lr"], g["weight_decay"], g["birth_step"]) for g in optimizer.param_groups[2:]]
     assert found == [(0.1, 0.0, 0.01, 4), (1.0, 0.0, 0.5, 4)]
-    assert [group["params"][0].shape[0] for group in optimizer.param_groups] == [1, 1, 1, 2]
+    assert [strip.shape[0] for strip in stepped(packing, optimizer)] == [1, 1, 1, 2]
 
 
 def test_what_has_no_gradient_counts_as_zero_beside_others_and_is_left_alone_by_itself() -> None:
     one, other, wide = Parameter(torch.ones(1, 2)), Parameter(torch.ones(1, 2)), Parameter(torch.ones(1, 3))
-    packing = Packing(optim.SGD([one, other, wide], lr=1.0), [one, other, wide])
+    optimizer = optim.SGD([one, other, wide], lr=1.0)
+    packing = Packing(optimizer, [one, other, wide])
     one.grad = torch.ones(1, 2)
-    packing.gather()
-    narrow, broad = packing.parameters
+    optimizer.step()
+    narrow, broad = stepped(packing, optimizer)
     assert narrow.grad.tolist() == [[1, 1], [0, 0]]
     assert broad.grad is None
 
@@ -124,11 +131,10 @@ def test_what_has_no_gradient_counts_as_zero_beside_others_and_is_left_alone_by_
 def test_values_that_change_between_steps_are_taken_along() -> None:
     factor = Parameter(torch.zeros(2, 2))
     optimizer = optim.SGD([factor], lr=1.0)
-    packing = Packing(optimizer, [factor])
+    Packing(optimizer, [factor])
     with torch.no_grad():
         factor[1] = 5
     factor.grad = torch.ones(2, 2)
-    packing.gather()
     optimizer.step()
     assert factor.tolist() == [[-1, -1], [4, 4]]
 

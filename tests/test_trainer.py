@@ -42,16 +42,14 @@ class WatchedTrainer(IncreLoraTrainer):
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         held = [p for group in self.optimizer.param_groups for p in group["params"]]
-        strips = [strip.parameter for strip in self._packing._strips]
-        assert {id(strip) for strip in strips} <= {id(p) for p in held}
+        assert sorted(map(id, held)) == sorted(id(p) for p in self.model.parameters() if p.requires_grad)
+        strips = [strip.parameter for strip in self.growth_run._packing._strips]
         ours = {id(p) for p in self.increlora.parameters()}
-        others = [id(p) for p in self.model.parameters() if p.requires_grad and id(p) not in ours]
-        assert sorted(id(p) for p in held) == sorted([*map(id, strips), *others])
         assert sum(strip.numel() for strip in strips) == sum(p.numel() for p in self.increlora.parameters())
-        assert set(self.optimizer.state) <= set(held)
+        assert set(self.optimizer.state) <= {*strips, *(p for p in held if id(p) not in ours)}
         loss = super().training_step(*args, **kwargs)
-        if self.accelerator.sync_gradients and self._sensitivities is not None:
-            self.seen.append(self._sensitivities.clone())
+        if self.accelerator.sync_gradients and self.growth_run.sensitivities is not None:
+            self.seen.append(self.growth_run.sensitivities.clone())
         return loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
@@ -190,7 +188,7 @@ def test_only_the_window_before_a_round_is_scored_and_nothing_after_the_last(tmp
     assert [record.step for record in trainer.increlora.rounds] == [10, 20]
     assert trainer.increlora.plan.window == 3
     assert len(trainer.seen) == 2 * 3
-    assert trainer._probes is None
+    assert not trainer.growth_run.is_scoring
 
 
 def test_windowed_choice_equals_the_every_step_choice(tmp_path: Path) -> None:

@@ -12,7 +12,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 
 from ..config import IncreLoraConfig
-from .inject import adapted_layers, inject
+from .components import adapted_layers
+from .inject import inject
 
 
 def warm_start(peft_model: PeftModel, config: IncreLoraConfig) -> PeftModel:

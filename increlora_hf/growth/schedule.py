@@ -16,6 +16,15 @@ Curve = Callable[[int], float]  # step of a group's own clock -> factor on its p
 NO_CURVE = (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY)  # these follow a metric, not a clock
 
 
+def require_curve(schedule: str) -> None:
+    """Raise ValueError for a schedule that does not depend on the step alone."""
+    if SchedulerType(schedule) in NO_CURVE:
+        raise ValueError(
+            f"lr_scheduler_type={SchedulerType(schedule).value!r} follows a metric and has no curve that a new "
+            "parameter group could restart. Choose a schedule of steps, such as linear or cosine."
+        )
+
+
 def restart_curves(
     name: str, *, warmup_steps: int, total_steps: int, learning_rate: float, kwargs: Mapping[str, Any] | None = None
 ) -> Callable[[int], Curve]:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import Trainer
 
-from ..distributed import num_processes, broadcast_object
+from ..distributed import broadcast_object, num_processes
 
 if TYPE_CHECKING:
     _Base = Trainer
@@ -24,6 +24,7 @@ class ItemCountsMixin(_Base):
     """Trainer's loss, with a correct account of who normalises it by ``num_items_in_batch``."""
 
     _loss_kwargs_checked = False
+    _micro_batch: tuple[Any, Any] | None = None  # inputs and ``num_items_in_batch`` of the loss computed last
 
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -35,6 +36,7 @@ class ItemCountsMixin(_Base):
             self.model_accepts_loss_kwargs &= uses_them
         if not self.model_accepts_loss_kwargs and self.compute_loss_func is None:
             num_items_in_batch = None
+        self._micro_batch = (inputs, num_items_in_batch) if model.training else None
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
     def _loss_uses_num_items(self, model: nn.Module, inputs: Any, num_items: Any) -> bool:
@@ -63,13 +65,18 @@ class ItemCountsMixin(_Base):
         finally:
             self.args.average_tokens_across_devices = across
 
-    def micro_batch_weight(self, own_items: Any, num_items_in_batch: Any) -> float:
-        """What turns this micro-batch's gradients into 1/M of those of its own mean loss, M micro-batches a step.
+    def take_micro_batch_weight(self) -> float:
+        """Factor that makes the last loss's gradients 1/M of those of its own mean loss, M micro-batches a step.
 
         Trainer divides a mean loss by M itself. A loss that is a sum over N items of the whole step is scaled by
         N / (own items · M); where N counts all P processes' items, Trainer has multiplied the loss by P.
         """
-        if not self.model_accepts_loss_kwargs or num_items_in_batch is None or own_items is None:
+        inputs, num_items_in_batch = self._micro_batch or (None, None)
+        self._micro_batch = None
+        if not self.model_accepts_loss_kwargs or num_items_in_batch is None:
+            return 1.0
+        own_items = self.own_items(inputs)
+        if own_items is None:
             return 1.0
         if own_items == 0:
             return 0.0
