@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
-from torch import Tensor
+from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler, OptState
 from torch.nn import Parameter
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from transformers.trainer_utils import SchedulerType
 
@@ -23,6 +25,8 @@ from .packing import Packing
 from .replicas import require_same_replicas, require_same_start
 from .schedule import RestartWarmupLR, require_curve, restart_curves
 from .tensors import running_statistics, training_tensors
+
+RUN_NAME = "increlora_run.pt"
 
 
 class GrowthRun:
@@ -82,11 +86,7 @@ class GrowthRun:
             ValueError: the budget is out of reach in ``total_steps``, the optimizer or the schedule cannot be
                 followed, or the processes of the run differ. The message says what to do.
         """
-        if not is_attached(model):
-            raise ValueError(
-                f"{type(model).__name__} has no growing adapter. Call attach(model, IncreLoraConfig(...)) first, and "
-                "make the optimizer from the parameters of what it returns."
-            )
+        _require_attached(model)
         require_curve(schedule)
         self._model = model
         self.growth: Growth = model.increlora
@@ -299,11 +299,44 @@ class GrowthRun:
                 f"one was made after {len(growth.rounds)}. Call model.increlora.replay(state, "
                 f"{state['rounds_before_optimizer']}) on a newly attached model, and make the optimizer then."
             )
+        growth.require_same_settings(state, source)
         growth.require_same_plan(state, source)
         growth.load_state_dict(state, state["tensors"], follow=self._follow, source=source)
         if "lr_scheduler" in state:
             self.lr_scheduler.load_state_dict(state["lr_scheduler"])
         self.start_at(state.get("step", 0))
+
+    def register_for_checkpointing(self, accelerator: Any) -> None:
+        """Let ``accelerator.save_state`` and ``load_state`` hold the run, in the place of the model's weights.
+
+        Call it once; the file is `RUN_NAME`.
+        """
+
+        def save(models: list[Any], weights: list[Any], folder: str) -> None:
+            if accelerator.is_main_process:
+                torch.save(self.state_dict(), Path(folder) / RUN_NAME)
+            weights.clear()
+
+        def load(models: list[Any], folder: str) -> None:
+            self.load_state_dict(torch.load(Path(folder) / RUN_NAME))
+            models.clear()
+
+        accelerator.register_save_state_pre_hook(save)
+        accelerator.register_load_state_pre_hook(load)
+
+
+def _require_attached(model: nn.Module) -> None:
+    if isinstance(model, DistributedDataParallel):
+        raise ValueError(
+            "DistributedDataParallel forgets every parameter that is born after it. Give the model itself, and call "
+            "before_step() after the last backward: it averages the gradients over the processes. With accelerate: "
+            "accelerator.prepare_model(model, evaluation_mode=True)."
+        )
+    if not is_attached(model):
+        raise ValueError(
+            f"{type(model).__name__} has no growing adapter. Call attach(model, IncreLoraConfig(...)) first, and "
+            "make the optimizer from the parameters of what it returns."
+        )
 
 
 def unwrapped(optimizer: Optimizer) -> Optimizer:
