@@ -18,7 +18,7 @@ from increlora_hf import IncreLoraConfig, IncreLoraTrainer
 from increlora_hf.adapter.targets import resolve_targets
 from increlora_hf.tasks.tuners import ADALORA_START
 
-sys.path.append(str(Path(__file__).parents[1] / "tests"))  # for the naive form
+sys.path.append(str(Path(__file__).parents[2] / "tests"))  # for the naive form
 
 LORA_ALPHA = 16
 
@@ -56,7 +56,7 @@ class Contender:
         trainer = self.trainer
         trainer.training_step(self.run, dict(batch))
         self.after_backward()
-        trainer._clip_grad_norm(self.model)
+        trainer.accelerator.clip_grad_norm_(self.model.parameters(), trainer.args.max_grad_norm)
         trainer.optimizer.step()
         self.step_number += 1
         self.after_step(self.step_number)
