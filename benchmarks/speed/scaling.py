@@ -129,7 +129,7 @@ def measure(point: Point, args: argparse.Namespace, folder: str, sync: Any) -> s
     lora = build("PEFT LoRA", point.model().to(args.device), folder, steps(point), point.r_avg, settings(args))
     to_lora, lora_step = ratio(ours, lora, args, sync)
     groups = ours.trainer.optimizer.param_groups
-    tensors = sum(len(group["params"]) for group in groups)
+    tensors = len(ours.trainer.optimizer.state)  # that it steps
     optimizers = optimizer_ms(ours, sync), optimizer_ms(lora, sync)
     growth = ours.trainer.increlora
     return (
