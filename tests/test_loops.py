@@ -85,7 +85,7 @@ def test_two_processes_grow_alike_and_resume(tmp_path: Path) -> None:
 def test_lightning_callback_grows_resumes_and_saves(tmp_path: Path) -> None:
     lightning = pytest.importorskip("lightning")
 
-    class Stop(lightning.Callback):
+    class Stop(lightning.Callback):  # type: ignore[name-defined]
         def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
             trainer.should_stop = trainer.global_step >= 35
 

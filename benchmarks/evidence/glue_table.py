@@ -343,7 +343,9 @@ def main() -> None:
     running.add_argument("--tune", nargs="+", type=float, help="learning rates to choose from")
     running.add_argument("--tuning_seed", type=int, default=0)
     running.add_argument("--tuning_epochs", type=float, help="of a tuning run; default: the length of the others")
-    running.add_argument("--adapters_python", type=Path, help="for houlsby and pfeiffer: see benchmarks/evidence/bottleneck.py")
+    running.add_argument(
+        "--adapters_python", type=Path, help="for houlsby and pfeiffer: see benchmarks/evidence/bottleneck.py"
+    )
     running.add_argument("--devices", nargs="+", help="CUDA devices, taken in turns")
     running.add_argument("--parallel", type=int, default=1, help="runs at a time")
     running.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir()) / "glue_table")

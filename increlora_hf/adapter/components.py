@@ -29,7 +29,7 @@ class AdaptedLayer:
 
     @property
     def A(self) -> GrowingA:
-        """The growing A with its λ."""
+        """The growing A, which holds the λ."""
         return cast(GrowingA, self.module.lora_A[ADAPTER])
 
     @property
@@ -44,7 +44,7 @@ class AdaptedLayer:
 
     @property
     def scale(self) -> float:
-        """s."""
+        """The scale s, a number."""
         return self.module.scaling[ADAPTER]
 
     def delta_weight(self, *, with_reserve: bool = False) -> Tensor:
@@ -58,7 +58,7 @@ class AdaptedLayer:
         return rank * (self.A.features + self.B.features + 1)
 
     def add_components(self, count: int, generator: torch.Generator, init_std: float | str) -> None:
-        """New rows of A and B behind the active ones, drawn from N(0, std²): a reserve until they are activated.
+        """Append new rows to A and B, drawn from N(0, std²); they are a reserve until they are activated.
 
         They are the same on every device: they are drawn on the CPU.
         """
@@ -67,7 +67,7 @@ class AdaptedLayer:
             factor.append(torch.randn(count, factor.features, generator=generator, device="cpu") * std)
 
     def activate(self, count: int, lam: float) -> None:
-        """Make ``count`` components of the reserve active: their λ becomes trainable, starting from ``lam``.
+        """Activate ``count`` components of the reserve: their λ becomes trainable and starts from ``lam``.
 
         The rest of the reserve, if any, is cut off.
         """
@@ -82,14 +82,14 @@ class AdaptedLayer:
 
 
 def component_generator(seed: int | None, layer_index: int, round_index: int) -> torch.Generator:
-    """The source of one layer's new components in one round; round 0 is the start."""
+    """Return the random generator for one layer's new components in one round; round 0 is the start."""
     words = (DEFAULT_SEED if seed is None else seed, layer_index, round_index)
     state = np.random.SeedSequence(words).generate_state(2)
     return torch.Generator().manual_seed(int(state[0]) << 31 | int(state[1]) >> 1)
 
 
 def adapted_layers(model: nn.Module) -> dict[str, AdaptedLayer]:
-    """The adapted layers by name, in the model's order."""
+    """Return the adapted layers by name, in the model's order."""
     inner = model.get_base_model() if isinstance(model, PeftModel) else model
     grown = [
         (name, module)
@@ -100,12 +100,12 @@ def adapted_layers(model: nn.Module) -> dict[str, AdaptedLayer]:
 
 
 def budget(config: IncreLoraConfig, ranks: Mapping[str, int]) -> int:
-    """r^final = n · r_avg for these first ranks; their own sum where they are fixed."""
+    """Return the budget r^final = n · r_avg for these first ranks, or their sum where ranks are fixed."""
     return sum(ranks.values()) if config.fixed_ranks is not None else len(ranks) * config.r_avg
 
 
 def start_components(layers: Mapping[str, AdaptedLayer], ranks: Mapping[str, int], config: IncreLoraConfig) -> None:
-    """Put fresh growing factors into the layers: λ = 0, and a reserve where ranks will grow."""
+    """Put fresh growing factors into the layers, with λ = 0; add a reserve where ranks will grow."""
     grows = sum(ranks.values()) < budget(config, ranks)
     for layer in layers.values():
         module: Any = layer.module
@@ -121,7 +121,7 @@ def start_components(layers: Mapping[str, AdaptedLayer], ranks: Mapping[str, int
 
 
 def record_ranks(peft_model: PeftModel, config: IncreLoraConfig) -> None:
-    """Tell PEFT's layers and its saved configuration the ranks and scales as they are now.
+    """Write the current ranks and scales into PEFT's layers and its configuration.
 
     The configuration's own r and lora_alpha are those of the largest layer: readers that ignore the patterns and look
     at tensor shapes then find the right scale, because s is one constant.

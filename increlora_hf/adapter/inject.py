@@ -18,7 +18,7 @@ from .targets import resolve_targets
 
 
 def inject(model: nn.Module, config: IncreLoraConfig, ranks: Mapping[str, int] | None = None) -> PeftModel:
-    """PEFT's model around ``model``, its LoRA layers holding growing factors at their first rank.
+    """Wrap ``model`` in PEFT's model, with growing factors of the first rank in its LoRA layers.
 
     Args:
         ranks: adapt exactly these layers, starting at these ranks. Default: what the settings say.
@@ -46,7 +46,7 @@ def inject(model: nn.Module, config: IncreLoraConfig, ranks: Mapping[str, int] |
 
 def _wrap(model: nn.Module, lora_config: LoraConfig) -> PeftModel:
     try:
-        with whole_or_not_at_all(model), _whole_heads(model, lora_config):
+        with whole_or_not_at_all(model), _unsharded_heads(model, lora_config):
             return get_peft_model(model, lora_config)
     except (TypeError, ValueError, NotImplementedError) as error:  # of a kind of layer, when some are wrapped already
         raise ValueError(f"PEFT cannot adapt {type(model).__name__}: {error}") from error
@@ -54,7 +54,7 @@ def _wrap(model: nn.Module, lora_config: LoraConfig) -> PeftModel:
 
 @contextmanager
 def whole_or_not_at_all(model: nn.Module) -> Iterator[None]:
-    """Where PEFT fails while it wraps a model, its layers, heads and what they train are as they were."""
+    """Restore layers, heads and ``requires_grad`` of a model where PEFT fails while it wraps it."""
     trainable = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     try:
         yield
@@ -71,10 +71,10 @@ def whole_or_not_at_all(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _whole_heads(model: nn.Module, lora_config: LoraConfig) -> Iterator[None]:
-    """Heads that are trained fully stand whole inside: PEFT copies them, and a sharded tensor has no copy.
+def _unsharded_heads(model: nn.Module, lora_config: LoraConfig) -> Iterator[None]:
+    """Unshard fully trained heads while PEFT copies them: a DTensor cannot be copied.
 
-    What was sharded is put back into the originals, where FSDP2 looks for it.
+    Afterwards the originals hold their shards again, where FSDP2 looks for them.
     """
     heads = list(lora_config.modules_to_save or [])
     sharded = [

@@ -12,7 +12,7 @@ from .lowrank import Probe
 
 
 class SensitivityProbes:
-    """The probes of all layers, there while they are needed: they deliver every I out of the backward pass.
+    """The probes of all layers: they deliver every layer's I out of the backward pass.
 
     Args:
         layers: adapted layers; see `AdaptedLayer`.
@@ -26,7 +26,7 @@ class SensitivityProbes:
             layer.A.probe = Probe((layer.B.features, layer.A.features), layer.A.components, reduction)
 
     def read(self) -> Tensor:
-        """I of every layer for the one backward pass since the last reading, shape (n,); 0 where none arrived."""
+        """Return I of every layer for the one backward pass since the last call, shape (n,); 0 where none arrived."""
         values = torch.zeros(len(self._layers), dtype=torch.float64)
         arrived = {i: value for i, layer in enumerate(self._layers) if (value := self._read(layer)) is not None}
         if arrived:
@@ -41,6 +41,6 @@ class SensitivityProbes:
         return probe.read(lambda: layer.delta_weight(with_reserve=True).detach())
 
     def remove(self) -> None:
-        """Take the probes away."""
+        """Remove the probes."""
         for layer in self._layers:
             layer.A.probe = None

@@ -1,4 +1,4 @@
-"""One model's growth: who has which rank, how it came about, and the round that gives more."""
+"""One model's growth: its ranks, the rounds that led to them, and how a round grows it."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class Growth:
     """
 
     def __init__(self, model: PeftModel, config: IncreLoraConfig) -> None:
-        """For a model that `inject` has just prepared."""
+        """Begin the growth of a model that `inject` has just prepared."""
         self.config = config
         self.layers: dict[str, AdaptedLayer] = adapted_layers(model)
         self.plan: Plan | None = None
@@ -112,7 +112,7 @@ class Growth:
         return self.plan
 
     def was_forgotten(self) -> bool:
-        """Whether the model was trained and could not grow, because nothing ran its growth; True once."""
+        """Return whether the model was trained without a run that grows it; True once."""
         if self._told or self.plan is not None or self.rounds or self.remaining == 0:
             return False
         lams = [layer.A.active_lam for layer in self.layers.values()]
@@ -121,7 +121,7 @@ class Growth:
         return forgotten
 
     def rewind(self) -> None:
-        """Back to the first ranks, with fresh components and no rounds."""
+        """Go back to the first ranks, with fresh components and no rounds."""
         start_components(self.layers, self.initial_ranks, self.config)
         self.rounds = []
         self.tracker = ImportanceTracker(len(self.layers), self.config.beta1, self.config.beta2)
@@ -132,7 +132,7 @@ class Growth:
         return dict(zip(self.layers, self.tracker.scores().tolist(), strict=True))
 
     def grow(self, step: int, birth_step: int) -> None:
-        """Hold a round: choose layers by their scores and grow them."""
+        """Hold a round: choose layers by their scores, and grow them."""
         assert self.plan is not None
         scores = self.scores()
         chosen = choose(scores, remaining=self.remaining, top_h=self.plan.top_h, increment=self.config.increment)
@@ -194,7 +194,7 @@ class Growth:
     # ---- The state of growth, for resuming ------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything but the values of tensors, as plain values that JSON can hold."""
+        """Return everything but the values of tensors, as plain values that JSON can hold."""
         return {
             "config": self.config.to_dict(),
             "plan": None if self.plan is None else self.plan.to_dict(),
@@ -243,7 +243,7 @@ class Growth:
     def replay(
         self, state: Mapping[str, Any], count: int, follow: Callable[[int], None] = lambda birth_step: None
     ) -> None:
-        """Hold the recorded rounds up to the count-th again, without the values of tensors."""
+        """Hold the first ``count`` recorded rounds again; values of tensors are not restored."""
         for record in state["rounds"][len(self.rounds) : count]:
             self.apply(Round(**record))
             follow(record["birth_step"])

@@ -26,7 +26,7 @@ ON_EVERY_NODE = (
 
 
 def require_same_start(growth: Growth, model: nn.Module, more: Mapping[str, Any]) -> None:
-    """Raise ValueError, before anything travels, where the processes were not started alike; see `require_equal`.
+    """Check that all processes agree before the first collective of tensors; see `require_equal`.
 
     Args:
         more: name -> a fact that has to be the same, beside versions, settings, plan and model.
@@ -62,7 +62,7 @@ def _code() -> str:
 
 
 def require_same_replicas(growth: Growth, model: nn.Module) -> None:
-    """Raise ValueError, naming layer and ranks, where the processes have grown or trained apart."""
+    """Raise ValueError, naming layer and ranks, where the processes hold different ranks or weights."""
     if num_processes() == 1:
         return
     ours = growth.parameters()

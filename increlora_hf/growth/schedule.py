@@ -1,4 +1,4 @@
-"""Parameter groups that are born while an optimizer runs, each with a learning-rate clock of its own."""
+"""Learning rates of parameter groups that are born during training: each group has its own clock."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class RestartWarmupLR(LambdaLR):
     """
 
     def __init__(self, optimizer: Optimizer, curves: Callable[[int], Curve]) -> None:
-        """Start every group at its curve's first value."""
+        """Set every group to its curve's first value."""
         self._curves = curves
         self._by_birth: dict[int, Curve] = {}
         super().__init__(optimizer, lr_lambda=curves(0))
@@ -83,7 +83,7 @@ class RestartWarmupLR(LambdaLR):
         return self._by_birth[birth_step](self.last_epoch - birth_step)
 
     def state_dict(self) -> dict[str, Any]:
-        """LambdaLR's state without what is made anew from the run's settings and the groups."""
+        """Return LambdaLR's state without what the run's settings and the groups determine."""
         derived = ("_curves", "_by_birth", "base_lrs")
         kept = {name: value for name, value in super().state_dict().items() if name not in derived}
         return {**kept, "lr_lambdas": []}

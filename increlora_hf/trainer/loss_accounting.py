@@ -1,4 +1,4 @@
-"""Which losses are divided by the number of items, and what one micro-batch's gradients then weigh in a step."""
+"""Find out which losses are divided by item counts, and what a micro-batch then weighs in a step."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ else:
 
 
 class ItemCountsMixin(_Base):
-    """Trainer's loss, with a correct account of who normalises it by ``num_items_in_batch``."""
+    """Trainer's loss; it knows whether model or Trainer divides by ``num_items_in_batch``."""
 
     _loss_kwargs_checked = False
     _micro_batch: tuple[Any, Any] | None = None  # inputs and ``num_items_in_batch`` of the loss computed last
@@ -29,7 +29,7 @@ class ItemCountsMixin(_Base):
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Trainer's, with a correct account of who normalises the loss by ``num_items_in_batch``."""
+        """Compute the loss; find out once whether the model divides it by ``num_items_in_batch``."""
         if not self._loss_kwargs_checked and num_items_in_batch is not None:
             self._loss_kwargs_checked = True
             uses_them = broadcast_object(self._loss_uses_num_items(model, inputs, num_items_in_batch))
@@ -58,7 +58,7 @@ class ItemCountsMixin(_Base):
         return not torch.allclose(*losses)
 
     def own_items(self, inputs: Any) -> Any:
-        """How many items this process's micro-batch holds; Trainer would count those of all processes."""
+        """Return the items of this process's micro-batch; Trainer would count those of all processes."""
         across, self.args.average_tokens_across_devices = self.args.average_tokens_across_devices, False
         try:
             return self._get_num_items_in_batch([inputs], self.args.device)
@@ -86,7 +86,7 @@ class ItemCountsMixin(_Base):
 
 @contextmanager
 def _borrowed_random_states() -> Iterator[None]:
-    """Draw from the random states as they are now, and leave them so."""
+    """Restore the random states afterwards."""
     drawn, drawn_by_numpy = random.getstate(), np.random.get_state()
     with torch.random.fork_rng():
         try:

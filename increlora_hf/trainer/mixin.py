@@ -1,4 +1,4 @@
-"""The Trainer that grows: glue between transformers' hooks and the parts of IncreLoRA."""
+"""The Trainer that grows: it forwards transformers' hooks to a `GrowthRun`."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class IncreLoraTrainerMixin(ItemCountsMixin, PublishingMixin):
         allow_pickles_on_hub: bool = False,
         **kwargs: Any,
     ) -> None:
-        """As the Trainer's, with two more arguments."""
+        """Take the Trainer's arguments and two more."""
         self.increlora_config = increlora_config
         training_args = kwargs.get("args", args[0] if args else None) or TrainingArguments(output_dir="tmp_trainer")
         refuse_unsupported(training_args, kwargs)
@@ -97,11 +97,11 @@ class IncreLoraTrainerMixin(ItemCountsMixin, PublishingMixin):
         return attach(model, config)
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
-        """The user's fresh model, attached."""
+        """Attach the model that ``model_init`` returns."""
         return self._attach(super().call_model_init(trial))
 
     def create_accelerator_and_postprocess(self) -> None:
-        """Trainer's; but no DistributedDataParallel, which would forget every parameter that is born after it.
+        """Create the accelerator; it wraps no DistributedDataParallel, which forgets parameters born after it.
 
         Every ``accelerator.backward`` is followed by the run's part of the step, whoever calls it.
         """
@@ -127,7 +127,7 @@ class IncreLoraTrainerMixin(ItemCountsMixin, PublishingMixin):
     # ---- Set-up, in Trainer's order ----------------------------------------------------------------------------
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
-        """Trainer's; resuming takes the newest complete checkpoint and continues bit for bit.
+        """Train; resuming takes the newest complete checkpoint and continues bit for bit.
 
         Args:
             resume_from_checkpoint: True for the newest complete checkpoint in output_dir, or a checkpoint's path.
@@ -161,7 +161,7 @@ class IncreLoraTrainerMixin(ItemCountsMixin, PublishingMixin):
         return result
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        """Trainer's; but where a run had ended when it was saved, Trainer would take one step more."""
+        """Run an epoch, unless the run had ended when it was saved: Trainer would take one more step."""
         if self.state.global_step < self.state.max_steps:
             super()._run_epoch(*args, **kwargs)
 
@@ -174,13 +174,13 @@ class IncreLoraTrainerMixin(ItemCountsMixin, PublishingMixin):
             self.optimizer, self.lr_scheduler = None, None
 
     def _start_over(self) -> None:
-        """Fresh components at the first ranks, if the model has grown, and so an optimizer that is made anew."""
+        """Go back to the first ranks if the model has grown; a new optimizer is made then."""
         if self.increlora.rounds:
             self.increlora.rewind()
             self.optimizer, self.lr_scheduler = None, None
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
-        """Trainer's."""
+        """Create Trainer's optimizer; refuse a user's whose parameters are gone."""
         if self.optimizer is None and self._optimizer_is_users:
             raise ValueError(
                 "The optimizer that was passed held parameters that are gone: the model went back to earlier ranks. "
@@ -191,7 +191,7 @@ class IncreLoraTrainerMixin(ItemCountsMixin, PublishingMixin):
     def create_scheduler(
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
     ) -> torch.optim.lr_scheduler.LRScheduler:
-        """The learning rates of a new `GrowthRun`, or of the one to resume."""
+        """Create the `GrowthRun`, or resume it; its learning rates are the scheduler."""
         if self.lr_scheduler is None:
             args = self.args
             self.growth_run = GrowthRun(
@@ -231,7 +231,7 @@ class IncreLoraTrainerMixin(ItemCountsMixin, PublishingMixin):
         self.growth_run.synchronize(facts)
 
     def _sync_replicated_trainable_parameters(self, model: nn.Module) -> None:
-        """Beside a sharded base Trainer would watch the parameters of this moment; the run averages later ones too."""
+        """Do nothing: Trainer would watch the parameters of this moment only, and the run averages later ones too."""
 
     def _other_trainable(self) -> int:
         assert isinstance(self.model, nn.Module)
@@ -239,7 +239,7 @@ class IncreLoraTrainerMixin(ItemCountsMixin, PublishingMixin):
         return sum(p.numel() for p in self.model.parameters() if p.requires_grad and id(p) not in ours)
 
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
-        """Trainer's. Frozen layers with running statistics stay as they are: the adapter could not bring others."""
+        """Compute the loss; frozen batch norms stay in evaluation mode, for the adapter does not hold their statistics."""
         for layer in self._frozen_norms:
             layer.eval()  # Trainer has just called model.train()
         return super().compute_loss(*args, **kwargs)
@@ -247,7 +247,7 @@ class IncreLoraTrainerMixin(ItemCountsMixin, PublishingMixin):
     # ---- Checkpoints ---------------------------------------------------------------------------------------------
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Trainer's checkpoint, the state of growth, then the manifest; only then are older checkpoints rotated."""
+        """Write Trainer's checkpoint, the state of growth, then the manifest; rotate older checkpoints last."""
         output_dir = self._get_output_dir(trial)
         folder = Path(output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         with new_checkpoint(folder) if self.args.should_save else nullcontext():
@@ -268,7 +268,7 @@ class IncreLoraTrainerMixin(ItemCountsMixin, PublishingMixin):
             rotate(output_dir, limit, self.state.best_model_checkpoint)
 
     def _load_best_model(self) -> None:
-        """The best checkpoint's own ranks and values. A further training makes its own optimizer."""
+        """Load ranks and values of the best checkpoint; a further training makes a new optimizer."""
         folder = Path(str(self.state.best_model_checkpoint))
         check_manifest(folder)
         state = read_state(folder)
@@ -283,7 +283,7 @@ class IncreLoraTrainerMixin(ItemCountsMixin, PublishingMixin):
     # ---- What the user sees ------------------------------------------------------------------------------------
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Trainer's, with the total rank and the orthogonality penalty in the training logs."""
+        """Log; training logs also hold the total rank and the orthogonality penalty."""
         if "loss" in logs:
             logs[TOTAL_RANK] = self.increlora.total_rank
             with torch.no_grad():
@@ -299,7 +299,7 @@ class IncreLoraTrainerMixin(ItemCountsMixin, PublishingMixin):
 
 
 class _GrowthCallback(TrainerCallback):
-    """Calls the trainer back at the moments that have no method to override."""
+    """Forward the events that have no method to override."""
 
     def __init__(self, trainer: IncreLoraTrainerMixin) -> None:
         self._trainer = trainer
@@ -320,7 +320,7 @@ class _GrowthCallback(TrainerCallback):
 
 @contextmanager
 def _sharded_runs_can_resume(args: TrainingArguments, model: Any) -> Iterator[None]:
-    """Trainer refuses to save what a sharded base could not resume from; here the optimizer holds nothing sharded."""
+    """Let Trainer save beside a sharded base: here the optimizer holds nothing sharded, and the run can resume."""
     only_model = args.save_only_model
     args.save_only_model = only_model or bool(getattr(model, "is_distributed_loading_by_transformers", False))
     try:
@@ -330,7 +330,7 @@ def _sharded_runs_can_resume(args: TrainingArguments, model: Any) -> Iterator[No
 
 
 def _load_by_name(name: str, args: Any, quantization_config: Any) -> nn.Module:
-    """The model that TRL's trainers would load, loaded before they look at it."""
+    """Load the model as TRL's trainers would, before they do."""
     from trl.trainer.utils import create_model_from_path  # an optional package
 
     options = dict(getattr(args, "model_init_kwargs", None) or {})
