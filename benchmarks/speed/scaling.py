@@ -1,4 +1,6 @@
-"""What a step costs as r_avg, the number of layers or of rounds grows: python benchmarks/speed/scaling.py [--device cuda].
+"""What a step costs as r_avg, the number of layers or of rounds grows.
+
+python benchmarks/speed/scaling.py [--device cuda]
 
 At every point IncreLoRA grows, a round a step, until its budget is met; then its step and that of PEFT LoRA of the
 same average rank are timed in turns, and the optimizer's own share, because every round adds a parameter group.

@@ -1,4 +1,6 @@
-"""Whether scoring only a window before each round chooses the same layers: python benchmarks/speed/scored_window.py FLAGS.
+"""Whether scoring only a window before each round chooses the same layers.
+
+python benchmarks/speed/scored_window.py FLAGS
 
 FLAGS are those of run_glue.py. The run scores every step; beside it a second tracker takes in the steps of the default
 window only, and every round says what either would choose.

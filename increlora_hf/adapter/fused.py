@@ -69,7 +69,7 @@ class FusedLinear(Linear):
         return linear_with_update(x, base.weight, base.bias, factors_of(self))
 
     def _is_plain(self) -> bool:
-        """Return whether it is the plain case: one adapter, no dropout, a base that is frozen, whole and without hooks."""
+        """Return whether there is one adapter, no dropout, and a base that is frozen, whole and without hooks."""
         base: Any = self.base_layer
         return (
             self.active_adapters == [ADAPTER]

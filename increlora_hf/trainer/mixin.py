@@ -239,7 +239,7 @@ class IncreLoraTrainerMixin(ItemCountsMixin, PublishingMixin):
         return sum(p.numel() for p in self.model.parameters() if p.requires_grad and id(p) not in ours)
 
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
-        """Compute the loss; frozen batch norms stay in evaluation mode, for the adapter does not hold their statistics."""
+        """Compute the loss; frozen batch norms stay in evaluation mode: the adapter does not hold their statistics."""
         for layer in self._frozen_norms:
             layer.eval()  # Trainer has just called model.train()
         return super().compute_loss(*args, **kwargs)
