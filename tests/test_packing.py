@@ -148,3 +148,60 @@ def test_optimizer_of_another_model_and_one_in_use_are_refused() -> None:
     used.step()
     with pytest.raises(ValueError, match="used already"):
         Packing(used, [factor])
+
+
+@pytest.mark.parametrize("name", ["AdamWScheduleFree", "SGDScheduleFree", "RAdamScheduleFree"])
+def test_schedule_free_rows_are_averaged_as_if_each_were_alone(name: str) -> None:
+    """Counts and sums of a group that is born start anew, and ``train`` and ``eval`` move the factors at once."""
+    kind: Any = getattr(pytest.importorskip("schedulefree"), name)
+
+    class Switched(Alone):
+        def follow(self, factors: list[Parameter]) -> None:
+            self.optimizer.eval()
+            super().follow(factors)
+            self.optimizer.train()
+
+    now = factors(STAGES[0])
+    alone = Switched(kind, now)
+    optimizer = kind(now, **SETTINGS)
+    packing = Packing(optimizer, now)
+    for stage, rows in enumerate(STAGES[:3]):
+        if stage:
+            now = grown(now, rows, seed=10 * stage)
+            alone.follow(now)
+            packing.follow(now, birth_step=stage)
+            optimizer.param_groups[-1]["lr"] = SETTINGS["lr"] if optimizer.param_groups[-1]["lr"] == 0 else 0.1
+        for step in range(3):
+            for side in (alone.optimizer, optimizer):
+                side.train()
+            gradients = [draw(*factor.shape, seed=1000 * stage + 100 * step + i) for i, factor in enumerate(now)]
+            alone.step(gradients)
+            for factor, gradient in zip(now, gradients, strict=True):
+                factor.grad = gradient.clone()
+            optimizer.step()
+            for side in (alone.optimizer, optimizer):
+                side.eval()
+            for factor, expected in zip(now, alone.rows, strict=True):
+                torch.testing.assert_close(factor.detach(), torch.stack(list(expected)).detach(), rtol=1e-9, atol=1e-9)
+            for side in (alone.optimizer, optimizer):
+                side.train()
+
+
+def test_numbers_that_an_optimizer_keeps_in_its_groups_start_anew_and_settings_do_not() -> None:
+    class Counting(optim.SGD):
+        def step(self, closure: Any = None) -> Any:
+            for group in self.param_groups:
+                group["calls"] = group.get("calls", 0) + 1
+            return super().step(closure)
+
+    factor = Parameter(torch.zeros(1, 2))
+    optimizer = Counting([{"params": [factor], "calls": 0}], lr=1.0)
+    packing = Packing(optimizer, [factor])
+    for _ in range(3):
+        factor.grad = torch.ones(1, 2)
+        optimizer.step()
+    optimizer.param_groups[0]["weight_decay"] = 0.25  # by a callback
+    packing.follow([Parameter(torch.zeros(2, 2))], birth_step=3)
+    old, new = optimizer.param_groups
+    assert (old["calls"], new["calls"]) == (3, 0)
+    assert (old["weight_decay"], new["weight_decay"]) == (0.25, 0.25)
