@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 from conftest import arguments, tiny_bert, token_rows
-from reference import Naive, Settings, cosine_curve, linear_curve
 from torch import Tensor
 
 from increlora_hf import IncreLoraConfig, IncreLoraTrainer
 from increlora_hf.adapter.inject import component_generator
+from increlora_hf.method.reference import Naive, Settings, cosine_curve, linear_curve
 
 STEPS = 30
 WEIGHT_DECAY = 0.3  # unlike that of any optimizer on its own
