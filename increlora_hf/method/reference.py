@@ -1,70 +1,139 @@
-"""IncreLoRA in its naive form, straight from the method: dense ΔW and explicit loops."""
+"""IncreLoRA in its naive form, the statement of the method: dense ΔW, explicit loops, float64.
+
+Read this module to know what the package computes. The fast code gives the same numbers; tests compare the two step
+by step. Equations and symbols are those of arXiv 2308.12043. For layer k among n, with W⁽⁰⁾ of shape (out, in):
+
+    r_k  rank            a_i  (in,)     I  sensitivity            S  score
+    ΔW   (out, in)       b_i  (out,)    Ī  smoothed sensitivity   T  steps of the run
+    s    scale           λ_i  ()        U  uncertainty            t  optimizer step, 1, 2, ..., T
+"""
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-BETAS, EPS, MAX_GRAD_NORM = (0.9, 0.999), 1e-8, 1.0  # of TrainingArguments
+BETAS, EPS, MAX_GRAD_NORM = (0.9, 0.999), 1e-8, 1.0  # of AdamW and clipping, the defaults of TrainingArguments
+
+Curve = Callable[[int, int, int], float]  # f(t; warm-up, T), the factor on the peak learning rate
+Draw = Callable[[int, int, Sequence[int]], list[list[tuple[Tensor, Tensor]]]]  # (k, round, counts) ↦ (a, b)s by count
+
+
+# ---- The formulas ------------------------------------------------------------------------------------------------
 
 
 @dataclass
 class Component:
-    """One rank-1 piece w = λ b aᵀ."""
+    """One rank-1 piece w_i = λ_i b_i a_iᵀ."""
 
     a: Tensor  # (in,)
     b: Tensor  # (out,)
     lam: Tensor  # (), trainable once active
-    active: bool
-    ab_birth: int  # scheduler step at which a and b began
-    lam_birth: int = 0
+    active: bool  # False: it belongs to the reserve, which is trained ahead with a constant λ
+    ab_birth: int  # scheduler step at which training of a and b began
+    lam_birth: int  # the same of λ
 
 
-class NaiveLinear(nn.Module):
-    """y = x (W + ΔW)ᵀ + c with ΔW = s Σ λ_i b_i a_iᵀ built whole."""
-
-    def __init__(self, base: nn.Linear, scale: Callable[[int], float]) -> None:
-        super().__init__()
-        self.base, self.scale = base, scale
-        self.components: list[Component] = []
-        self.delta: Tensor | None = None
-
-    def rank(self) -> int:
-        return sum(component.active for component in self.components)
-
-    def forward(self, x: Tensor) -> Tensor:
-        delta = torch.zeros_like(self.base.weight)
-        for component in self.components:
-            if component.active or self.training:
-                delta = delta + component.lam * torch.outer(component.b, component.a)
-        delta = delta * self.scale(self.rank())
-        if delta.requires_grad:
-            delta.retain_grad()
-        self.delta = delta
-        return nn.functional.linear(x, self.base.weight + delta, self.base.bias)
+def delta_weight(components: Iterable[Component], s: float) -> Tensor:
+    """ΔW = s · Σ_i λ_i b_i a_iᵀ = s · B Λ A, shape (out, in); equations (2) and (3)."""
+    return s * sum((c.lam * torch.outer(c.b, c.a) for c in components), start=torch.zeros(()))
 
 
-@dataclass
-class Settings:
-    """The settings under test, under the names of IncreLoraConfig."""
+def penalty(matrices: Sequence[Tensor], squared: bool = False) -> Tensor:
+    """Mean over the matrices X of ‖X Xᵀ − I‖_F, or of its square, a scalar; equation (4).
+
+    Args:
+        matrices: all A, shape (r, in), and Bᵀ, shape (r, out): 2n matrices, the reserve's rows included.
+    """
+    total = torch.zeros((), dtype=torch.float64)
+    for matrix in matrices:
+        deviation = matrix @ matrix.T - torch.eye(len(matrix), dtype=matrix.dtype)  # (r, r)
+        squares = sum((entry**2 for entry in deviation.flatten()), start=torch.zeros(()))
+        total = total + (squares if squared else torch.sqrt(squares))
+    return total / len(matrices)
+
+
+def sensitivity(delta: Tensor, gradient: Tensor, reduction: str = "mean") -> float:
+    """I = Σ_ij |ΔW_ij · ∂L/∂ΔW_ij| / (out · in), both of shape (out, in); equation (5). "sqrt": / √(out · in)."""
+    size = delta.numel()
+    return (delta * gradient).abs().sum().item() / (size if reduction == "mean" else math.sqrt(size))
+
+
+def average(smoothed: float, uncertainty: float, new: float, beta1: float, beta2: float) -> tuple[float, float]:
+    """Ī_t = β1 Ī_{t−1} + (1−β1) I_t and U_t = β2 U_{t−1} + (1−β2) |I_t − Ī_t|; equations (6) and (7)."""
+    smoothed = beta1 * smoothed + (1 - beta1) * new
+    return smoothed, beta2 * uncertainty + (1 - beta2) * abs(new - smoothed)
+
+
+def score(smoothed: float, uncertainty: float) -> float:
+    """S_t = Ī_t · U_t; equation (8)."""
+    return smoothed * uncertainty
+
+
+def is_due(t: int, *, start: int, interval: int, remaining: int) -> bool:
+    """Whether a round follows optimizer step t: t > start, t a multiple of the interval ν, and budget left."""
+    return remaining > 0 and t > start and t % interval == 0
+
+
+def choose(scores: Sequence[float], *, remaining: int, top_h: int, increment: int) -> dict[int, int]:
+    """Layer ↦ components that it gains in a round, best layer first; ties go to the layer that comes first.
+
+    The h layers with the highest S gain ``increment`` components each while the budget lasts; the last of them may
+    gain fewer. Together they gain at most ``remaining``.
+    """
+    gained: dict[int, int] = {}
+    for k in sorted(range(len(scores)), key=lambda k: (-scores[k], k))[:top_h]:
+        count = min(increment, remaining)
+        if count > 0:
+            gained[k] = count
+        remaining -= count
+    return gained
+
+
+def restarted(curve: Curve, t: int, birth: int, warmup: int, total: int) -> float:
+    """f(t − t0; warm-up, T − t0): the factor at scheduler step t on the learning rate of what was born at t0.
+
+    It warms up from 0 again, and reaches 0 at the same last step as all others. Where fewer steps than the warm-up are
+    left, it warms up over all of them but one.
+    """
+    left = total - birth
+    return curve(t - birth, warmup if birth == 0 else min(warmup, max(0, left - 1)), left)
+
+
+def linear_curve(t: int, warmup: int, total: int) -> float:
+    """Up from 0 over the warm-up, then down to 0 at ``total`` in a straight line."""
+    return t / warmup if t < warmup else max(0.0, (total - t) / (total - warmup))
+
+
+def cosine_curve(t: int, warmup: int, total: int) -> float:
+    """Up from 0 over the warm-up in a straight line, then down to 0 at ``total`` as half a cosine."""
+    return t / warmup if t < warmup else 0.5 * (1 + math.cos(math.pi * (t - warmup) / (total - warmup)))
+
+
+# ---- The run -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class NaiveSettings:
+    """The settings that change what is computed, under the names of `IncreLoraConfig`."""
 
     r_avg: int = 2
     init_r: int = 1
-    top_h: int = 3
+    top_h: int = 3  # h
     increment: int = 1
-    interval: int = 4
+    interval: int = 4  # ν
     start: int = 4
     beta1: float = 0.85
     beta2: float = 0.85
     score_reduction: str = "mean"
     rank_scaling: str = "constant"
-    lora_alpha: float = 16.0
+    lora_alpha: float = 16.0  # α
     orth_reg_weight: float = 0.1
     orth_reg_squared: bool = False
     advance_learning: bool = True
@@ -73,193 +142,236 @@ class Settings:
     lam_lr_multiplier: float = 10.0
 
 
-def linear_curve(t: int, warmup: int, total: int) -> float:
-    return t / warmup if t < warmup else max(0.0, (total - t) / (total - warmup))
+class NaiveLinear(nn.Module):
+    """y = x (W⁽⁰⁾ + ΔW)ᵀ + bias, ΔW built whole; the reserve is used in training and left out of evaluation."""
+
+    def __init__(self, base: nn.Linear, settings: NaiveSettings) -> None:
+        """Over a frozen linear layer; components are put in by `NaiveIncreLora`."""
+        super().__init__()
+        self.base, self.settings = base, settings
+        self.components: list[Component] = []  # active ones first
+        self.delta: Tensor | None = None  # ΔW of the last forward pass; its gradient is ∂L/∂ΔW
+
+    def rank(self) -> int:
+        """r_k, the number of active components."""
+        return sum(c.active for c in self.components)
+
+    def scale(self) -> float:
+        """s = α / r_avg, the same for all layers at all times; with rank_scaling="per_rank" s_k = α / r_k."""
+        s = self.settings
+        return s.lora_alpha / (s.r_avg if s.rank_scaling == "constant" else self.rank())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) ↦ (..., out)."""
+        used = [c for c in self.components if c.active or self.training]
+        self.delta = delta_weight(used, self.scale())
+        if self.delta.requires_grad:
+            self.delta.retain_grad()
+        return nn.functional.linear(x, self.base.weight + self.delta, self.base.bias)
 
 
-def cosine_curve(t: int, warmup: int, total: int) -> float:
-    return t / warmup if t < warmup else 0.5 * (1 + math.cos(math.pi * (t - warmup) / (total - warmup)))
+class Trainable(NamedTuple):
+    """A tensor that AdamW updates, with its own learning rate."""
 
-
-@dataclass
-class Naive:
-    """One run. ``draw(layer index, round, counts)`` gives the (a, b) of new components."""
-
-    model: nn.Module
-    names: Sequence[str]
-    draw: Callable[[int, int, Sequence[int]], list[list[tuple[Tensor, Tensor]]]]
-    settings: Settings
-    total_steps: int
-    warmup: int
-    lr: float
+    tensor: Tensor
+    birth: int  # scheduler step at which its learning-rate curve starts
     weight_decay: float
-    curve: Callable[[int, int, int], float] = linear_curve
-    layers: list[NaiveLinear] = field(default_factory=list)
-    smoothed: list[float] = field(default_factory=list)
-    uncertainty: list[float] = field(default_factory=list)
-    sensitivities: list[list[float]] = field(default_factory=list)
-    rounds: list[tuple[int, list[str]]] = field(default_factory=list)
-    lrs: list[list[float]] = field(default_factory=list)
-    moments: dict[int, Any] = field(default_factory=dict)
+    lr_factor: float
 
-    def __post_init__(self) -> None:
-        self.model = copy.deepcopy(self.model)
+
+class NaiveIncreLora:
+    """One training run under AdamW; every step is scored, so that it equals ``score_tolerance=0``.
+
+    Attributes:
+        layers: the adapted layers, in the order of their names.
+        heads: what is trained fully, by name.
+        smoothed, uncertainty: Ī and U of every layer.
+        sensitivities: I of every layer, one list per step.
+        rounds: the steps of the rounds, with the names of the layers that grew, best first.
+        lrs: the learning rates in use, ascending, one list per step.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        names: Sequence[str],
+        draw: Draw,
+        settings: NaiveSettings,
+        *,
+        heads: Sequence[str],
+        total_steps: int,
+        warmup: int,
+        lr: float,
+        weight_decay: float,
+        curve: Curve = linear_curve,
+    ) -> None:
+        """Copy the model, freeze it, and put components into its layers: ``init_r`` active ones and a reserve.
+
+        Args:
+            model: ``model(**batch).loss`` is the mean loss of a batch.
+            names: of the nn.Linear layers that are adapted; k is a place in this list.
+            draw: gives the (a, b) of new components of layer k; round 0 is the start.
+            heads: names of the modules that are trained fully.
+            total_steps: T.
+            weight_decay: not of biases.
+
+        Raises:
+            ValueError: the model is not in float64.
+        """
+        dtypes = {parameter.dtype for parameter in model.parameters()}
+        if dtypes != {torch.float64}:
+            raise ValueError(
+                f"The naive form is exact in float64 only, and the model has {dtypes}. Pass model.double()."
+            )
+        self.names, self.draw, self.settings = names, draw, settings
+        self.total_steps, self.warmup, self.lr = total_steps, warmup, lr
+        self.weight_decay, self.curve = weight_decay, curve
+        self.model = copy.deepcopy(model).requires_grad_(False)
         self.heads = {
-            name: parameter
+            name: parameter.requires_grad_()
             for name, parameter in self.model.named_parameters()
-            if name.startswith("classifier") or ".pooler." in name
+            if any(name.startswith(f"{head}.") for head in heads)
         }
-        for parameter in self.model.parameters():
-            parameter.requires_grad_(False)
-        for parameter in self.heads.values():
-            parameter.requires_grad_(True)
+        self.layers = [self._adapt(k, name) for k, name in enumerate(names)]
+        self.smoothed = [0.0] * len(names)
+        self.uncertainty = [0.0] * len(names)
+        self.sensitivities: list[list[float]] = []
+        self.rounds: list[tuple[int, list[str]]] = []
+        self.lrs: list[list[float]] = []
+        self._moments: dict[int, tuple[Any, Any, int]] = {}  # AdamW's, by id of the tensor
+
+    def _adapt(self, k: int, name: str) -> NaiveLinear:
         s = self.settings
-        for index, name in enumerate(self.names):
-            parent, _, child = name.rpartition(".")
-            holder = self.model.get_submodule(parent)
-            layer = NaiveLinear(getattr(holder, child), self._scale)
-            setattr(holder, child, layer)
-            self.layers.append(layer)
-            reserve = s.increment if s.advance_learning and s.r_avg > s.init_r else 0
-            first, ahead = self.draw(index, 0, [s.init_r, reserve])
-            layer.components = [self._component(a, b, 0.0, True, 0) for a, b in first]
-            layer.components += [self._component(a, b, s.reserve_lambda, False, 0) for a, b in ahead]
-        self.smoothed = [0.0] * len(self.layers)
-        self.uncertainty = [0.0] * len(self.layers)
+        base = self.model.get_submodule(name)
+        assert isinstance(base, nn.Linear)
+        layer = NaiveLinear(base, s)
+        self.model.set_submodule(name, layer)
+        reserve = s.increment if s.advance_learning and s.r_avg > s.init_r else 0
+        first, ahead = self.draw(k, 0, [s.init_r, reserve])
+        layer.components = [self._component(ab, 0.0, True, 0) for ab in first]  # λ = 0, so that ΔW = 0
+        layer.components += [self._component(ab, s.reserve_lambda, False, 0) for ab in ahead]
+        return layer
 
-    def _scale(self, rank: int) -> float:
-        s = self.settings
-        return s.lora_alpha / (s.r_avg if s.rank_scaling == "constant" else rank)
+    def _component(self, ab: tuple[Tensor, Tensor], lam: float, active: bool, birth: int) -> Component:
+        a, b = (vector.clone().requires_grad_() for vector in ab)
+        return Component(a, b, torch.tensor(lam, dtype=a.dtype, requires_grad=active), active, birth, birth)
 
-    def _component(self, a: Tensor, b: Tensor, lam: float, active: bool, birth: int) -> Component:
-        value = torch.tensor(lam, dtype=a.dtype, requires_grad=active)
-        return Component(a.clone().requires_grad_(), b.clone().requires_grad_(), value, active, birth, birth)
-
-    def trainables(self) -> list[tuple[Tensor, int, float, float]]:
-        """(tensor, birth step, weight decay, factor on the learning rate)."""
-        found: list[tuple[Tensor, int, float, float]] = [
-            (p, 0, 0.0 if n.endswith("bias") else self.weight_decay, 1.0) for n, p in self.heads.items()
-        ]
-        for layer in self.layers:
-            for c in layer.components:
-                found += [(c.a, c.ab_birth, self.weight_decay, 1.0), (c.b, c.ab_birth, self.weight_decay, 1.0)]
-                if c.active:
-                    found.append((c.lam, c.lam_birth, self.weight_decay, self.settings.lam_lr_multiplier))
-        return found
-
-    def rate(self, birth: int, t: int) -> float:
-        """Learning rate at scheduler step t of what was born at ``birth``."""
-        birth = birth if self.settings.restart_warmup else 0
-        return self.lr * self.curve(t - birth, self.warmup, self.total_steps - birth)
-
-    def penalty(self) -> Tensor:
-        total = torch.zeros((), dtype=torch.float64)
-        for layer in self.layers:
-            for rows in ([c.a for c in layer.components], [c.b for c in layer.components]):
-                matrix = torch.stack(rows)
-                off = matrix @ matrix.T - torch.eye(len(rows), dtype=matrix.dtype)
-                squares = sum(entry**2 for entry in off.flatten())
-                total = total + (squares if self.settings.orth_reg_squared else torch.sqrt(squares))
-        return total / (2 * len(self.layers))
-
-    def step(self, step: int, micro_batches: Sequence[dict[str, Tensor]]) -> float:
-        """One optimizer step, the step-th from 1; returns the mean task loss."""
+    def step(self, t: int, micro_batches: Sequence[dict[str, Tensor]]) -> float:
+        """Optimizer step t, from 1; returns the mean over the micro-batches of the task loss L."""
         self.model.train()
-        for tensor, *_ in self.trainables():
-            tensor.grad = None
-        found, loss_sum = [0.0] * len(self.layers), 0.0
+        for one in self.trainables():
+            one.tensor.grad = None
+        count, loss_sum, found = len(micro_batches), 0.0, [0.0] * len(self.layers)
         for batch in micro_batches:
             loss = self.model(**batch).loss
-            loss_sum += loss.item() / len(micro_batches)
-            (loss / len(micro_batches)).backward()
-            for k, layer in enumerate(self.layers):
+            (loss / count).backward()
+            loss_sum += loss.item()
+            for k, layer in enumerate(self.layers):  # (5), with the gradient of this micro-batch's own mean loss
                 assert layer.delta is not None
-                own_gradient = layer.delta.grad * len(micro_batches)  # of this micro-batch's own mean loss
-                magnitude = (layer.delta * own_gradient).abs().sum().item()
-                size = layer.delta.numel()
-                found[k] += magnitude / (size if self.settings.score_reduction == "mean" else math.sqrt(size))
-        found = [value / len(micro_batches) for value in found]
-        if self.settings.orth_reg_weight:
-            (self.settings.orth_reg_weight * self.penalty()).backward()
-        self._adamw(step)
+                assert layer.delta.grad is not None
+                own_gradient = layer.delta.grad * count
+                found[k] += sensitivity(layer.delta, own_gradient, self.settings.score_reduction) / count
+        if self.settings.orth_reg_weight:  # (4), once per step, in neither L nor I
+            (self.settings.orth_reg_weight * penalty(self._matrices(), self.settings.orth_reg_squared)).backward()
+        self._adamw(t)
         self._average(found)
-        if self._due(step):
-            self._round(step)
-        return loss_sum
+        if is_due(t, start=self.settings.start, interval=self.settings.interval, remaining=self.remaining()):
+            self._grow(t)
+        return loss_sum / count
 
-    def _adamw(self, step: int) -> None:
-        trainables = self.trainables()
-        self.lrs.append(sorted({self.rate(birth, step - 1) * factor for _, birth, _, factor in trainables}))
-        norm = math.sqrt(sum((p.grad**2).sum().item() for p, *_ in trainables if p.grad is not None))
-        clip = min(1.0, MAX_GRAD_NORM / (norm + 1e-6))
-        for tensor, birth, decay, factor in trainables:
-            if tensor.grad is None:
-                continue
-            rate = self.rate(birth, step - 1) * factor
-            gradient = tensor.grad * clip
-            m, v, count = self.moments.get(id(tensor), (0.0, 0.0, 0))
-            m = BETAS[0] * m + (1 - BETAS[0]) * gradient
-            v = BETAS[1] * v + (1 - BETAS[1]) * gradient**2
-            count += 1
-            self.moments[id(tensor)] = (m, v, count)
-            corrected_m, corrected_v = m / (1 - BETAS[0] ** count), v / (1 - BETAS[1] ** count)
-            with torch.no_grad():
-                tensor *= 1 - rate * decay
-                tensor -= rate * corrected_m / (corrected_v.sqrt() + EPS)
+    def trainables(self) -> list[Trainable]:
+        """Heads, and of every component a, b and, once it is active, λ."""
+        decay, multiplier = self.weight_decay, self.settings.lam_lr_multiplier
+        found = [Trainable(p, 0, 0.0 if name.endswith("bias") else decay, 1.0) for name, p in self.heads.items()]
+        for layer in self.layers:
+            for c in layer.components:
+                found += [Trainable(c.a, c.ab_birth, decay, 1.0), Trainable(c.b, c.ab_birth, decay, 1.0)]
+                if c.active:
+                    found.append(Trainable(c.lam, c.lam_birth, decay, multiplier))
+        return found
 
-    def _average(self, found: list[float]) -> None:
-        s = self.settings
-        self.sensitivities.append(found)
-        for k, value in enumerate(found):
-            self.smoothed[k] = s.beta1 * self.smoothed[k] + (1 - s.beta1) * value
-            self.uncertainty[k] = s.beta2 * self.uncertainty[k] + (1 - s.beta2) * abs(value - self.smoothed[k])
+    def rate(self, one: Trainable, t: int) -> float:
+        """Learning rate in optimizer step t, which is scheduler step t − 1."""
+        birth = one.birth if self.settings.restart_warmup else 0
+        return self.lr * one.lr_factor * restarted(self.curve, t - 1, birth, self.warmup, self.total_steps)
+
+    def remaining(self) -> int:
+        """Components that the budget r^final = n · r_avg still has."""
+        return self.settings.r_avg * len(self.layers) - self.total_rank()
 
     def total_rank(self) -> int:
+        """Σ_k r_k."""
         return sum(layer.rank() for layer in self.layers)
 
-    def _due(self, step: int) -> bool:
-        s = self.settings
-        unfinished = self.total_rank() < s.r_avg * len(self.layers)
-        return unfinished and step > s.start and step % s.interval == 0
+    def deltas(self) -> dict[str, Tensor]:
+        """ΔW of every layer by name, of active components only: what is evaluated and saved."""
+        return {
+            name: delta_weight([c for c in layer.components if c.active], layer.scale()).detach()
+            for name, layer in zip(self.names, self.layers, strict=True)
+        }
 
-    def _round(self, step: int) -> None:
-        s = self.settings
-        scores = [i * u for i, u in zip(self.smoothed, self.uncertainty, strict=True)]
-        order = sorted(range(len(scores)), key=lambda k: (-scores[k], k))[: s.top_h]
-        budget = s.r_avg * len(self.layers) - self.total_rank()
-        chosen, number = [], len(self.rounds) + 1
-        for k in order:
-            count = min(s.increment, budget)
-            if count == 0:
-                break
-            budget -= count
-            chosen.append(k)
-            self._activate(self.layers[k], k, count, step, number)
-        self.rounds.append((step, [self.names[k] for k in chosen]))
-        if budget == 0:
+    def _matrices(self) -> list[Tensor]:
+        """A and Bᵀ of every layer, shapes (r, in) and (r, out)."""
+        pairs = [([c.a for c in layer.components], [c.b for c in layer.components]) for layer in self.layers]
+        return [torch.stack(rows) for pair in pairs for rows in pair]
+
+    def _adamw(self, t: int) -> None:
+        """AdamW on gradients clipped to the norm 1, every tensor at its own learning rate."""
+        trainables = self.trainables()
+        self.lrs.append(sorted({self.rate(one, t) for one in trainables}))
+        reached = [(one, one.tensor.grad) for one in trainables if one.tensor.grad is not None]
+        norm = math.sqrt(sum((gradient**2).sum().item() for _, gradient in reached))
+        clip = min(1.0, MAX_GRAD_NORM / (norm + 1e-6))
+        for one, gradient in reached:
+            m, v, count = self._moments.get(id(one.tensor), (0.0, 0.0, 0))
+            m = BETAS[0] * m + (1 - BETAS[0]) * clip * gradient
+            v = BETAS[1] * v + (1 - BETAS[1]) * (clip * gradient) ** 2
+            count += 1
+            self._moments[id(one.tensor)] = (m, v, count)
+            unbiased_m, unbiased_v = m / (1 - BETAS[0] ** count), v / (1 - BETAS[1] ** count)
+            with torch.no_grad():
+                one.tensor.mul_(1 - self.rate(one, t) * one.weight_decay)
+                one.tensor.sub_(self.rate(one, t) * unbiased_m / (unbiased_v.sqrt() + EPS))
+
+    def _average(self, found: list[float]) -> None:
+        """(6) and (7) for all layers; a step with a sensitivity that is not finite changes nothing."""
+        self.sensitivities.append(found)
+        if all(map(math.isfinite, found)):
+            for k, new in enumerate(found):
+                self.smoothed[k], self.uncertainty[k] = average(
+                    self.smoothed[k], self.uncertainty[k], new, self.settings.beta1, self.settings.beta2
+                )
+
+    def _grow(self, t: int) -> None:
+        """The round after optimizer step t: chosen layers activate their reserves and get fresh ones.
+
+        Where the budget is met, all reserves are removed.
+        """
+        s, number = self.settings, len(self.rounds) + 1
+        scores = [score(i, u) for i, u in zip(self.smoothed, self.uncertainty, strict=True)]
+        gained = choose(scores, remaining=self.remaining(), top_h=s.top_h, increment=s.increment)
+        self.rounds.append((t, [self.names[k] for k in gained]))
+        for k, count in gained.items():
+            layer = self.layers[k]
+            if s.advance_learning:
+                self._activate(layer, count, t)
+            else:  # nothing was trained ahead: fresh components begin with λ = 0
+                (fresh,) = self.draw(k, number, [count])
+                layer.components += [self._component(ab, 0.0, True, t) for ab in fresh]
+        if self.remaining() == 0:
             for layer in self.layers:
                 layer.components = [c for c in layer.components if c.active]
         elif s.advance_learning:
-            for k in chosen:
+            for k in gained:
                 (fresh,) = self.draw(k, number, [s.increment])
-                self.layers[k].components += [self._component(a, b, s.reserve_lambda, False, step) for a, b in fresh]
+                self.layers[k].components += [self._component(ab, s.reserve_lambda, False, t) for ab in fresh]
 
-    def _activate(self, layer: NaiveLinear, k: int, count: int, step: int, number: int) -> None:
-        s = self.settings
-        if not s.advance_learning:
-            (fresh,) = self.draw(k, number, [count])
-            layer.components += [self._component(a, b, 0.0, True, step) for a, b in fresh]
-            return
-        reserve = [c for c in layer.components if not c.active]
-        for component in reserve[:count]:
-            component.active, component.lam_birth = True, step
-            component.lam = component.lam.clone().requires_grad_()
+    @staticmethod
+    def _activate(layer: NaiveLinear, count: int, t: int) -> None:
+        """Make the λ of ``count`` components of the reserve trainable, born now; drop the rest of the reserve.
+
+        Their a and b keep their values, their moments and their learning-rate curve.
+        """
+        for c in [c for c in layer.components if not c.active][:count]:
+            c.active, c.lam_birth, c.lam = True, t, c.lam.clone().requires_grad_()
         layer.components = [c for c in layer.components if c.active]
-
-    def deltas(self) -> dict[str, Tensor]:
-        """ΔW of every layer, active components only."""
-        result = {}
-        for name, layer in zip(self.names, self.layers, strict=True):
-            pieces = [c.lam.detach() * torch.outer(c.b, c.a).detach() for c in layer.components if c.active]
-            result[name] = torch.stack(pieces).sum(dim=0) * self._scale(layer.rank())
-        return result
