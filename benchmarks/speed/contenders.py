@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
 import logging
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,9 +13,8 @@ from transformers import Trainer, TrainingArguments
 
 from increlora_hf import IncreLoraConfig, IncreLoraTrainer
 from increlora_hf.adapter.targets import resolve_targets
+from increlora_hf.method.reference import NaiveIncreLora, NaiveSettings
 from increlora_hf.tasks.tuners import ADALORA_START
-
-sys.path.append(str(Path(__file__).parents[2] / "tests"))  # for the naive form
 
 LORA_ALPHA = 16
 
@@ -189,14 +185,13 @@ def dense(model: nn.Module, args: TrainingArguments, steps: int, r_avg: int) -> 
 
 
 class Naive:
-    """The naive form that the tests check IncreLoRA against: explicit loops, an optimizer of its own."""
+    """The naive form of the method: dense matrices, explicit loops, an optimizer of its own."""
 
     phase = "all"
 
     def __init__(self, model: nn.Module, args: TrainingArguments, steps: int, r_avg: int) -> None:
         """Rounds as IncreLoRA's defaults would have them do not matter to its cost; a quarter of the run apart."""
-        reference = importlib.import_module("reference")
-        layers, _ = layers_and_heads(model)
+        layers, heads = layers_and_heads(model)
         shapes: list[Any] = [model.get_submodule(name).weight.shape for name in layers]
 
         def draw(layer: int, _round: int, counts: list[int]) -> list[list[tuple[Tensor, Tensor]]]:
@@ -204,9 +199,18 @@ class Naive:
             return [[(torch.randn(inner) * 0.02, torch.randn(out) * 0.02) for _ in range(count)] for count in counts]
 
         quarter = max(1, steps // 4)
-        settings = reference.Settings(r_avg=r_avg, top_h=len(layers), interval=quarter, start=quarter)
-        rate = {"total_steps": steps, "warmup": 0, "lr": args.learning_rate, "weight_decay": 0.0}
-        self.run = reference.Naive(model, layers, draw, settings, **rate)
+        settings = NaiveSettings(r_avg=r_avg, top_h=len(layers), interval=quarter, start=quarter)
+        self.run = NaiveIncreLora(
+            model,
+            layers,
+            draw,
+            settings,
+            heads=heads,
+            total_steps=steps,
+            warmup=0,
+            lr=args.learning_rate,
+            weight_decay=0.0,
+        )
         self.model, self.count = self.run.model, 0
 
     def step(self, batch: Batch) -> None:
@@ -222,7 +226,7 @@ def ours(model: nn.Module, args: TrainingArguments, steps: int, r_avg: int, **se
 
 
 CONTENDERS: dict[str, Callable[..., Any]] = {
-    "naive IncreLoRA of the tests": Naive,  # first: TrainingArguments without a Trainer after them break those before
+    "naive IncreLoRA": Naive,  # first: TrainingArguments without a Trainer after them break those before
     "PEFT LoRA": lora,
     "IncreLoRA": ours,
     "no adapter (floor)": floor,

@@ -9,18 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..method.sensitivity import sensitivity
+
 NO_GRAPH_TASK = -1  # torch's number for "no backward pass is running"
-
-
-def sensitivity(delta_weight: Tensor, gradient: Tensor, reduction: str = "mean") -> Tensor:
-    """I = mean |ΔW ∘ ∂L/∂ΔW| over the out·in entries, equation (5); "sqrt" divides the sum by √(out·in).
-
-    Args:
-        delta_weight: ΔW, shape (out, in).
-        gradient: ∂L/∂ΔW, shape (out, in).
-    """
-    total = torch.linalg.vector_norm(delta_weight * gradient, ord=1)
-    return total / (delta_weight.numel() if reduction == "mean" else delta_weight.numel() ** 0.5)
 
 
 class Factors(NamedTuple):
