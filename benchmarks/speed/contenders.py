@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -194,7 +194,7 @@ class Naive:
         layers, heads = layers_and_heads(model)
         shapes: list[Any] = [model.get_submodule(name).weight.shape for name in layers]
 
-        def draw(layer: int, _round: int, counts: list[int]) -> list[list[tuple[Tensor, Tensor]]]:
+        def draw(layer: int, _round: int, counts: Sequence[int]) -> list[list[tuple[Tensor, Tensor]]]:
             out, inner = shapes[layer]
             return [[(torch.randn(inner) * 0.02, torch.randn(out) * 0.02) for _ in range(count)] for count in counts]
 
