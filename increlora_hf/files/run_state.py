@@ -15,8 +15,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..config import IncreLoraConfig
-from ..growth.growth import Growth, Round, write_json
-from .checkpoints import AdapterFormatError, check_format, read_json_object
+from ..documents import check_format, read_json_object, write_json
+from ..errors import AdapterFormatError
+from ..growth.growth import Growth, Round
 
 STATE_JSON = "increlora_state.json"
 STATE_TENSORS = "increlora_state.safetensors"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import MethodType
@@ -23,7 +22,7 @@ from ..adapter.inject import (
 )
 from ..adapter.warmstart import trainable_adapters, warm_start
 from ..config import IncreLoraConfig
-from ..files.checkpoints import HISTORY_NAME
+from ..documents import HISTORY_NAME, write_json
 from ..method.allocation import Plan, choose, gains, make_plan, scored_window
 from ..method.importance import ImportanceTracker
 
@@ -251,10 +250,3 @@ def _save_with_history(model: Any, save_directory: str, *args: Any, **kwargs: An
     type(model).save_pretrained(model, save_directory, *args, **kwargs)
     if kwargs.get("is_main_process", True):
         write_json(Path(save_directory) / HISTORY_NAME, model.increlora.history())
-
-
-def write_json(path: Path, document: Any) -> None:
-    """A JSON file, whole or not at all."""
-    draft = path.with_name(path.name + ".tmp")
-    draft.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
-    draft.replace(path)

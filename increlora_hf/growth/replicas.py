@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from transformers import TrainingArguments
 from transformers.training_args import ParallelMode
 
-from ..distributed import checksums, is_sharded, num_processes, require_equal, barrier
-from ..files.checkpoints import MANIFEST_NAME, read_json_object, resolve_checkpoint
+from ..distributed import barrier, checksums, is_sharded, num_processes, require_equal
+from ..documents import read_json_object
+from ..files.checkpoints import MANIFEST_NAME, resolve_checkpoint
 from ..files.run_state import STATE_TENSORS
 from .growth import Growth
 
