@@ -56,7 +56,7 @@ def write_uniform(adapter: SavedAdapter, folder: Path) -> None:
     from torch.nn.functional import pad
 
     from .loading import read_config
-    from .run_state import read_tensors
+    from .tensors import read_tensors
 
     read_config(adapter.folder)
     tensors = read_tensors(own_file(adapter.folder, WEIGHTS_NAME))

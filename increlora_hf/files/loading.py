@@ -19,8 +19,8 @@ from ..adapter.targets import features, is_linear
 from ..documents import read_json_object
 from ..errors import AdapterFormatError
 from .checkpoints import MANIFEST_NAME, check_manifest
-from .run_state import check_tensors, read_tensors
 from .saved_adapter import CONFIG_NAME, PREFIX, WEIGHTS_NAME, Shape, check_patterns, local_folder, own_file
+from .tensors import check_tensors, read_tensors
 
 CHECKED = (
     "peft_type",

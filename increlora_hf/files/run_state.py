@@ -10,14 +10,14 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..config import IncreLoraConfig
 from ..documents import check_format, read_json_object, write_json
 from ..errors import AdapterFormatError
 from ..growth.growth import Growth, Round
+from .tensors import check_tensors, read_tensors
 
 STATE_JSON = "increlora_state.json"
 STATE_TENSORS = "increlora_state.safetensors"
@@ -216,30 +216,3 @@ def _load_tensors(path: Path, loaded: Mapping[str, Tensor], model: PeftModel) ->
     with torch.no_grad():
         for name, tensor in live.items():
             tensor.copy_(loaded[name])
-
-
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, on the CPU; raises AdapterFormatError where it is none."""
-    if not path.is_file():
-        raise AdapterFormatError(path, "file", "safetensors", "no such file")
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError, ValueError, KeyError) as error:
-        raise AdapterFormatError(path, "content", "safetensors", str(error)) from None
-
-
-def check_tensors(
-    path: Path, found: Mapping[str, Tensor], expected: Mapping[str, tuple[tuple[int, ...], torch.dtype | None]]
-) -> None:
-    """Compare names, shapes, dtypes (None: any floating one) and finiteness; raises AdapterFormatError."""
-    for name in [*(expected.keys() - found.keys()), *(found.keys() - expected.keys())]:
-        have, want = ("nothing", "a tensor") if name in expected else ("a tensor", "no such key")
-        raise AdapterFormatError(path, name, want, have)
-    for name, (shape, dtype) in expected.items():
-        tensor = found[name]
-        if tuple(tensor.shape) != shape:
-            raise AdapterFormatError(path, name, f"shape {list(shape)}", f"{list(tensor.shape)}")
-        if tensor.dtype != dtype if dtype is not None else not tensor.is_floating_point():
-            raise AdapterFormatError(path, name, str(dtype or "a floating dtype"), str(tensor.dtype))
-        if not torch.isfinite(tensor).all():
-            raise AdapterFormatError(path, name, "finite values", "NaN or infinity")

@@ -46,10 +46,8 @@ from ..growth.growth import Growth, attach, is_attached
 from ..growth.packing import Packing
 from ..growth.replicas import (
     refuse_other_parallelism,
-    require_on_every_node,
     require_same_replicas,
     require_same_start,
-    same_checkpoint,
 )
 from ..growth.schedule import NO_CURVE, RestartWarmupLR, restart_curves
 from ..method.importance import SensitivityProbes
@@ -58,6 +56,7 @@ from ..report.callback import GrowthReportCallback
 from ..report.text import ORTH_LOSS, TOTAL_RANK, plan_line, rank_table
 from .loss_accounting import ItemCountsMixin
 from .publishing import PublishingMixin, refuse_pickles
+from .resuming import require_on_every_node, same_checkpoint
 
 logger = logging.getLogger(__name__)
 
