@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .config import IncreLoraArguments, IncreLoraConfig
-    from .files.checkpoints import AdapterFormatError
+    from .errors import AdapterFormatError
     from .files.loading import load_adapter
     from .growth.attach import attach
     from .growth.run import GrowthRun
@@ -24,7 +24,7 @@ __all__ = [
 __version__ = "0.1.0"
 
 _HOMES = {
-    "AdapterFormatError": "files.checkpoints",
+    "AdapterFormatError": "errors",
     "IncreLoraArguments": "config",
     "IncreLoraConfig": "config",
     "IncreLoraTrainer": "trainer.mixin",

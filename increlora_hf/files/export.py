@@ -11,6 +11,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from ..documents import write_json
 from .base_models import TASKS, load_model, skeleton
 from .saved_adapter import CONFIG_NAME, PREFIX, WEIGHTS_NAME, SavedAdapter, own_file
 
@@ -54,9 +55,8 @@ def write_uniform(adapter: SavedAdapter, folder: Path) -> None:
     from safetensors.torch import save_file
     from torch.nn.functional import pad
 
-    from ..growth.growth import write_json
     from .loading import read_config
-    from .run_state import read_tensors
+    from .tensors import read_tensors
 
     read_config(adapter.folder)
     tensors = read_tensors(own_file(adapter.folder, WEIGHTS_NAME))

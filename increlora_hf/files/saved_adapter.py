@@ -13,7 +13,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from .checkpoints import HISTORY_NAME, AdapterFormatError, read_json_object
+from ..documents import HISTORY_NAME, read_json_object
+from ..errors import AdapterFormatError
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"

@@ -13,8 +13,8 @@ from torch import nn
 from ..adapter.inject import inject
 from ..adapter.warmstart import trainable_adapters, warm_start
 from ..config import IncreLoraConfig
-from ..files.checkpoints import HISTORY_NAME
-from .growth import Growth, write_json
+from ..documents import HISTORY_NAME, write_json
+from .growth import Growth
 
 logger = logging.getLogger(__name__)
 
