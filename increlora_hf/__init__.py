@@ -7,11 +7,13 @@ if TYPE_CHECKING:
     from .config import IncreLoraArguments, IncreLoraConfig
     from .files.checkpoints import AdapterFormatError
     from .files.loading import load_adapter
-    from .growth.growth import attach
+    from .growth.attach import attach
+    from .growth.run import GrowthRun
     from .trainer.mixin import IncreLoraTrainer, IncreLoraTrainerMixin
 
 __all__ = [
     "AdapterFormatError",
+    "GrowthRun",
     "IncreLoraArguments",
     "IncreLoraConfig",
     "IncreLoraTrainer",
@@ -27,7 +29,8 @@ _HOMES = {
     "IncreLoraConfig": "config",
     "IncreLoraTrainer": "trainer.mixin",
     "IncreLoraTrainerMixin": "trainer.mixin",
-    "attach": "growth.growth",
+    "GrowthRun": "growth.run",
+    "attach": "growth.attach",
     "load_adapter": "files.loading",
 }
 

@@ -10,7 +10,7 @@ from conftest import arguments, tiny_bert, token_rows
 from torch import Tensor
 
 from increlora_hf import IncreLoraConfig, IncreLoraTrainer
-from increlora_hf.adapter.inject import component_generator
+from increlora_hf.adapter.components import component_generator
 from increlora_hf.method.reference import NaiveIncreLora, NaiveSettings, cosine_curve, linear_curve
 
 STEPS = 30
@@ -48,8 +48,8 @@ class RecordingTrainer(IncreLoraTrainer):
         if self.accelerator.sync_gradients:
             self.batches.append([])
             self.lrs.append(sorted({float(group["lr"]) for group in self.optimizer.param_groups}))
-            if self._sensitivities is not None:
-                self.seen.append(self._sensitivities.tolist())
+            if self.growth_run.sensitivities is not None:
+                self.seen.append(self.growth_run.sensitivities.tolist())
         return loss
 
 

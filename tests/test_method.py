@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_bert
 from torch.nn import Parameter
 
 import increlora_hf
@@ -18,7 +17,6 @@ from increlora_hf.method import reference
 from increlora_hf.method.allocation import Plan, choose, gains
 from increlora_hf.method.importance import ImportanceTracker
 from increlora_hf.method.orthogonality import orthogonality
-from increlora_hf.method.reference import NaiveIncreLora, NaiveSettings
 from increlora_hf.method.sensitivity import sensitivity
 
 PACKAGE = Path(increlora_hf.__file__).parent
@@ -88,21 +86,6 @@ def test_restarted_curve_is_the_naive_one(name: str, curve: reference.Curve, war
     steps = range(birth, 41)
     expected = [reference.restarted(curve, t, birth, warmup, 40) for t in steps]
     assert [ours(t - birth) for t in steps] == pytest.approx(expected, rel=1e-12)
-
-
-def test_naive_form_refuses_a_model_that_would_round() -> None:
-    with pytest.raises(ValueError, match=r"float64 only, and the model has .*float32.* Pass model.double\(\)"):
-        NaiveIncreLora(
-            tiny_bert(),
-            [],
-            lambda *_: [],
-            NaiveSettings(),
-            heads=[],
-            total_steps=1,
-            warmup=0,
-            lr=0.1,
-            weight_decay=0.0,
-        )
 
 
 def test_method_imports_neither_peft_nor_transformers() -> None:

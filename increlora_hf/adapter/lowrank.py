@@ -1,4 +1,4 @@
-"""The fused low-rank update with its sensitivity: forward and backward by hand."""
+"""The fused low-rank update with its sensitivity; forward and backward are written by hand."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ NO_GRAPH_TASK = -1  # torch's number for "no backward pass is running"
 
 
 class Factors(NamedTuple):
-    """What makes ΔW = s · Bᵀ diag(λ) A."""
+    """The factors of ΔW = s · Bᵀ diag(λ) A."""
 
     A: Tensor  # (r, in)
     B: Tensor  # (r, out), as rows

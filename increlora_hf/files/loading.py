@@ -16,8 +16,9 @@ from torch import nn
 
 from ..adapter.inject import whole_or_not_at_all
 from ..adapter.targets import features, is_linear
+from ..growth.tensors import check_tensors
 from .checkpoints import MANIFEST_NAME, AdapterFormatError, check_manifest, read_json_object
-from .run_state import check_tensors, read_tensors
+from .run_state import read_tensors
 from .saved_adapter import CONFIG_NAME, PREFIX, WEIGHTS_NAME, Shape, check_patterns, local_folder, own_file
 
 CHECKED = (
