@@ -11,9 +11,10 @@ if TYPE_CHECKING:  # what _HOMES says, for type checkers and editors
     from .errors import AdapterFormatError as AdapterFormatError
     from .errors import HubPushError as HubPushError
     from .files.loading import load_adapter as load_adapter
+    from .growth.attach import attach as attach
     from .growth.growth import Growth as Growth
     from .growth.growth import Round as Round
-    from .growth.growth import attach as attach
+    from .growth.run import GrowthRun as GrowthRun
     from .method.allocation import Plan as Plan
     from .report.callback import GrowthReportCallback as GrowthReportCallback
     from .trainer.mixin import IncreLoraTrainer as IncreLoraTrainer
@@ -23,6 +24,7 @@ _HOMES = {
     "AdapterFormatError": "errors",
     "Growth": "growth.growth",
     "GrowthReportCallback": "report.callback",
+    "GrowthRun": "growth.run",
     "HubPushError": "errors",
     "IncreLoraArguments": "config",
     "IncreLoraConfig": "config",
@@ -30,7 +32,7 @@ _HOMES = {
     "IncreLoraTrainerMixin": "trainer.mixin",
     "Plan": "method.allocation",
     "Round": "growth.growth",
-    "attach": "growth.growth",
+    "attach": "growth.attach",
     "load_adapter": "files.loading",
 }
 __all__ = [*_HOMES]

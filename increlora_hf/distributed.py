@@ -1,4 +1,4 @@
-"""torch.distributed for a run that grows: mean gradients, broadcasts from rank 0, and checks that all processes agree."""
+"""torch.distributed for a run that grows: mean gradients, broadcasts from rank 0, checks that processes agree."""
 
 from __future__ import annotations
 

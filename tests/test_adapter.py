@@ -26,7 +26,7 @@ from transformers import (
 )
 
 from increlora_hf import IncreLoraConfig, attach
-from increlora_hf.adapter.inject import adapted_layers
+from increlora_hf.adapter.components import adapted_layers
 from increlora_hf.growth.growth import Round
 
 INPUT = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 0]])

@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 from conftest import arguments, tiny_bert, token_rows
-from reference import Naive, Settings, cosine_curve, linear_curve
 from torch import Tensor
 
 from increlora_hf import IncreLoraConfig, IncreLoraTrainer
-from increlora_hf.adapter.inject import component_generator
+from increlora_hf.adapter.components import component_generator
+from increlora_hf.method.reference import NaiveIncreLora, NaiveSettings, cosine_curve, linear_curve
 
 STEPS = 30
 WEIGHT_DECAY = 0.3  # unlike that of any optimizer on its own
@@ -48,8 +48,8 @@ class RecordingTrainer(IncreLoraTrainer):
         if self.accelerator.sync_gradients:
             self.batches.append([])
             self.lrs.append(sorted({float(group["lr"]) for group in self.optimizer.param_groups}))
-            if self._sensitivities is not None:
-                self.seen.append(self._sensitivities.tolist())
+            if self.growth_run.sensitivities is not None:
+                self.seen.append(self.growth_run.sensitivities.tolist())
         return loss
 
 
@@ -67,20 +67,20 @@ def draw(layer_index: int, round_index: int, counts: Sequence[int]) -> list[list
 
 @pytest.mark.parametrize("case", CASES, ids=list(CASES))
 def test_run_equals_the_naive_form(case: str, tmp_path: Path) -> None:
-    _compare(Settings(**CASES[case]), "linear", 1, tmp_path)
+    _compare(NaiveSettings(**CASES[case]), "linear", 1, tmp_path)
 
 
 @pytest.mark.parametrize("case", ["defaults", "no-advance-learning"])
 def test_run_equals_the_naive_form_over_three_micro_batches(case: str, tmp_path: Path) -> None:
     """64 rows in batches of 4 leave one micro-batch alone in the last step of every epoch."""
-    _compare(Settings(**CASES[case]), "linear", 3, tmp_path)
+    _compare(NaiveSettings(**CASES[case]), "linear", 3, tmp_path)
 
 
 def test_run_equals_the_naive_form_under_a_cosine_schedule(tmp_path: Path) -> None:
-    _compare(Settings(), "cosine", 1, tmp_path)
+    _compare(NaiveSettings(), "cosine", 1, tmp_path)
 
 
-def _compare(settings: Settings, schedule: str, accumulation: int, tmp_path: Path) -> None:
+def _compare(settings: NaiveSettings, schedule: str, accumulation: int, tmp_path: Path) -> None:
     model = tiny_bert().double()
     config = IncreLoraConfig(**vars(settings), score_tolerance=0.0, seed=3)
     args = arguments(
@@ -94,11 +94,12 @@ def _compare(settings: Settings, schedule: str, accumulation: int, tmp_path: Pat
     naive_base = tiny_bert().double()
     trainer = RecordingTrainer(model, args, train_dataset=token_rows(), increlora_config=config)
     names = list(trainer.increlora.layers)
-    naive = Naive(
+    naive = NaiveIncreLora(
         naive_base,
         names,
         draw,
         settings,
+        heads=("bert.pooler", "classifier"),
         total_steps=STEPS,
         warmup=3,
         lr=1e-2,

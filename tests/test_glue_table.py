@@ -12,7 +12,7 @@ from glue_fixtures import save_tiny_model, sentence_pairs, write_parquet
 from safetensors.numpy import save_file
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "benchmarks"))
+sys.path.insert(0, str(ROOT / "benchmarks" / "evidence"))
 
 import glue_report  # noqa: E402
 import glue_table  # noqa: E402

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from increlora_hf import IncreLoraConfig, attach
-from increlora_hf.adapter.lowrank import sensitivity
+from increlora_hf.adapter.probes import SensitivityProbes
 from increlora_hf.method.allocation import choose, scored_window
-from increlora_hf.method.importance import ImportanceTracker, SensitivityProbes
+from increlora_hf.method.importance import ImportanceTracker
+from increlora_hf.method.sensitivity import sensitivity
 
 MAX_TIES = 2  # of 600 rounds: a layer whose score all but equals its neighbour's may change places with it
 ROWS = torch.randint(5, 60, (6, 8), generator=torch.Generator().manual_seed(0))

@@ -14,7 +14,8 @@ from torch.nn import functional as F
 
 from increlora_hf import IncreLoraConfig, attach
 from increlora_hf.adapter.fused import FusedLinear
-from increlora_hf.adapter.lowrank import Factors, Probe, add_update, linear_with_update, sensitivity
+from increlora_hf.adapter.lowrank import Factors, Probe, add_update, linear_with_update
+from increlora_hf.method.sensitivity import sensitivity
 
 IN, OUT, SCALE, RESERVE_LAMBDA = 5, 4, 1.7, 0.3
 PARTS = {"reserve": (1, 2), "longer": (3, 1), "no reserve": (2, 0)}  # active components, components in reserve

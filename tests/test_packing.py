@@ -30,6 +30,12 @@ def grown(old: list[Parameter], rows: tuple[int, ...], seed: int) -> list[Parame
     return new
 
 
+def stepped(packing: Packing, optimizer: optim.Optimizer) -> list[Parameter]:
+    """What the groups hold inside ``optimizer.step()``."""
+    with packing._strips_in_groups():
+        return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
 class Alone:
     """Every row a parameter of its own, in a group of its own."""
 
@@ -78,7 +84,6 @@ def test_growing_and_cut_rows_are_optimized_as_if_each_were_alone(
             alone.step(gradients)
             for factor, gradient in zip(now, gradients, strict=True):
                 factor.grad = gradient.clone()
-            packing.gather()
             optimizer.step()
             for factor, expected in zip(now, alone.rows, strict=True):
                 torch.testing.assert_close(
@@ -88,17 +93,18 @@ def test_growing_and_cut_rows_are_optimized_as_if_each_were_alone(
     assert births == [None, 1, 2]
     assert head is optimizer.param_groups[0]["params"][-1]
     if together:  # three widths at first, two and one of later strips are left, and the head
-        assert len(packing.parameters) == 3 + 2 + 1 + 1
-    assert set(optimizer.state) <= set(packing.parameters)
+        assert len(stepped(packing, optimizer)) == 3 + 2 + 1 + 1
+    assert set(optimizer.state) <= set(stepped(packing, optimizer))
 
 
 def test_few_tensors_whatever_the_number_of_factors() -> None:
     many = [Parameter(torch.ones(2, 4)) for _ in range(300)]
-    packing = Packing(optim.AdamW(many), many)
+    optimizer = optim.AdamW(many)
+    packing = Packing(optimizer, many)
     for round_ in range(5):
         many = [Parameter(torch.ones(len(factor) + 1, 4)) for factor in many]
         packing.follow(many, birth_step=round_)
-    assert [tuple(strip.shape) for strip in packing.parameters] == [(600, 4)] + 5 * [(300, 4)]
+    assert [tuple(strip.shape) for strip in stepped(packing, optimizer)] == [(600, 4)] + 5 * [(300, 4)]
 
 
 def test_new_rows_join_the_settings_of_their_factors_group() -> None:
@@ -108,15 +114,16 @@ def test_new_rows_join_the_settings_of_their_factors_group() -> None:
     packing.follow([Parameter(torch.ones(2, 2)), Parameter(torch.ones(3, 2))], birth_step=4)
     found = [(g["initial_lr"], g["lr"], g["weight_decay"], g["birth_step"]) for g in optimizer.param_groups[2:]]
     assert found == [(0.1, 0.0, 0.01, 4), (1.0, 0.0, 0.5, 4)]
-    assert [group["params"][0].shape[0] for group in optimizer.param_groups] == [1, 1, 1, 2]
+    assert [strip.shape[0] for strip in stepped(packing, optimizer)] == [1, 1, 1, 2]
 
 
 def test_what_has_no_gradient_counts_as_zero_beside_others_and_is_left_alone_by_itself() -> None:
     one, other, wide = Parameter(torch.ones(1, 2)), Parameter(torch.ones(1, 2)), Parameter(torch.ones(1, 3))
-    packing = Packing(optim.SGD([one, other, wide], lr=1.0), [one, other, wide])
+    optimizer = optim.SGD([one, other, wide], lr=1.0)
+    packing = Packing(optimizer, [one, other, wide])
     one.grad = torch.ones(1, 2)
-    packing.gather()
-    narrow, broad = packing.parameters
+    optimizer.step()
+    narrow, broad = stepped(packing, optimizer)
     assert narrow.grad.tolist() == [[1, 1], [0, 0]]
     assert broad.grad is None
 
@@ -124,11 +131,10 @@ def test_what_has_no_gradient_counts_as_zero_beside_others_and_is_left_alone_by_
 def test_values_that_change_between_steps_are_taken_along() -> None:
     factor = Parameter(torch.zeros(2, 2))
     optimizer = optim.SGD([factor], lr=1.0)
-    packing = Packing(optimizer, [factor])
+    Packing(optimizer, [factor])
     with torch.no_grad():
         factor[1] = 5
     factor.grad = torch.ones(2, 2)
-    packing.gather()
     optimizer.step()
     assert factor.tolist() == [[-1, -1], [4, 4]]
 
@@ -142,3 +148,60 @@ def test_optimizer_of_another_model_and_one_in_use_are_refused() -> None:
     used.step()
     with pytest.raises(ValueError, match="used already"):
         Packing(used, [factor])
+
+
+@pytest.mark.parametrize("name", ["AdamWScheduleFree", "SGDScheduleFree", "RAdamScheduleFree"])
+def test_schedule_free_rows_are_averaged_as_if_each_were_alone(name: str) -> None:
+    """Counts and sums of a group that is born start anew, and ``train`` and ``eval`` move the factors at once."""
+    kind: Any = getattr(pytest.importorskip("schedulefree"), name)
+
+    class Switched(Alone):
+        def follow(self, factors: list[Parameter]) -> None:
+            self.optimizer.eval()
+            super().follow(factors)
+            self.optimizer.train()
+
+    now = factors(STAGES[0])
+    alone = Switched(kind, now)
+    optimizer = kind(now, **SETTINGS)
+    packing = Packing(optimizer, now)
+    for stage, rows in enumerate(STAGES[:3]):
+        if stage:
+            now = grown(now, rows, seed=10 * stage)
+            alone.follow(now)
+            packing.follow(now, birth_step=stage)
+            optimizer.param_groups[-1]["lr"] = SETTINGS["lr"] if optimizer.param_groups[-1]["lr"] == 0 else 0.1
+        for step in range(3):
+            for side in (alone.optimizer, optimizer):
+                side.train()
+            gradients = [draw(*factor.shape, seed=1000 * stage + 100 * step + i) for i, factor in enumerate(now)]
+            alone.step(gradients)
+            for factor, gradient in zip(now, gradients, strict=True):
+                factor.grad = gradient.clone()
+            optimizer.step()
+            for side in (alone.optimizer, optimizer):
+                side.eval()
+            for factor, expected in zip(now, alone.rows, strict=True):
+                torch.testing.assert_close(factor.detach(), torch.stack(list(expected)).detach(), rtol=1e-9, atol=1e-9)
+            for side in (alone.optimizer, optimizer):
+                side.train()
+
+
+def test_numbers_that_an_optimizer_keeps_in_its_groups_start_anew_and_settings_do_not() -> None:
+    class Counting(optim.SGD):
+        def step(self, closure: Any = None) -> Any:
+            for group in self.param_groups:
+                group["calls"] = group.get("calls", 0) + 1
+            return super().step(closure)
+
+    factor = Parameter(torch.zeros(1, 2))
+    optimizer = Counting([{"params": [factor], "calls": 0}], lr=1.0)
+    packing = Packing(optimizer, [factor])
+    for _ in range(3):
+        factor.grad = torch.ones(1, 2)
+        optimizer.step()
+    optimizer.param_groups[0]["weight_decay"] = 0.25  # by a callback
+    packing.follow([Parameter(torch.zeros(2, 2))], birth_step=3)
+    old, new = optimizer.param_groups
+    assert (old["calls"], new["calls"]) == (3, 0)
+    assert (old["weight_decay"], new["weight_decay"]) == (0.25, 0.25)

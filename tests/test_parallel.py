@@ -33,9 +33,17 @@ from transformers.trainer_pt_utils import AcceleratorConfig
 from transformers.training_args import ParallelMode
 
 from increlora_hf import IncreLoraConfig, IncreLoraTrainer
-from increlora_hf.distributed import average, average_gradients, checksums, is_sharded, broadcast_object, require_equal, broadcast_tensors
+from increlora_hf.distributed import (
+    average,
+    average_gradients,
+    broadcast_object,
+    broadcast_tensors,
+    checksums,
+    is_sharded,
+    require_equal,
+)
 from increlora_hf.growth import replicas
-from increlora_hf.growth.replicas import refuse_other_parallelism
+from increlora_hf.trainer.refusals import refuse_other_parallelism
 
 CONFIG = IncreLoraConfig(r_avg=4, top_h=3, interval=7, start=7)  # 12 rounds of a BERT's 12 layers, by step 84
 SHORT = IncreLoraConfig(r_avg=2, top_h=6, interval=5, start=4)  # 2 rounds, by step 10

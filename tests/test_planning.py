@@ -35,7 +35,7 @@ def test_counts_are_those_of_the_attached_model(case: str) -> None:
     config = IncreLoraConfig(r_avg=3, init_r=2, increment=2)
     planned = plan_model(model, config, max_steps=STEPS)
     attached = attach(model, config)
-    attached.increlora.plan_run(STEPS, 0)
+    attached.increlora.begin_run(STEPS, 0)
     assert planned["layers"] == list(attached.increlora.layers)
     assert planned["start"]["adapter_parameters"] == held(attached.increlora)
     assert planned["head_parameters"] == heads_of(attached)
@@ -59,7 +59,7 @@ def test_growth_stays_within_the_bounds_and_meets_them_in_the_extremes(order: st
     config = IncreLoraConfig(r_avg=3, increment=2, top_h=4, advance_learning=ahead)
     planned = plan_model(tiny_bert(), config, max_steps=STEPS)
     growth = attach(tiny_bert(), config).increlora
-    growth.plan_run(STEPS, 0)
+    growth.begin_run(STEPS, 0)
     generator = random.Random(0)
     largest, counts = held(growth), []
     for step in range(growth.plan.rounds):
@@ -120,7 +120,7 @@ def test_a_run_too_short_is_refused_with_the_library_s_own_message() -> None:
     with pytest.raises(ValueError, match="cannot be met in 20 steps") as planned:
         plan_model(tiny_bert(), config, max_steps=20)
     with pytest.raises(ValueError) as attached:
-        attach(tiny_bert(), config).increlora.plan_run(20, 0)
+        attach(tiny_bert(), config).increlora.begin_run(20, 0)
     assert str(planned.value) == str(attached.value)
 
 

@@ -42,16 +42,14 @@ class WatchedTrainer(IncreLoraTrainer):
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         held = [p for group in self.optimizer.param_groups for p in group["params"]]
-        strips = [strip.parameter for strip in self._packing._strips]
-        assert {id(strip) for strip in strips} <= {id(p) for p in held}
+        assert sorted(map(id, held)) == sorted(id(p) for p in self.model.parameters() if p.requires_grad)
+        strips = [strip.parameter for strip in self.growth_run._packing._strips]
         ours = {id(p) for p in self.increlora.parameters()}
-        others = [id(p) for p in self.model.parameters() if p.requires_grad and id(p) not in ours]
-        assert sorted(id(p) for p in held) == sorted([*map(id, strips), *others])
         assert sum(strip.numel() for strip in strips) == sum(p.numel() for p in self.increlora.parameters())
-        assert set(self.optimizer.state) <= set(held)
+        assert set(self.optimizer.state) <= {*strips, *(p for p in held if id(p) not in ours)}
         loss = super().training_step(*args, **kwargs)
-        if self.accelerator.sync_gradients and self._sensitivities is not None:
-            self.seen.append(self._sensitivities.clone())
+        if self.accelerator.sync_gradients and self.growth_run.sensitivities is not None:
+            self.seen.append(self.growth_run.sensitivities.clone())
         return loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
@@ -190,7 +188,7 @@ def test_only_the_window_before_a_round_is_scored_and_nothing_after_the_last(tmp
     assert [record.step for record in trainer.increlora.rounds] == [10, 20]
     assert trainer.increlora.plan.window == 3
     assert len(trainer.seen) == 2 * 3
-    assert trainer._probes is None
+    assert not trainer.growth_run.is_scoring
 
 
 def test_windowed_choice_equals_the_every_step_choice(tmp_path: Path) -> None:
@@ -477,20 +475,37 @@ def test_finished_scheduler_is_refused(tmp_path: Path) -> None:
         IncreLoraTrainer(model, arguments(tmp_path), optimizers=(optimizer, scheduler))
 
 
-@pytest.mark.parametrize("method", ["optimizer", "scheduler"])
-def test_method_that_leaves_ours_out_is_refused_before_step_1(method: str, tmp_path: Path) -> None:
+def test_scheduler_that_leaves_ours_out_is_refused_before_step_1(tmp_path: Path) -> None:
     class Own(IncreLoraTrainer):
-        def create_own(self, *args: Any, **kwargs: Any) -> Any:
-            if method == "optimizer":
-                self.optimizer = torch.optim.SGD([p for p in self.model.parameters() if p.requires_grad])
-            else:
-                self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, float)
+        def create_scheduler(self, *args: Any, **kwargs: Any) -> Any:
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, float)
 
-    setattr(Own, f"create_{method}", Own.create_own)
     trainer = Own(tiny_bert(), arguments(tmp_path), train_dataset=token_rows(), increlora_config=QUICK)
-    with pytest.raises(ValueError, match=rf"create_{method} of Own leaves IncreLoRA's out.*super\(\)"):
+    with pytest.raises(ValueError, match=r"create_scheduler of Own leaves IncreLoRA's out.*super\(\)"):
         trainer.train()
     assert trainer.state.global_step == 0
+
+
+def test_optimizer_that_a_subclass_makes_without_super_grows_and_resumes(tmp_path: Path) -> None:
+    class Own(IncreLoraTrainer):
+        def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+            if self.optimizer is None:
+                self.optimizer = torch.optim.AdamW([p for p in self.model.parameters() if p.requires_grad], lr=1e-2)
+            return self.optimizer
+
+    whole, resumed = (
+        Own(
+            tiny_bert(),
+            arguments(tmp_path, save_strategy="steps", save_steps=15),
+            train_dataset=token_rows(),
+            increlora_config=QUICK,
+        )
+        for _ in range(2)
+    )
+    whole.train()
+    assert whole.increlora.remaining == 0
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-15"))
+    assert all(map(torch.equal, deltas(whole).values(), deltas(resumed).values()))
 
 
 def test_optimizer_of_another_model_is_refused(tmp_path: Path) -> None:

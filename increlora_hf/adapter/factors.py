@@ -15,7 +15,7 @@ ADAPTER = "default"  # PEFT's own name for the adapter of get_peft_model
 
 
 class _GrowingFactor(nn.Module):
-    """Components as rows, the reserve's last; PEFT reads ``weight`` and calls it.
+    """Components as rows, the reserve's last. PEFT reads ``weight`` and calls the module.
 
     Rows are only ever appended, or cut from the end; ``components`` is a new Parameter then.
     """
@@ -46,7 +46,7 @@ class _GrowingFactor(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """What an ordinary LoRA layer holds in this place, active components only."""
+        """The weight of the ordinary LoRA factor in this place, active components only."""
         raise NotImplementedError
 
     def _set_weight(self, weight: Tensor) -> None:
@@ -78,14 +78,14 @@ class GrowingA(_GrowingFactor):
     """
 
     def __init__(self, in_features: int, like: Tensor, reserve_lambda: float) -> None:
-        """Start without components, in the dtype and on the device of ``like``; see `AdaptedLayer`."""
+        """Create it without components, in the dtype and on the device of ``like``."""
         super().__init__(in_features, like)
         self.reserve_lambda = reserve_lambda
         self.probe: Probe | None = None  # takes out the sensitivity while it is there
         self.active_lam = Parameter(like.new_empty(0))  # the trainable λ, shape (rank,)
 
     def activate(self, count: int, lam: float) -> None:
-        """Make the first ``count`` components of the reserve active, with this λ."""
+        """Activate the first ``count`` components of the reserve, with this λ."""
         old = self.active_lam.detach()
         self.active_lam = Parameter(torch.cat([old, old.new_full((count,), lam)]))
         self.rank += count
@@ -115,7 +115,7 @@ class GrowingB(_GrowingFactor):
     """h ↦ h Bᵀ, stored as rows b_i; ``weight`` = B, shape (out, r)."""
 
     def activate(self, count: int) -> None:
-        """Make the first ``count`` components of the reserve active."""
+        """Activate the first ``count`` components of the reserve."""
         self.rank += count
 
     @property

@@ -1,4 +1,4 @@
-"""PEFT's LoRA layers with their forward pass replaced by the fused low-rank update."""
+"""Replace the forward pass of PEFT's LoRA layers by the fused low-rank update."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from .lowrank import Factors, add_update, linear_with_update
 
 
 def fuse(layer: LoraLayer) -> None:
-    """Let a LoRA layer with growing factors compute them fused, with its base where that is an ordinary nn.Linear."""
+    """Let a LoRA layer compute its growing factors fused; an ordinary nn.Linear base is computed with them."""
     layer.lora_variant[ADAPTER] = FusedUpdate()
     if type(layer) is Linear and type(layer.get_base_layer()) is nn.Linear:
         layer.__class__ = FusedLinear
 
 
 def factors_of(layer: Any) -> Factors:
-    """The components that the layer computes with: the reserve's too while it trains."""
+    """Return the components that the layer computes with; while it trains, the reserve's too."""
     a: GrowingA = layer.lora_A[ADAPTER]
     b: GrowingB = layer.lora_B[ADAPTER]
     return Factors(
@@ -35,7 +35,7 @@ def factors_of(layer: Any) -> Factors:
 
 
 class FusedUpdate(LoraVariant):
-    """PEFT's seam for another forward pass, used over any kind of base layer: Conv1D, quantised ones, ..."""
+    """The update over a base layer of any kind (Conv1D, quantised): PEFT calls a LoraVariant in place of its own."""
 
     @staticmethod
     def forward(module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
@@ -59,7 +59,7 @@ class FusedUpdate(LoraVariant):
 
 
 class FusedLinear(Linear):
-    """PEFT's LoRA layer over an nn.Linear; where nothing else is asked of it, base and update are one Function."""
+    """PEFT's LoRA layer over an nn.Linear. In the plain case base and update are computed in one Function."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """x (W + ΔW)ᵀ + bias."""
@@ -69,7 +69,7 @@ class FusedLinear(Linear):
         return linear_with_update(x, base.weight, base.bias, factors_of(self))
 
     def _is_plain(self) -> bool:
-        """Whether there is no other adapter, no dropout, and nothing that watches, shards or trains the base."""
+        """Return whether there is one adapter, no dropout, and a base that is frozen, whole and without hooks."""
         base: Any = self.base_layer
         return (
             self.active_adapters == [ADAPTER]

@@ -1,4 +1,4 @@
-"""The fused low-rank update with its sensitivity: forward and backward by hand."""
+"""The fused low-rank update with its sensitivity; forward and backward are written by hand."""
 
 from __future__ import annotations
 
@@ -9,22 +9,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..method.sensitivity import sensitivity
+
 NO_GRAPH_TASK = -1  # torch's number for "no backward pass is running"
 
 
-def sensitivity(delta_weight: Tensor, gradient: Tensor, reduction: str = "mean") -> Tensor:
-    """I = mean |ΔW ∘ ∂L/∂ΔW| over the out·in entries, equation (5); "sqrt" divides the sum by √(out·in).
-
-    Args:
-        delta_weight: ΔW, shape (out, in).
-        gradient: ∂L/∂ΔW, shape (out, in).
-    """
-    total = torch.linalg.vector_norm(delta_weight * gradient, ord=1)
-    return total / (delta_weight.numel() if reduction == "mean" else delta_weight.numel() ** 0.5)
-
-
 class Factors(NamedTuple):
-    """What makes ΔW = s · Bᵀ diag(λ) A."""
+    """The factors of ΔW = s · Bᵀ diag(λ) A."""
 
     A: Tensor  # (r, in)
     B: Tensor  # (r, out), as rows

@@ -95,7 +95,7 @@ def is_linear(module: nn.Module) -> bool:
 
 
 def features(module: nn.Module) -> tuple[int, int]:
-    """What a linear layer takes in and gives out."""
+    """Return (in_features, out_features) of a linear layer."""
     if isinstance(module, nn.Linear):
         return module.in_features, module.out_features
     assert isinstance(module, Conv1D)
@@ -124,7 +124,7 @@ def fused_experts(model: nn.Module) -> list[str]:
 
 
 def _backbone(model: nn.Module) -> Sequence[nn.Module]:
-    """transformers' model without its head; of a class that has no such part, its towers; or the whole model."""
+    """Return the backbone: transformers' base model; where a class has none, its towers; else the whole model."""
     if not isinstance(model, PreTrainedModel):
         return [model]
     if model.base_model is not model:
@@ -152,7 +152,7 @@ def _frozen_outputs(model: nn.Module) -> set[int]:
 
 
 def _outside_backbone(model: nn.Module) -> list[str]:
-    """Names of what is trained fully: everything with parameters outside the backbone, and the backbone's pooler.
+    """Return the names of what is trained fully: whatever has parameters outside the backbone, and its pooler.
 
     The pooler belongs to the head by what it does, wherever the model class keeps it. Embeddings stay frozen, and so
     do the output embeddings of a language model, which are tied to them or as large.
@@ -182,7 +182,7 @@ def _outside_backbone(model: nn.Module) -> list[str]:
 
 
 def _refuse_shared_endings(model: nn.Module, outside: Sequence[str]) -> None:
-    """PEFT takes the name of a head as an ending, and would train fully whatever else ends like it."""
+    """Refuse a head whose name is the ending of another module's: PEFT would train that one fully too."""
     heads = {name for one in outside for name, _ in model.get_submodule(one).named_modules(prefix=one)}
     others = [name for name, _ in model.named_modules() if name and name not in heads]
     for head in outside:
@@ -209,11 +209,11 @@ _TASK_TYPES = {
 
 
 def _task_type(model: nn.Module) -> TaskType | None:
-    """PEFT's word for the model's task, by its class; None where PEFT has none."""
+    """Return PEFT's task type for the model's class, or None where PEFT has none."""
     name = type(model).__name__
     return next((task for task, classes in _TASK_TYPES.items() if name in classes.values()), None)
 
 
 def plain_alpha(alpha: float) -> int | float:
-    """An int where it is one, as readers of adapter_config.json expect."""
+    """Return alpha as an int where it is whole, as readers of adapter_config.json expect."""
     return int(alpha) if float(alpha).is_integer() else float(alpha)

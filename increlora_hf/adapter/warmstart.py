@@ -1,4 +1,4 @@
-"""From a trained LoRA adapter to growing components that compute the same."""
+"""Turn a trained LoRA adapter into growing components that compute the same."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 
 from ..config import IncreLoraConfig
-from .inject import adapted_layers, inject
+from .components import adapted_layers
+from .inject import inject
 
 
 def warm_start(peft_model: PeftModel, config: IncreLoraConfig) -> PeftModel:
-    """The base model with growing layers where the adapter had its own, holding the same ΔW.
+    """Replace the adapter's layers by growing ones that hold the same ΔW.
 
     ``config.target_modules`` gives way to the adapter's layers, and ``init_r`` to its ranks.
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from ..adapter.inject import budget
+from ..adapter.components import budget
 from ..adapter.targets import features, fused_experts, resolve_targets
 from ..config import IncreLoraConfig
 from ..growth.growth import plan_for

@@ -18,9 +18,10 @@ from ..adapter.inject import whole_or_not_at_all
 from ..adapter.targets import features, is_linear
 from ..documents import read_json_object
 from ..errors import AdapterFormatError
+from ..growth.tensors import check_tensors
 from .checkpoints import MANIFEST_NAME, check_manifest
 from .saved_adapter import CONFIG_NAME, PREFIX, WEIGHTS_NAME, Shape, check_patterns, local_folder, own_file
-from .tensors import check_tensors, read_tensors
+from .tensors import read_tensors
 
 CHECKED = (
     "peft_type",

@@ -1,30 +1,29 @@
-"""One model's growth: who has which rank, how it came about, and the round that gives more."""
+"""One model's growth: its ranks, the rounds that led to them, and how a round grows it."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
-from types import MethodType
 from typing import Any
 
+import torch
 from peft import PeftModel
-from torch import nn
+from torch import Tensor
 from torch.nn import Parameter
 
-from ..adapter.inject import (
+from ..adapter.components import (
     AdaptedLayer,
     adapted_layers,
     budget,
     component_generator,
-    inject,
     record_ranks,
     start_components,
 )
-from ..adapter.warmstart import trainable_adapters, warm_start
 from ..config import IncreLoraConfig
-from ..documents import HISTORY_NAME, write_json
+from ..errors import AdapterFormatError
 from ..method.allocation import Plan, choose, gains, make_plan, scored_window
 from ..method.importance import ImportanceTracker
+from .tensors import check_tensors, training_tensors
 
 HISTORY_FORMAT = 1
 
@@ -53,7 +52,7 @@ class Growth:
     """
 
     def __init__(self, model: PeftModel, config: IncreLoraConfig) -> None:
-        """For a model that `inject` has just prepared."""
+        """Begin the growth of a model that `inject` has just prepared."""
         self.config = config
         self.layers: dict[str, AdaptedLayer] = adapted_layers(model)
         self.plan: Plan | None = None
@@ -64,6 +63,8 @@ class Growth:
         self.initial_ranks = self.rank_pattern
         self.run_start_rank = self.total_rank  # Σ r_k when the current training began
         self._model = model
+        self._lams_at_start = [layer.A.active_lam.detach().clone() for layer in self.layers.values()]
+        self._told = False  # that growth was forgotten
 
     @property
     def rank_pattern(self) -> dict[str, int]:
@@ -85,24 +86,40 @@ class Growth:
         """Components that the budget still has."""
         return self.target_total_rank - self.total_rank
 
-    def plan_run(self, total_steps: int, warmup_steps: int) -> Plan:
-        """Fix the schedule for a run of this length; raises ValueError where the budget is out of its reach."""
+    def begin_run(self, total_steps: int, warmup_steps: int, start_rank: int | None = None) -> Plan:
+        """Plan a training of this length, which starts from the ranks as they are now.
+
+        What was born before counts as there from its start.
+
+        Args:
+            start_rank: the total rank from which a training started that is resumed.
+
+        Raises:
+            ValueError: the budget is out of its reach; nothing is changed.
+        """
+        start_rank = self.total_rank if start_rank is None else start_rank
         self.plan = plan_for(
             self.config,
             num_layers=len(self.layers),
-            ranks=(self.run_start_rank, self.target_total_rank),
+            ranks=(start_rank, self.target_total_rank),
             total_steps=total_steps,
             warmup_steps=warmup_steps,
         )
+        self.run_start_rank = start_rank
+        self.rounds = [replace(record, birth_step=0) for record in self.rounds]
         return self.plan
 
-    def begin_run(self) -> None:
-        """A new training starts from the ranks as they are: what was born before it is there from its start."""
-        self.run_start_rank = self.total_rank
-        self.rounds = [replace(record, birth_step=0) for record in self.rounds]
+    def was_forgotten(self) -> bool:
+        """Return whether the model was trained without a run that grows it; True once."""
+        if self._told or self.plan is not None or self.rounds or self.remaining == 0:
+            return False
+        lams = [layer.A.active_lam for layer in self.layers.values()]
+        forgotten = not all(map(torch.equal, lams, self._lams_at_start))
+        self._told = forgotten
+        return forgotten
 
     def rewind(self) -> None:
-        """Back to the first ranks, with fresh components and no rounds."""
+        """Go back to the first ranks, with fresh components and no rounds."""
         start_components(self.layers, self.initial_ranks, self.config)
         self.rounds = []
         self.tracker = ImportanceTracker(len(self.layers), self.config.beta1, self.config.beta2)
@@ -113,7 +130,7 @@ class Growth:
         return dict(zip(self.layers, self.tracker.scores().tolist(), strict=True))
 
     def grow(self, step: int, birth_step: int) -> None:
-        """Hold a round: choose layers by their scores and grow them."""
+        """Hold a round: choose layers by their scores, and grow them."""
         assert self.plan is not None
         scores = self.scores()
         chosen = choose(scores, remaining=self.remaining, top_h=self.plan.top_h, increment=self.config.increment)
@@ -160,13 +177,10 @@ class Growth:
 
     def history(self) -> dict[str, Any]:
         """Settings, plan, learning-rate schedule, rounds, first and final ranks as plain values."""
-        plan = None
-        if self.plan is not None:
-            plan = {**asdict(self.plan), "rounds": self.plan.rounds, "last_step": self.plan.last_step}
         return {
             "format_version": HISTORY_FORMAT,
             "config": self.config.to_dict(),
-            "plan": plan,
+            "plan": None if self.plan is None else self.plan.to_dict(),
             "schedule": self.schedule,
             "initial_ranks": self.initial_ranks,
             "rounds": [asdict(record) for record in self.rounds],
@@ -174,6 +188,90 @@ class Growth:
             "total_rank": self.total_rank,
             "target_total_rank": self.target_total_rank,
         }
+
+    # ---- The state of growth, for resuming ------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything but the values of tensors, as plain values that JSON can hold."""
+        return {
+            "config": self.config.to_dict(),
+            "plan": None if self.plan is None else self.plan.to_dict(),
+            "initial_ranks": self.initial_ranks,
+            "run_start_rank": self.run_start_rank,
+            "rounds_before_optimizer": self.rounds_before_optimizer,
+            "rounds": [asdict(record) for record in self.rounds],
+            **self.tracker.state_dict(),
+            "rank_pattern": self.rank_pattern,
+        }
+
+    def load_state_dict(
+        self,
+        state: Mapping[str, Any],
+        tensors: Mapping[str, Tensor],
+        *,
+        follow: Callable[[int], None] = lambda birth_step: None,
+        source: str = "the state",
+    ) -> None:
+        """Bring a model that is at its first ranks, or after some of the saved rounds, to a saved state, bit for bit.
+
+        Args:
+            state: of `state_dict`.
+            tensors: of `training_tensors` at the same moment.
+            follow: is told of each replayed round, with its birth step, for an optimizer to follow.
+            source: where the state comes from, for errors.
+
+        Raises:
+            ValueError: the state is of other settings or another model.
+            AdapterFormatError: ranks or tensors do not agree with the rounds.
+        """
+        self.require_same_settings(state, source)
+        self.replay(state, len(state["rounds"]), follow)
+        if self.rank_pattern != state["rank_pattern"]:
+            key = next(name for name, rank in self.rank_pattern.items() if state["rank_pattern"].get(name) != rank)
+            expected = f"{self.rank_pattern[key]} by its rounds"
+            raise AdapterFormatError(source, f"rank_pattern[{key!r}]", expected, f"{state['rank_pattern'].get(key)}")
+        live = training_tensors(self._model)
+        check_tensors(source, tensors, {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in live.items()})
+        with torch.no_grad():
+            for name, tensor in live.items():
+                tensor.copy_(tensors[name])
+        self.run_start_rank = state["run_start_rank"]
+        self.tracker.load_state_dict(state)
+
+    def replay(
+        self, state: Mapping[str, Any], count: int, follow: Callable[[int], None] = lambda birth_step: None
+    ) -> None:
+        """Hold the first ``count`` recorded rounds again; values of tensors are not restored."""
+        for record in state["rounds"][len(self.rounds) : count]:
+            self.apply(Round(**record))
+            follow(record["birth_step"])
+
+    def require_same_settings(self, state: Mapping[str, Any], source: str) -> None:
+        """Raise ValueError, listing each difference with both values, where settings, layers or first ranks differ."""
+        ours, theirs = self.config.to_dict(), state["config"]
+        differences = [f"{name}: {theirs[name]!r} → {ours[name]!r}" for name in ours if ours[name] != theirs[name]]
+        layers = sorted(state["initial_ranks"].keys() ^ self.initial_ranks.keys())
+        if layers:
+            side = "checkpoint" if layers[0] in state["initial_ranks"] else "model"
+            differences.append(f"adapted layers: {layers[0]!r} (and {len(layers) - 1} more) only in the {side}")
+        elif state["initial_ranks"] != self.initial_ranks:
+            differences.append("first ranks: the model starts from another adapter")
+        _refuse_differences(source, differences)
+
+    def require_same_plan(self, state: Mapping[str, Any], source: str) -> None:
+        """Raise ValueError likewise where the schedule of rounds differs."""
+        ours, theirs = (None if self.plan is None else asdict(self.plan)), state["plan"]
+        if ours is not None and theirs is not None:
+            names = [name for name in ours if ours[name] != theirs.get(name)]
+            _refuse_differences(source, [f"{name}: {theirs.get(name)!r} → {ours[name]!r}" for name in names])
+
+
+def _refuse_differences(source: str, differences: list[str]) -> None:
+    if differences:
+        raise ValueError(
+            f"{source} was written under other settings (checkpoint → now): {'; '.join(differences)}. "
+            "Restore them to resume, or start anew in another output_dir."
+        )
 
 
 def plan_for(
@@ -193,60 +291,3 @@ def plan_for(
         growth_fraction=config.growth_fraction,
         window=scored_window(config.beta1, config.beta2, config.score_tolerance, total_steps),
     )
-
-
-def attach(model: nn.Module, config: IncreLoraConfig | None = None) -> PeftModel:
-    """Put growing LoRA layers into ``model``: ΔW = s · B diag(λ) A per layer, 0 at the start.
-
-    The result is PEFT's own `PeftModel`: it merges, disables and saves as one, and what it saves is an ordinary LoRA
-    adapter. Its growth is at ``.increlora`` (`Growth`).
-
-    A model that holds a trained LoRA adapter continues from it: the same function, growth on top.
-
-    Args:
-        model: any transformers model, or any nn.Module with linear layers, or a `PeftModel` with one LoRA adapter. It
-            is changed in place.
-        config: default `IncreLoraConfig()`.
-
-    Raises:
-        ValueError: the settings do not fit the model, or it holds adapters that cannot grow; the model is
-            left as it was.
-    """
-    if is_attached(model):
-        return _already_attached(model, config)
-    config = config or IncreLoraConfig()
-    if isinstance(model, PeftModel):
-        return _hold(warm_start(model, config), config)
-    return _hold(inject(model, config), config)
-
-
-def _hold(peft_model: PeftModel, config: IncreLoraConfig) -> PeftModel:
-    peft_model.increlora = Growth(peft_model, config)  # type: ignore[assignment]
-    # PEFT has no hook for saving a file of one's own beside the adapter.
-    peft_model.save_pretrained = MethodType(_save_with_history, peft_model)  # type: ignore[method-assign]
-    return peft_model
-
-
-def is_attached(model: Any) -> bool:
-    """Whether ``model`` came from `attach`."""
-    return isinstance(getattr(model, "increlora", None), Growth)
-
-
-def _already_attached(model: Any, config: IncreLoraConfig | None) -> PeftModel:
-    trainable = trainable_adapters(model)
-    if len(trainable) > 1:
-        raise ValueError(
-            f"The adapters {trainable} are all trainable, and IncreLoRA grows one. Freeze or delete the others."
-        )
-    if config is not None and config != model.increlora.config:
-        raise ValueError(
-            "The model is attached with other settings than the ones given. Pass the settings to `attach` only, or a "
-            "plain model to the Trainer."
-        )
-    return model
-
-
-def _save_with_history(model: Any, save_directory: str, *args: Any, **kwargs: Any) -> None:
-    type(model).save_pretrained(model, save_directory, *args, **kwargs)
-    if kwargs.get("is_main_process", True):
-        write_json(Path(save_directory) / HISTORY_NAME, model.increlora.history())

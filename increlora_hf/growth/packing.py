@@ -1,15 +1,20 @@
-"""The growing factors as the optimizer holds them: rows that were born together, side by side in few flat tensors.
+"""How the optimizer steps growing factors: rows that were born together, side by side in few flat tensors.
 
-A step of an optimizer costs by the tensor, and rows of different births have different learning rates. Here an
-elementwise optimizer gets one strip for each birth and width, however many layers there are; others get one for each
-birth and factor. Before a step the rows' values and gradients are copied into the strips, after it the values back.
+The optimizer's groups hold the model's own parameters at every moment but one: inside ``optimizer.step()``. A step
+costs by the tensor, and rows of different births have different learning rates. So the step runs on strips: for an
+elementwise optimizer one for each birth and width, however many layers there are; for others one for each birth and
+factor. The strips take values and gradients from the parameters when the step begins, and the parameters take the
+values back when it ends.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections import defaultdict
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import wraps
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +28,7 @@ ELEMENTWISE = (
 # What these do to an element depends on that element alone, so that they may see any of them side by side.
 
 Group = dict[str, Any]
+RUNNING = "running_values"  # key in the first group
 
 
 class _Rows(NamedTuple):
@@ -35,10 +41,11 @@ class _Rows(NamedTuple):
 
 @dataclass
 class _Strip:
-    """A parameter of the optimizer, and the rows that it stands for."""
+    """A tensor that the optimizer steps, the rows that it stands for, and the place of its group."""
 
     parameter: Parameter
     rows: list[_Rows]
+    group: int
 
 
 @dataclass
@@ -54,76 +61,203 @@ class _Table:
 
 
 class Packing:
-    """Puts strips in the place of growing factors in an optimizer, keeps them in step, and follows growth."""
+    """Steps the growing factors of one optimizer as strips, and follows their growth.
 
-    def __init__(self, optimizer: Optimizer, factors: Sequence[Parameter]) -> None:
-        """Replace the factors in the optimizer's groups; all rows that are there count as born with it.
+    Between steps ``optimizer.param_groups`` holds the factors themselves, each in the group of its first rows; groups
+    of later births are empty then. The optimizer's state belongs to the strips, and is saved and loaded as theirs.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        factors: Sequence[Parameter],
+        before_gather: Callable[[], None] = lambda: None,
+        *,
+        apart: Sequence[Parameter] = (),
+        multiplier: float = 1.0,
+    ) -> None:
+        """Take over the factors in the optimizer's groups; all rows that are there count as born with it.
 
         Args:
             factors: each (r, width) or (r,); at its first dimension it may grow later.
+            before_gather: is called when a step begins, before gradients are read.
+            apart: of the factors (the λ), those that get groups of their own with ``multiplier`` times the learning
+                rate, where they share a group with others. Where the user has them apart, their rates are the user's.
 
         Raises:
-            ValueError: the optimizer does not hold them all, or was used already.
+            ValueError: the optimizer does not hold them all, was used already, or cannot be followed.
         """
+        _require_new(optimizer, factors)
+        if multiplier != 1:
+            _separate(optimizer, apart, multiplier)
         self._optimizer = optimizer
         self._factors = list(factors)
-        self._together = type(optimizer) in ELEMENTWISE
+        self.before_gather = before_gather
+        self._together = _is_elementwise(optimizer)
         self._strips: list[_Strip] = []
         self._tables: list[_Table] = []
+        self._depth = 0  # of nested calls for which the groups hold the strips
+        self.steps = 0  # that have been completed
         places = {id(factor): i for i, factor in enumerate(factors)}
-        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        if not places.keys() <= held:
-            raise ValueError(
-                "The optimizer does not hold the adapter's parameters. Build it from the model that `attach` returns, "
-                "or let the Trainer build it."
-            )
-        for group in optimizer.param_groups:
+        for index, group in enumerate(optimizer.param_groups):
             own = [places[id(p)] for p in group["params"] if id(p) in places]
-            others = [p for p in group["params"] if id(p) not in places]
-            states = [optimizer.state.pop(factors[i], {}) for i in own]
-            if any(states):
-                raise ValueError(
-                    f"The {type(optimizer).__name__} has a state before the first step: it was used already, or is of "
-                    "a kind (Adagrad) that takes in no parameters later. Give a new one, or let the Trainer build it."
-                )
-            strips = self._new_strips([_Rows(i, 0, len(factors[i])) for i in own])
-            group["params"] = [*(strip.parameter for strip in strips), *others]
+            for i in own:
+                optimizer.state.pop(factors[i], None)
+            self._new_strips([_Rows(i, 0, len(factors[i])) for i in own], index)
+        self._settings_at_start = [_settings(group) for group in optimizer.param_groups]
+        self._untouched: list[tuple[Tensor, Tensor, Tensor]] = []  # tensor, rows, and the values they keep
         self._lay_out()
-        optimizer.register_step_post_hook(lambda *_: self.write_back())
+        self._hook()
+
+    def holds(self, factors: Sequence[Parameter]) -> bool:
+        """Whether these are the factors as it knows them."""
+        return list(map(id, factors)) == list(map(id, self._factors))
+
+    # ---- The optimizer's calls -----------------------------------------------------------------------------------
+
+    def _hook(self) -> None:
+        optimizer: Any = self._optimizer
+        optimizer.register_step_pre_hook(self._begin_step)
+        optimizer.register_step_post_hook(self._end_step)
+        # These have no hooks (train, eval), or subclasses that leave the hooks out (bitsandbytes).
+        for name in ("state_dict", "load_state_dict", "train", "eval"):
+            if callable(getattr(optimizer, name, None)):
+                setattr(optimizer, name, self._on_strips(getattr(optimizer, name)))
+
+    def _begin_step(self, _: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Put the strips into the groups; where a closure computes the gradients, only once it has."""
+        if self._depth:  # a subclass's step that calls its parent's
+            self._enter()
+            return None
+        first_groups = self._optimizer.param_groups[: len(self._settings_at_start)]
+        self._before = [_settings(group) for group in first_groups]
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        if closure is None:
+            self.before_gather()
+            self._enter()
+            self.gather()
+            return None
+        self._enter()
+
+        def on_factors() -> Any:
+            self._leave()
+            try:
+                loss = closure()
+                self.before_gather()
+            finally:
+                self._enter()
+            self.gather()
+            return loss
+
+        others = {name: value for name, value in kwargs.items() if name != "closure"}
+        return (args[0], on_factors, *args[2:]), others
+
+    def _end_step(self, *_: Any) -> None:
+        if self._depth == 1:
+            self.write_back()
+            self.steps += 1
+            for before, group in zip(self._before, self._optimizer.param_groups, strict=False):
+                changed = {key for key in before if _differ(before[key], group.get(key))}
+                if changed:
+                    self._optimizer.param_groups[0][RUNNING] = sorted(self._running | changed)
+        self._leave()
+
+    def _on_strips(self, method: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(method)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            with self._strips_in_groups():
+                if method.__name__ == "load_state_dict":
+                    self._require_own_groups(*args, **kwargs)
+                self._gather_values()
+                result = method(*args, **kwargs)
+                self.write_back()
+            return result
+
+        return call
+
+    def _require_own_groups(self, state_dict: Mapping[str, Any], *_: Any, **__: Any) -> None:
+        ours = [len(group["params"]) for group in self._optimizer.param_groups]
+        theirs = [len(group["params"]) for group in state_dict["param_groups"]]
+        if ours != theirs:
+            raise ValueError(
+                f"The optimizer's state has groups of {theirs} tensors, and this run has {ours}: it was saved at "
+                "another stage of growth. Load the run's state first; it grows the model and the groups."
+            )
+
+    @contextmanager
+    def _strips_in_groups(self) -> Iterator[None]:
+        self._enter()
+        try:
+            yield
+        finally:
+            self._leave()
+
+    def _enter(self) -> None:
+        self._depth += 1
+        if self._depth == 1:
+            self._fill_groups(strips=True)
+
+    def _leave(self) -> None:
+        self._depth -= 1
+        if self._depth == 0:
+            self._fill_groups(strips=False)
+
+    def recover(self) -> None:
+        """Put the parameters back into the groups where a step was left by an error."""
+        if self._depth:
+            self._depth = 0
+            self._fill_groups(strips=False)
+
+    def _fill_groups(self, *, strips: bool) -> None:
+        """Let the groups hold the strips, or the factors, before whatever else they hold."""
+        held = self._strips_by_group if strips else self._factors_by_group
+        for index, group in enumerate(self._optimizer.param_groups):
+            others = [p for p in group["params"] if id(p) not in self._own]
+            group["params"] = [*held.get(index, ()), *others]
+
+    # ---- Growth --------------------------------------------------------------------------------------------------
 
     def follow(self, factors: Sequence[Parameter], birth_step: int) -> None:
         """Take in the factors after growth: rows that were appended are born now, rows cut from the end are gone.
 
         New rows get groups like those of their factor's first row, with ``birth_step`` and, until the scheduler's
-        next step, learning rate 0.
+        next step, learning rate 0. What the optimizer keeps of its own course in a group (a count, a sum) starts anew.
         """
-        before = [len(factor) for factor in self._factors]
-        self._factors = list(factors)
-        for strip in list(self._strips):
-            self._cut(strip)
-        born: dict[int, list[_Rows]] = defaultdict(list)
-        for i, (factor, rows) in enumerate(zip(factors, before, strict=True)):
-            if len(factor) > rows:
-                born[self._group_of(i)].append(_Rows(i, rows, len(factor) - rows))
-        for place, rows_of_group in born.items():
-            template = self._optimizer.param_groups[place]
-            settings = {key: value for key, value in template.items() if key not in ("params", "lr", "birth_step")}
-            settings["initial_lr"] = template.get("initial_lr", template["lr"])
-            strips = self._new_strips(rows_of_group)
-            params = [strip.parameter for strip in strips]
-            self._optimizer.add_param_group({**settings, "lr": 0.0, "birth_step": birth_step, "params": params})
-        self._lay_out()
+        with self._strips_in_groups():
+            before = [len(factor) for factor in self._factors]
+            self._factors = list(factors)
+            for strip in list(self._strips):
+                self._cut(strip)
+            born: dict[int, list[_Rows]] = defaultdict(list)
+            for i, (factor, rows) in enumerate(zip(factors, before, strict=True)):
+                if len(factor) > rows:
+                    born[self._group_of(i)].append(_Rows(i, rows, len(factor) - rows))
+            for place, rows_of_group in born.items():
+                strips = self._new_strips(rows_of_group, len(self._optimizer.param_groups))
+                settings = {**self._settings_of(place), "lr": 0.0, "birth_step": birth_step}
+                self._optimizer.add_param_group({**settings, "params": [strip.parameter for strip in strips]})
+            self._lay_out()
+
+    @property
+    def _running(self) -> set[str]:
+        """Settings that the optimizer itself changes in a step. The first group, and so a checkpoint, keeps them."""
+        return set(self._optimizer.param_groups[0].get(RUNNING, ()))
+
+    def _settings_of(self, place: int) -> Group:
+        """A group's settings as they are now; of the optimizer's own running values those of its start."""
+        template = self._optimizer.param_groups[place]
+        settings = {**_settings(template), "initial_lr": template.get("initial_lr", template["lr"])}
+        at_start = self._settings_at_start[place]
+        return settings | {key: at_start[key] for key in self._running if key in at_start}
 
     def _group_of(self, factor: int) -> int:
-        first = next(s for s in self._strips if any(r.factor == factor and r.start == 0 for r in s.rows)).parameter
-        groups = self._optimizer.param_groups
-        return next(i for i, group in enumerate(groups) if any(p is first for p in group["params"]))
+        return next(s.group for s in self._strips if any(r.factor == factor and r.start == 0 for r in s.rows))
 
-    def _new_strips(self, rows: Sequence[_Rows]) -> list[_Strip]:
+    def _new_strips(self, rows: Sequence[_Rows], group: int) -> list[_Strip]:
         alike: dict[Hashable, list[_Rows]] = defaultdict(list)
         for one in rows:
             alike[self._table_key(one.factor), None if self._together else one.factor].append(one)
-        strips = [_Strip(self._empty(members), members) for members in alike.values()]
+        strips = [_Strip(self._empty(members), members, group) for members in alike.values()]
         self._strips += strips
         return strips
 
@@ -150,7 +284,7 @@ class Packing:
             offset += one.length
         if len(kept) == offset:
             return
-        shape, state = strip.parameter.shape, self._optimizer.state
+        state = self._optimizer.state
         strip.rows = left
         if not left:
             state.pop(strip.parameter, None)
@@ -158,17 +292,15 @@ class Packing:
             for group in self._optimizer.param_groups:
                 group["params"] = [p for p in group["params"] if p is not strip.parameter]
             return
-        moments = {
-            name: value
-            for name, value in state.get(strip.parameter, {}).items()
-            if isinstance(value, Tensor) and value.ndim > 0 and name != "step"
-        }
-        if all(type(value) is Tensor and value.shape == shape for value in moments.values()):
+        moments = {name: value for name, value in state.get(strip.parameter, {}).items() if _is_moment(name, value)}
+        if all(type(value) is Tensor and value.shape == strip.parameter.shape for value in moments.values()):
             for name, value in moments.items():
                 state[strip.parameter][name] = value[kept]
         else:
             state.pop(strip.parameter)
         strip.parameter.grad = None
+
+    # ---- Values and gradients --------------------------------------------------------------------------------------
 
     def _lay_out(self) -> None:
         """Give the strips their memory, and fill it."""
@@ -177,6 +309,13 @@ class Packing:
             by_key[self._table_key(strip.rows[0].factor)].append(strip)
         self._tables = [self._table(strips) for strips in by_key.values()]
         self._gather_values()
+        self._own = {id(factor) for factor in self._factors} | {id(strip.parameter) for strip in self._strips}
+        self._strips_by_group: dict[int, list[Parameter]] = defaultdict(list)
+        self._factors_by_group: dict[int, list[Parameter]] = defaultdict(list)
+        for strip in self._strips:
+            self._strips_by_group[strip.group].append(strip.parameter)
+            firsts = (self._factors[rows.factor] for rows in strip.rows if rows.start == 0)
+            self._factors_by_group[strip.group].extend(firsts)
 
     @torch.no_grad()
     def _table(self, strips: list[_Strip]) -> _Table:
@@ -204,32 +343,100 @@ class Packing:
 
     @torch.no_grad()
     def gather(self) -> None:
-        """Copy the factors' values and gradients into the strips; what has no gradient counts as 0.
+        """Copy the factors' values and gradients into the strips.
 
-        Where none of a table's factors has one, its strips have none.
+        Where none of a strip's factors has a gradient, the strip has none. Where some have, the others keep their
+        values and moments.
         """
         self._gather_values()
+        self._untouched = []
         for table in self._tables:
-            factors = [self._factors[i] for i in table.factors]
-            if all(factor.grad is None for factor in factors):
-                for strip in table.strips:
-                    strip.parameter.grad = None
-                continue
-            gradients = torch.cat([torch.zeros_like(f) if f.grad is None else f.grad for f in factors])
-            torch.index_select(gradients, 0, table.order, out=table.gradients)
+            gradients = [self._factors[i].grad for i in table.factors]
+            unreached = {i for i, gradient in zip(table.factors, gradients, strict=True) if gradient is None}
+            if len(unreached) < len(gradients):
+                filled = [
+                    torch.zeros_like(self._factors[i]) if gradient is None else gradient
+                    for i, gradient in zip(table.factors, gradients, strict=True)
+                ]
+                torch.index_select(torch.cat(filled), 0, table.order, out=table.gradients)
             parts = table.gradients.split([len(strip.parameter) for strip in table.strips])
             for strip, part in zip(table.strips, parts, strict=True):
                 strip.parameter.grad = part
+                if unreached:
+                    self._leave_alone(strip, unreached)
+
+    def _leave_alone(self, strip: _Strip, unreached: set[int]) -> None:
+        """Remember the rows of factors without a gradient, with their moments: the step leaves them as they are."""
+        if all(one.factor in unreached for one in strip.rows):
+            strip.parameter.grad = None
+            return
+        indices: list[int] = []
+        offset = 0
+        for one in strip.rows:
+            if one.factor in unreached:
+                indices += range(offset, offset + one.length)
+            offset += one.length
+        if indices:
+            rows = torch.tensor(indices, device=strip.parameter.device)
+            state = self._optimizer.state.get(strip.parameter, {})
+            tensors = [strip.parameter.data, *(v for k, v in state.items() if _is_moment(k, v))]
+            alike = [tensor for tensor in tensors if tensor.shape == strip.parameter.shape]
+            self._untouched += [(tensor, rows, tensor[rows]) for tensor in alike]
 
     @torch.no_grad()
     def write_back(self) -> None:
-        """Copy the strips' values into the factors; every step of the optimizer ends with it."""
+        """Copy the strips' values into the factors."""
+        for tensor, rows, values in self._untouched:
+            tensor[rows] = values
+        self._untouched = []
         for table in self._tables:
             factors: list[Tensor] = [self._factors[i] for i in table.factors]
             parts = table.values.index_select(0, table.back).split([len(factor) for factor in factors])
             torch._foreach_copy_(factors, parts)
 
-    @property
-    def parameters(self) -> list[Parameter]:
-        """All that the optimizer holds."""
-        return [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
+
+def _require_new(optimizer: Optimizer, factors: Sequence[Parameter]) -> None:
+    if isinstance(optimizer, optim.LBFGS):
+        raise ValueError(
+            "LBFGS keeps the parameters that it was made with, and cannot take in those that are born later. Use an "
+            "optimizer of one step per gradient, such as torch.optim.AdamW."
+        )
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    if not {id(factor) for factor in factors} <= held:
+        raise ValueError(
+            "The optimizer does not hold the adapter's parameters. Build it from the model that `attach` returns, "
+            "or let the Trainer build it."
+        )
+    if any(optimizer.state.get(factor) for factor in factors):
+        raise ValueError(
+            f"The {type(optimizer).__name__} has a state before the first step: it was used already, or is of "
+            "a kind (Adagrad) that takes in no parameters later. Give a new one, or let the Trainer build it."
+        )
+
+
+def _separate(optimizer: Optimizer, parameters: Sequence[Parameter], multiplier: float) -> None:
+    wanted = {id(parameter) for parameter in parameters}
+    for group in list(optimizer.param_groups):
+        apart = [parameter for parameter in group["params"] if id(parameter) in wanted]
+        others = [parameter for parameter in group["params"] if id(parameter) not in wanted]
+        if apart and others:
+            group["params"] = others
+            optimizer.add_param_group({**group, "params": apart, "lr": group["lr"] * multiplier})
+
+
+def _is_elementwise(optimizer: Optimizer) -> bool:
+    """Whether the optimizer steps as one of `ELEMENTWISE`: a subclass with a step of its own may do anything."""
+    return inspect.unwrap(type(optimizer).step) in {inspect.unwrap(kind.step) for kind in ELEMENTWISE}
+
+
+def _settings(group: Group) -> Group:
+    return {key: value for key, value in group.items() if key not in ("params", "lr", "birth_step", RUNNING)}
+
+
+def _differ(before: Any, after: Any) -> bool:
+    """Whether a setting of plain numbers has changed."""
+    return isinstance(before, int | float) and isinstance(after, int | float) and before != after
+
+
+def _is_moment(name: str, value: Any) -> bool:
+    return isinstance(value, Tensor) and value.ndim > 0 and name != "step"

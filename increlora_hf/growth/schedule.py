@@ -1,4 +1,4 @@
-"""Parameter groups that are born while an optimizer runs, each with a learning-rate clock of its own."""
+"""Learning rates of parameter groups that are born during training: each group has its own clock."""
 
 from __future__ import annotations
 
@@ -14,6 +14,15 @@ from transformers.trainer_utils import SchedulerType
 Curve = Callable[[int], float]  # step of a group's own clock -> factor on its peak learning rate
 
 NO_CURVE = (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY)  # these follow a metric, not a clock
+
+
+def require_curve(schedule: str) -> None:
+    """Raise ValueError for a schedule that does not depend on the step alone."""
+    if SchedulerType(schedule) in NO_CURVE:
+        raise ValueError(
+            f"lr_scheduler_type={SchedulerType(schedule).value!r} follows a metric and has no curve that a new "
+            "parameter group could restart. Choose a schedule of steps, such as linear or cosine."
+        )
 
 
 def restart_curves(
@@ -57,7 +66,7 @@ class RestartWarmupLR(LambdaLR):
     """
 
     def __init__(self, optimizer: Optimizer, curves: Callable[[int], Curve]) -> None:
-        """Start every group at its curve's first value."""
+        """Set every group to its curve's first value."""
         self._curves = curves
         self._by_birth: dict[int, Curve] = {}
         super().__init__(optimizer, lr_lambda=curves(0))
@@ -74,7 +83,7 @@ class RestartWarmupLR(LambdaLR):
         return self._by_birth[birth_step](self.last_epoch - birth_step)
 
     def state_dict(self) -> dict[str, Any]:
-        """LambdaLR's state without what is made anew from the run's settings and the groups."""
+        """Return LambdaLR's state without what the run's settings and the groups determine."""
         derived = ("_curves", "_by_birth", "base_lrs")
         kept = {name: value for name, value in super().state_dict().items() if name not in derived}
         return {**kept, "lr_lambdas": []}

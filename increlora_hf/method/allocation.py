@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 DEFAULT_INTERVAL_FRACTION = 0.025  # of the run, where it has no warm-up
 MIN_DEFAULT_INTERVAL = 10  # optimizer steps; fewer would score a layer on too few batches
@@ -55,6 +55,11 @@ class Plan:
             return False
         next_round = max(self.first_step, self.interval * math.ceil(step / self.interval))
         return next_round - step < self.window
+
+    def to_dict(self) -> dict[str, int]:
+        """All numbers, derived ones too, as plain values."""
+        derived = ("rounds", "first_step", "last_step")
+        return {**asdict(self), **{name: getattr(self, name) for name in derived}}
 
 
 def scored_window(beta1: float, beta2: float, tolerance: float, total_steps: int) -> int:

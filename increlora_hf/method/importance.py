@@ -1,14 +1,12 @@
-"""How much each layer's update matters: its sensitivity's moving average, its uncertainty, the score."""
+"""How much each layer's update matters: smoothed sensitivity, uncertainty and score, equations (6) to (8)."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
-
-from ..adapter.lowrank import Probe
 
 
 class ImportanceTracker:
@@ -35,36 +33,11 @@ class ImportanceTracker:
         """S = Ī · U, shape (n,)."""
         return self.smoothed * self.uncertainty
 
+    def state_dict(self) -> dict[str, list[float]]:
+        """Ī and U as plain numbers, exactly."""
+        return {"smoothed": self.smoothed.tolist(), "uncertainty": self.uncertainty.tolist()}
 
-class SensitivityProbes:
-    """The probes of all layers, there while they are needed: they deliver every I out of the backward pass.
-
-    Args:
-        layers: adapted layers; see `AdaptedLayer`.
-        reduction: see `sensitivity`.
-    """
-
-    def __init__(self, layers: Sequence[Any], reduction: str) -> None:
-        """Give every layer a probe."""
-        self._layers = list(layers)
-        for layer in self._layers:
-            layer.A.probe = Probe((layer.B.features, layer.A.features), layer.A.components, reduction)
-
-    def read(self) -> Tensor:
-        """I of every layer for the one backward pass since the last reading, shape (n,); 0 where none arrived."""
-        values = torch.zeros(len(self._layers), dtype=torch.float64)
-        arrived = {i: value for i, layer in enumerate(self._layers) if (value := self._read(layer)) is not None}
-        if arrived:
-            device = next(iter(arrived.values())).device
-            values[list(arrived)] = torch.stack([value.to(device) for value in arrived.values()]).double().cpu()
-        return values
-
-    @staticmethod
-    def _read(layer: Any) -> Tensor | None:
-        probe = layer.A.probe
-        return probe.read(lambda: layer.delta_weight(with_reserve=True).detach())
-
-    def remove(self) -> None:
-        """Take the probes away."""
-        for layer in self._layers:
-            layer.A.probe = None
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take Ī and U from `state_dict`."""
+        self.smoothed = torch.tensor(state["smoothed"], dtype=torch.float64)
+        self.uncertainty = torch.tensor(state["uncertainty"], dtype=torch.float64)

@@ -11,13 +11,13 @@ from torch.nn import Parameter
 
 
 def orthogonality(matrices: Iterable[Parameter], *, squared: bool = False) -> Tensor:
-    """Mean over the matrices X of ‖X Xᵀ − I‖_F, a scalar; the squared norm with ``squared``.
+    """R = mean over the matrices X of ‖X Xᵀ − I‖_F, a scalar; ``squared`` takes the mean of ‖X Xᵀ − I‖_F².
 
     Args:
-        matrices: the A, shape (r, in), and the Bᵀ, shape (r, out), of all layers, reserves included. Rows are
-            components, so that ‖A Aᵀ − I‖ and ‖BᵀB − I‖ are the same expression.
+        matrices: the A, shape (r, in), and the Bᵀ, shape (r, out), of all n layers, reserves included: 2n matrices.
+            Rows are components, so that ‖A Aᵀ − I‖ and ‖BᵀB − I‖ are the same expression.
 
-    Source: arXiv 2308.12043, equation (4); the mean is over the 2n matrices of n layers.
+    Source: arXiv 2308.12043, equation (4).
     """
     batches = _by_shape(matrices)
     norms = [_norms(_deviation(torch.stack(batch))) for batch in batches]  # (m,) each
@@ -29,8 +29,8 @@ def orthogonality(matrices: Iterable[Parameter], *, squared: bool = False) -> Te
 def add_orthogonality_gradient(matrices: Iterable[Parameter], weight: float, *, squared: bool = False) -> None:
     """Add the gradient of weight · `orthogonality` to the ``grad`` of every matrix.
 
-    With E = X Xᵀ − I, of one matrix among N: ∂‖E‖/∂X = 2 E X / ‖E‖ and ∂‖E‖²/∂X = 4 E X, each times weight / N.
-    At E = 0 the norm has no gradient, and 0 is taken.
+    With E = X Xᵀ − I for one matrix X of N: ∂‖E‖/∂X = 2 E X / ‖E‖ and ∂‖E‖²/∂X = 4 E X, each times weight / N.
+    The norm has no gradient at E = 0; 0 is used there.
     """
     batches = _by_shape(matrices)
     count = sum(map(len, batches))
@@ -46,7 +46,7 @@ def add_orthogonality_gradient(matrices: Iterable[Parameter], weight: float, *, 
 
 
 def _add(matrices: Sequence[Tensor], parts: Sequence[Tensor]) -> None:
-    """Into the gradients that are there, and in place of those that the task's loss did not reach."""
+    """Add each part to its matrix's ``grad``; where that is None, set it to a copy of the part."""
     known = [(matrix.grad, part) for matrix, part in zip(matrices, parts, strict=True) if matrix.grad is not None]
     if known:
         gradients, additions = zip(*known, strict=True)
@@ -58,6 +58,7 @@ def _add(matrices: Sequence[Tensor], parts: Sequence[Tensor]) -> None:
 
 
 def _by_shape(matrices: Iterable[Tensor]) -> list[list[Tensor]]:
+    """The matrices in groups of equal shape."""
     batches: dict[torch.Size, list[Tensor]] = defaultdict(list)
     for matrix in matrices:
         batches[matrix.shape].append(matrix)
@@ -72,4 +73,5 @@ def _deviation(stacked: Tensor) -> Tensor:
 
 
 def _norms(deviation: Tensor) -> Tensor:
+    """‖E‖_F of every matrix, (m,)."""
     return torch.linalg.matrix_norm(deviation)

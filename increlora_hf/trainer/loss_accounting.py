@@ -1,4 +1,4 @@
-"""Which losses are divided by the number of items, and what one micro-batch's gradients then weigh in a step."""
+"""Find out which losses are divided by item counts, and what a micro-batch then weighs in a step."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import Trainer
 
-from ..distributed import num_processes, broadcast_object
+from ..distributed import broadcast_object, num_processes
 
 if TYPE_CHECKING:
     _Base = Trainer
@@ -21,20 +21,22 @@ else:
 
 
 class ItemCountsMixin(_Base):
-    """Trainer's loss, with a correct account of who normalises it by ``num_items_in_batch``."""
+    """Trainer's loss; it knows whether model or Trainer divides by ``num_items_in_batch``."""
 
     _loss_kwargs_checked = False
+    _micro_batch: tuple[Any, Any] | None = None  # inputs and ``num_items_in_batch`` of the loss computed last
 
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Trainer's, with a correct account of who normalises the loss by ``num_items_in_batch``."""
+        """Compute the loss; find out once whether the model divides it by ``num_items_in_batch``."""
         if not self._loss_kwargs_checked and num_items_in_batch is not None:
             self._loss_kwargs_checked = True
             uses_them = broadcast_object(self._loss_uses_num_items(model, inputs, num_items_in_batch))
             self.model_accepts_loss_kwargs &= uses_them
         if not self.model_accepts_loss_kwargs and self.compute_loss_func is None:
             num_items_in_batch = None
+        self._micro_batch = (inputs, num_items_in_batch) if model.training else None
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
     def _loss_uses_num_items(self, model: nn.Module, inputs: Any, num_items: Any) -> bool:
@@ -56,20 +58,25 @@ class ItemCountsMixin(_Base):
         return not torch.allclose(*losses)
 
     def own_items(self, inputs: Any) -> Any:
-        """How many items this process's micro-batch holds; Trainer would count those of all processes."""
+        """Return the items of this process's micro-batch; Trainer would count those of all processes."""
         across, self.args.average_tokens_across_devices = self.args.average_tokens_across_devices, False
         try:
             return self._get_num_items_in_batch([inputs], self.args.device)
         finally:
             self.args.average_tokens_across_devices = across
 
-    def micro_batch_weight(self, own_items: Any, num_items_in_batch: Any) -> float:
-        """What turns this micro-batch's gradients into 1/M of those of its own mean loss, M micro-batches a step.
+    def take_micro_batch_weight(self) -> float:
+        """Factor that makes the last loss's gradients 1/M of those of its own mean loss, M micro-batches a step.
 
         Trainer divides a mean loss by M itself. A loss that is a sum over N items of the whole step is scaled by
         N / (own items · M); where N counts all P processes' items, Trainer has multiplied the loss by P.
         """
-        if not self.model_accepts_loss_kwargs or num_items_in_batch is None or own_items is None:
+        inputs, num_items_in_batch = self._micro_batch or (None, None)
+        self._micro_batch = None
+        if not self.model_accepts_loss_kwargs or num_items_in_batch is None:
+            return 1.0
+        own_items = self.own_items(inputs)
+        if own_items is None:
             return 1.0
         if own_items == 0:
             return 0.0
@@ -79,7 +86,7 @@ class ItemCountsMixin(_Base):
 
 @contextmanager
 def _borrowed_random_states() -> Iterator[None]:
-    """Draw from the random states as they are now, and leave them so."""
+    """Restore the random states afterwards."""
     drawn, drawn_by_numpy = random.getstate(), np.random.get_state()
     with torch.random.fork_rng():
         try:

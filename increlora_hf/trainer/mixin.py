@@ -1,15 +1,13 @@
-"""The Trainer that grows: glue between transformers' hooks and the parts of IncreLoRA."""
+"""The Trainer that grows: it forwards transformers' hooks to a `GrowthRun`."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -17,46 +15,26 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import ProgressCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SchedulerType, TrainOutput, has_length
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, has_length
 
 from ..config import IncreLoraConfig
-from ..distributed import (
-    average_gradients,
-    give_up_after,
-    is_lost_process,
-    is_sharded,
-    num_processes,
-    broadcast_object,
-    broadcast_tensors,
-    barrier,
-)
+from ..distributed import barrier, give_up_after, is_lost_process, num_processes
 from ..files.checkpoints import check_manifest, new_checkpoint, rotate
-from ..files.run_state import (
-    SavedState,
-    check_same_plan,
-    check_same_run,
-    frozen_norms,
-    read_state,
-    restore,
-    running_statistics,
-    training_tensors,
-    write_state,
-)
-from ..growth.growth import Growth, attach, is_attached
-from ..growth.packing import Packing
-from ..growth.replicas import (
-    refuse_other_parallelism,
-    require_same_replicas,
-    require_same_start,
-)
-from ..growth.schedule import NO_CURVE, RestartWarmupLR, restart_curves
-from ..method.importance import SensitivityProbes
-from ..method.orthogonality import add_orthogonality_gradient, orthogonality
+from ..files.run_state import read_state, write_state
+from ..growth.attach import attach, is_attached
+from ..growth.growth import Growth
+from ..growth.run import GrowthRun
+from ..growth.tensors import frozen_batch_norms
+from ..method.orthogonality import orthogonality
 from ..report.callback import GrowthReportCallback
 from ..report.text import ORTH_LOSS, TOTAL_RANK, plan_line, rank_table
 from .loss_accounting import ItemCountsMixin
 from .publishing import PublishingMixin, refuse_pickles
+from .refusals import refuse_other_parallelism, refuse_unsupported
 from .resuming import require_on_every_node, same_checkpoint
+
+OWN_ARGUMENTS = {"output_dir", "run_name", "local_rank", "hub_token", "report_to", "disable_tqdm", "log_level"}
+# These may differ between processes and change nothing that is trained.
 
 logger = logging.getLogger(__name__)
 
@@ -85,10 +63,10 @@ class IncreLoraTrainerMixin(ItemCountsMixin, PublishingMixin):
         allow_pickles_on_hub: bool = False,
         **kwargs: Any,
     ) -> None:
-        """As the Trainer's, with two more arguments."""
+        """Take the Trainer's arguments and two more."""
         self.increlora_config = increlora_config
         training_args = kwargs.get("args", args[0] if args else None) or TrainingArguments(output_dir="tmp_trainer")
-        _refuse_unsupported(training_args, kwargs)
+        refuse_unsupported(training_args, kwargs)
         refuse_other_parallelism(training_args, model)
         refuse_pickles(training_args, allow_pickles_on_hub)
         self._increlora_seed = training_args.seed
@@ -96,12 +74,9 @@ class IncreLoraTrainerMixin(ItemCountsMixin, PublishingMixin):
             model = _load_by_name(model, training_args, kwargs.pop("quantization_config", None))
         if model is not None:
             model = self._attach(model)
-        self._probes: SensitivityProbes | None = None
-        self._sensitivities: Tensor | None = None
-        self._statistics: list[Tensor] = []
+        self.growth_run: GrowthRun | None = None
+        self._resuming: dict[str, Any] | None = None  # the state of growth in the checkpoint to resume
         self._frozen_norms: list[nn.Module] = []
-        self._packing: Packing | None = None
-        self._resuming: SavedState | None = None
         self._optimizer_is_users = kwargs.get("optimizers", (None, None))[0] is not None
         with _sharded_runs_can_resume(training_args, model):
             super().__init__(model, *args, **kwargs)
@@ -122,21 +97,37 @@ class IncreLoraTrainerMixin(ItemCountsMixin, PublishingMixin):
         return attach(model, config)
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
-        """The user's fresh model, attached."""
+        """Attach the model that ``model_init`` returns."""
         return self._attach(super().call_model_init(trial))
 
     def create_accelerator_and_postprocess(self) -> None:
-        """Trainer's; but no DistributedDataParallel, which would forget every parameter that is born after it."""
+        """Create the accelerator; it wraps no DistributedDataParallel, which forgets parameters born after it.
+
+        Every ``accelerator.backward`` is followed by the run's part of the step, whoever calls it.
+        """
         super().create_accelerator_and_postprocess()
         give_up_after(self.args.ddp_timeout)
         if num_processes() > 1:
             prepare_model = self.accelerator.prepare_model
             self.accelerator.prepare_model = partial(prepare_model, evaluation_mode=True)
+        backward = self.accelerator.backward
+
+        def backward_and_read(loss: Tensor, **kwargs: Any) -> None:
+            backward(loss, **kwargs)
+            self._after_backward()
+
+        self.accelerator.backward = backward_and_read
+
+    def _after_backward(self) -> None:
+        if self.growth_run is not None:
+            self.growth_run.after_backward(self.take_micro_batch_weight() if self.growth_run.is_scoring else 1.0)
+            if self.accelerator.sync_gradients:
+                self.growth_run.before_step()
 
     # ---- Set-up, in Trainer's order ----------------------------------------------------------------------------
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
-        """Trainer's; resuming takes the newest complete checkpoint and continues bit for bit.
+        """Train; resuming takes the newest complete checkpoint and continues bit for bit.
 
         Args:
             resume_from_checkpoint: True for the newest complete checkpoint in output_dir, or a checkpoint's path.
@@ -151,7 +142,7 @@ class IncreLoraTrainerMixin(ItemCountsMixin, PublishingMixin):
         if resume_from_checkpoint:
             folder = same_checkpoint(resume_from_checkpoint, str(self.args.output_dir))
             self._resuming = read_state(folder)
-            check_same_run(self._resuming, self.increlora)
+            self.increlora.require_same_settings(self._resuming, self._resuming["source"])
             resumed_step = TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME)).global_step
         try:
             result = super().train(str(folder) if folder else None, *args, **kwargs)
@@ -170,201 +161,93 @@ class IncreLoraTrainerMixin(ItemCountsMixin, PublishingMixin):
         return result
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        """Trainer's; but where a run had ended when it was saved, Trainer would take one step more."""
+        """Run an epoch, unless the run had ended when it was saved: Trainer would take one more step."""
         if self.state.global_step < self.state.max_steps:
             super()._run_epoch(*args, **kwargs)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        """Bring the model back to its first ranks; `create_optimizer` then replays the rounds on both."""
+        """Bring the model back to where the optimizer was made; `create_scheduler` then replays the other rounds."""
+        assert self._resuming is not None
         self._start_over()
+        self.increlora.replay(self._resuming, self._resuming["rounds_before_optimizer"])
         if not self._optimizer_is_users:
             self.optimizer, self.lr_scheduler = None, None
 
     def _start_over(self) -> None:
-        """Fresh components at the first ranks, if the model has grown, and so an optimizer that is made anew."""
+        """Go back to the first ranks if the model has grown; a new optimizer is made then."""
         if self.increlora.rounds:
             self.increlora.rewind()
             self.optimizer, self.lr_scheduler = None, None
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
-        """Trainer's optimizer; the λ apart where they have a learning rate of their own."""
-        fresh = self.optimizer is None
-        if fresh and self._optimizer_is_users:
+        """Create Trainer's optimizer; refuse a user's whose parameters are gone."""
+        if self.optimizer is None and self._optimizer_is_users:
             raise ValueError(
                 "The optimizer that was passed held parameters that are gone: the model went back to earlier ranks. "
                 "Make a new trainer with a new optimizer for the next training."
             )
-        make_packing = fresh or self._packing is None
-        if make_packing and self._resuming is not None:
-            for record in self._resuming.rounds[: self._resuming.rounds_before_optimizer]:
-                self.increlora.apply(record)
-        optimizer = super().create_optimizer(*args, **kwargs)
-        if make_packing:
-            multiplier = self.increlora.config.lam_lr_multiplier
-            if multiplier != 1:
-                _separate(optimizer, [layer.A.active_lam for layer in self.increlora.layers.values()], multiplier)
-            self._packing = Packing(optimizer, self.increlora.parameters())
-            self.increlora.rounds_before_optimizer = len(self.increlora.rounds)
-        for group in optimizer.param_groups:  # of an earlier training: there from the start of this one
-            group.pop("birth_step", None)
-        self._restore_growth() if self._resuming else self.increlora.begin_run()
-        return optimizer
-
-    def _restore_growth(self) -> None:
-        """Replay the recorded rounds on model and optimizer, then load the values."""
-        assert self._resuming is not None
-        restore(self._resuming, self.model, follow=self._follow)  # type: ignore[arg-type]
+        return super().create_optimizer(*args, **kwargs)
 
     def create_scheduler(
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
     ) -> torch.optim.lr_scheduler.LRScheduler:
-        """Fix the plan of growth, and give every parameter group its own clock."""
+        """Create the `GrowthRun`, or resume it; its learning rates are the scheduler."""
         if self.lr_scheduler is None:
             args = self.args
-            warmup_steps = args.get_warmup_steps(num_training_steps)
-            self.increlora.plan_run(num_training_steps, warmup_steps)
-            if self._resuming is not None:
-                check_same_plan(self._resuming, self.increlora)
-            optimizer = optimizer or self.optimizer
-            assert optimizer is not None
-            self.increlora.schedule = {
-                "name": SchedulerType(args.lr_scheduler_type).value,
-                "warmup_steps": warmup_steps,
-                "total_steps": num_training_steps,
-                "learning_rate": float(optimizer.defaults.get("lr", args.learning_rate)),
-                "kwargs": json.loads(json.dumps(args.lr_scheduler_kwargs or {}, default=float)),  # it will be saved
-            }
-            self.lr_scheduler = RestartWarmupLR(optimizer, restart_curves(**self.increlora.schedule))
+            self.growth_run = GrowthRun(
+                self.model,  # type: ignore[arg-type]
+                optimizer or self.optimizer,  # type: ignore[arg-type]
+                total_steps=num_training_steps,
+                warmup_steps=args.get_warmup_steps(num_training_steps),
+                schedule=args.lr_scheduler_type,
+                schedule_kwargs=args.lr_scheduler_kwargs or {},  # type: ignore[arg-type]
+                scaler=getattr(self.accelerator, "scaler", None),
+                compiled=args.torch_compile,
+                state=self._resuming,
+            )
+            self.lr_scheduler = self.growth_run.lr_scheduler
             self._created_lr_scheduler = True
             logger.info(plan_line(self.increlora, self._other_trainable()))
         return self.lr_scheduler
 
-    def _begin_together(self) -> None:
-        """The processes have been started alike, and start from rank 0's values.
+    def _begin(self) -> None:
+        """Begin the training, after checking that all processes agree on it.
 
         Raises:
             ValueError: a method of the Trainer class kept ours from being called, or the processes differ.
         """
         assert isinstance(self.model, nn.Module)
-        for method, missing in (("optimizer", self._packing is None), ("scheduler", self.increlora.plan is None)):
-            if missing:
-                raise ValueError(
-                    f"create_{method} of {type(self).__name__} leaves IncreLoRA's out, and so the {method} would not "
-                    f"follow the growth. Let it end with `return super().create_{method}(...)`; an optimizer of your "
-                    "own may stand in self.optimizer by then."
-                )
-        if self._probes is not None:  # of a training that ended early
-            self._probes.remove()
-        self._probes = self._sensitivities = None
-        self._frozen_norms = frozen_norms(self.model)
+        if self.growth_run is None or self.lr_scheduler is not self.growth_run.lr_scheduler:
+            raise ValueError(
+                f"create_scheduler of {type(self).__name__} leaves IncreLoRA's out, and so the learning rates would "
+                "not follow the growth. Let it end with `return super().create_scheduler(...)`."
+            )
+        self.growth_run.start_at(self.state.global_step)
+        self._frozen_norms = frozen_batch_norms(self.model)
         loader = self.callback_handler.train_dataloader
-        require_same_start(self.args, self.increlora, self.model, len(loader) if has_length(loader) else None)
-        broadcast_tensors(tensor for tensor in training_tensors(self.model).values() if not is_sharded(tensor))
-        self._statistics = [t for t in running_statistics(self.model).values() if t.is_floating_point()]
+        arguments = {name: value for name, value in self.args.to_dict().items() if name not in OWN_ARGUMENTS}
+        facts = {f"the training argument {name}": value for name, value in arguments.items()}
+        facts["the number of training batches"] = len(loader) if has_length(loader) else None
+        self.growth_run.synchronize(facts)
 
     def _sync_replicated_trainable_parameters(self, model: nn.Module) -> None:
-        """Beside a sharded base Trainer would watch the parameters of this moment; `_average` knows later ones too."""
+        """Do nothing: Trainer would watch the parameters of this moment only, and the run averages later ones too."""
 
     def _other_trainable(self) -> int:
         assert isinstance(self.model, nn.Module)
         ours = {id(p) for p in self.increlora.parameters()}
         return sum(p.numel() for p in self.model.parameters() if p.requires_grad and id(p) not in ours)
 
-    # ---- One optimizer step ------------------------------------------------------------------------------------
-
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
-        """Trainer's. Frozen layers with running statistics stay as they are: the adapter could not bring others."""
+        """Compute the loss; frozen batch norms stay in evaluation mode: the adapter does not hold their statistics."""
         for layer in self._frozen_norms:
             layer.eval()  # Trainer has just called model.train()
         return super().compute_loss(*args, **kwargs)
 
-    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
-        """Trainer's, then the sensitivities, and once per update the gradient of the orthogonality penalty."""
-        own_items = self.own_items(inputs) if self._probes is not None else None
-        loss = super().training_step(model, inputs, num_items_in_batch)
-        scale = self._loss_scale()
-        if self._probes is not None:
-            weight = self.micro_batch_weight(own_items, num_items_in_batch) / scale
-            values = self._probes.read() * weight
-            self._sensitivities = values if self._sensitivities is None else self._sensitivities + values
-        config = self.increlora.config
-        if self.accelerator.sync_gradients and config.orth_reg_weight > 0:
-            weight = config.orth_reg_weight * scale
-            add_orthogonality_gradient(self.increlora.factors(), weight, squared=config.orth_reg_squared)
-        if self.accelerator.sync_gradients:
-            assert self._packing is not None
-            self._packing.gather()
-            if num_processes() > 1:
-                self._average()
-        return loss
-
-    def _clip_grad_norm(self, model: nn.Module) -> Any:
-        """Trainer's, of the gradients as the optimizer holds them: few tensors, averaged and unscaled."""
-        return super()._clip_grad_norm(self._held())
-
-    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        return super()._get_grad_norm(self._held(), grad_norm)
-
-    def _held(self) -> Any:
-        assert self._packing is not None
-        held = self._packing.parameters
-        return SimpleNamespace(parameters=lambda: iter(held))
-
-    def _average(self) -> None:
-        """Make gradients, sensitivities and running statistics the same on every process: their means."""
-        assert self._packing is not None
-        parameters = [parameter for parameter in self._packing.parameters if not is_sharded(parameter)]
-        sensitivities = [] if self._sensitivities is None else [self._sensitivities]
-        average_gradients(parameters, [*sensitivities, *self._statistics])
-
-    def _loss_scale(self) -> float:
-        scaler = getattr(self.accelerator, "scaler", None)
-        return scaler.get_scale() if scaler is not None else 1.0
-
-    def _watch(self, step: int) -> None:
-        """Collect sensitivities in this step if the plan scores it."""
-        assert self.increlora.plan is not None
-        scored = self.increlora.plan.is_scored(step)
-        if scored == (self._probes is not None):
-            return
-        if scored:
-            layers = list(self.increlora.layers.values())
-            self._probes = SensitivityProbes(layers, self.increlora.config.score_reduction)
-        elif self._probes is not None:
-            self._probes.remove()
-            self._probes = None
-        self._recompile()
-
-    def _recompile(self) -> None:
-        """Compiled code does not notice hooks that come and go, and gives up after a few changes of shape."""
-        if self.args.torch_compile:
-            torch.compiler.reset()
-
-    def _after_optimizer_step(self) -> None:
-        growth, step = self.increlora, self.state.global_step + 1  # Trainer counts the step a little later
-        assert growth.plan is not None
-        if self._sensitivities is not None:
-            growth.tracker.update(self._sensitivities)
-            self._sensitivities = None
-        if growth.plan.is_due(step):
-            require_same_replicas(growth, self.model)  # type: ignore[arg-type]
-            growth.tracker = broadcast_object(growth.tracker)
-            assert self.lr_scheduler is not None
-            birth_step = self.lr_scheduler.last_epoch + 1 if growth.config.restart_warmup else 0
-            growth.grow(step, birth_step)
-            self._follow(birth_step)
-            self._recompile()
-        self._watch(step + 1)
-
-    def _follow(self, birth_step: int) -> None:
-        """Make the optimizer hold what the model now holds."""
-        assert self._packing is not None
-        self._packing.follow(self.increlora.parameters(), birth_step)
-
     # ---- Checkpoints ---------------------------------------------------------------------------------------------
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Trainer's checkpoint, the state of growth, then the manifest; only then are older checkpoints rotated."""
+        """Write Trainer's checkpoint, the state of growth, then the manifest; rotate older checkpoints last."""
         output_dir = self._get_output_dir(trial)
         folder = Path(output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         with new_checkpoint(folder) if self.args.should_save else nullcontext():
@@ -385,13 +268,13 @@ class IncreLoraTrainerMixin(ItemCountsMixin, PublishingMixin):
             rotate(output_dir, limit, self.state.best_model_checkpoint)
 
     def _load_best_model(self) -> None:
-        """The best checkpoint's own ranks and values. A further training makes its own optimizer."""
+        """Load ranks and values of the best checkpoint; a further training makes a new optimizer."""
         folder = Path(str(self.state.best_model_checkpoint))
         check_manifest(folder)
-        saved = read_state(folder)
+        state = read_state(folder)
         at_end = self.increlora.num_parameters()
         self._start_over()
-        restore(saved, self.model)  # type: ignore[arg-type]
+        self.increlora.load_state_dict(state, state["tensors"], source=state["source"])
         self.optimizer, self.lr_scheduler = None, None
         counts = {"adapter_parameters_at_best": self.increlora.num_parameters(), "adapter_parameters_at_end": at_end}
         logger.info("IncreLoRA: best model from %s (score %s): %s", folder, self.state.best_metric, counts)
@@ -400,7 +283,7 @@ class IncreLoraTrainerMixin(ItemCountsMixin, PublishingMixin):
     # ---- What the user sees ------------------------------------------------------------------------------------
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Trainer's, with the total rank and the orthogonality penalty in the training logs."""
+        """Log; training logs also hold the total rank and the orthogonality penalty."""
         if "loss" in logs:
             logs[TOTAL_RANK] = self.increlora.total_rank
             with torch.no_grad():
@@ -416,20 +299,18 @@ class IncreLoraTrainerMixin(ItemCountsMixin, PublishingMixin):
 
 
 class _GrowthCallback(TrainerCallback):
-    """Calls the trainer back at the moments that have no method to override."""
+    """Forward the events that have no method to override."""
 
     def __init__(self, trainer: IncreLoraTrainerMixin) -> None:
         self._trainer = trainer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._trainer._begin_together()
-        self._trainer._watch(state.global_step + 1)
+        self._trainer._begin()
         self._trainer._show_total_rank()
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        rounds = len(self._trainer.increlora.rounds)
-        self._trainer._after_optimizer_step()
-        if len(self._trainer.increlora.rounds) > rounds:
+        assert self._trainer.growth_run is not None
+        if self._trainer.growth_run.grow_if_due() is not None:  # Trainer steps the learning rates itself, after this
             self._trainer._show_total_rank()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -437,23 +318,9 @@ class _GrowthCallback(TrainerCallback):
         logger.info("IncreLoRA: final ranks, total %d\n%s", growth.total_rank, rank_table(growth.rank_pattern))
 
 
-def _separate(optimizer: torch.optim.Optimizer, lams: list[nn.Parameter], multiplier: float) -> None:
-    """Take the λ out of groups that hold others too, into groups with this multiple of those groups' learning rates.
-
-    Where a user's optimizer has them apart already, their rates are the user's.
-    """
-    wanted = {id(lam) for lam in lams}
-    for group in list(optimizer.param_groups):
-        apart = [parameter for parameter in group["params"] if id(parameter) in wanted]
-        others = [parameter for parameter in group["params"] if id(parameter) not in wanted]
-        if apart and others:
-            group["params"] = others
-            optimizer.add_param_group({**group, "params": apart, "lr": group["lr"] * multiplier})
-
-
 @contextmanager
 def _sharded_runs_can_resume(args: TrainingArguments, model: Any) -> Iterator[None]:
-    """Trainer refuses to save what a sharded base could not resume from; here the optimizer holds nothing sharded."""
+    """Let Trainer save beside a sharded base: here the optimizer holds nothing sharded, and the run can resume."""
     only_model = args.save_only_model
     args.save_only_model = only_model or bool(getattr(model, "is_distributed_loading_by_transformers", False))
     try:
@@ -463,7 +330,7 @@ def _sharded_runs_can_resume(args: TrainingArguments, model: Any) -> Iterator[No
 
 
 def _load_by_name(name: str, args: Any, quantization_config: Any) -> nn.Module:
-    """The model that TRL's trainers would load, loaded before they look at it."""
+    """Load the model as TRL's trainers would, before they do."""
     from trl.trainer.utils import create_model_from_path  # an optional package
 
     options = dict(getattr(args, "model_init_kwargs", None) or {})
@@ -472,26 +339,6 @@ def _load_by_name(name: str, args: Any, quantization_config: Any) -> nn.Module:
         options["quantization_config"] = quantization_config
     set_seed(args.seed)  # as they do, for weights that are not in the file
     return create_model_from_path(name, **options)
-
-
-def _refuse_unsupported(args: TrainingArguments, kwargs: Mapping[str, Any]) -> None:
-    schedule = SchedulerType(args.lr_scheduler_type)
-    if schedule in NO_CURVE:
-        raise ValueError(
-            f"lr_scheduler_type={schedule.value!r} follows a metric and has no curve that a new "
-            "parameter group could restart. Choose a schedule of steps, such as linear or cosine."
-        )
-    scheduler = kwargs.get("optimizers", (None, None))[1]
-    if scheduler is not None:
-        raise ValueError(
-            f"optimizers holds a finished {type(scheduler).__name__}, and IncreLoRA restarts the curve for every "
-            "round. Give lr_scheduler_type and lr_scheduler_kwargs instead, and None in its place."
-        )
-    if kwargs.get("peft_config") is not None:
-        raise ValueError(
-            f"peft_config={type(kwargs['peft_config']).__name__}(...) asks for an adapter of its own, and IncreLoRA "
-            "makes the one that grows. Leave it out, and give increlora_config."
-        )
 
 
 class IncreLoraTrainer(IncreLoraTrainerMixin, Trainer):

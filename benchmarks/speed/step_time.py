@@ -1,4 +1,4 @@
-"""Time and memory of training steps, side by side: python benchmarks/step_time.py [--device cuda ...].
+"""Time and memory of training steps, side by side: python benchmarks/speed/step_time.py [--device cuda ...].
 
 All contenders take turns, step by step, in one process, in an order that is drawn anew for each step; figures are
 medians of the ratio of a contender's step to PEFT LoRA's step of the same turn. Memory is of processes of their own.

@@ -1,4 +1,6 @@
-"""What processes send each other, what a device holds, and how a step scales: python benchmarks/communication.py.
+"""What processes send each other, what a device holds, and how a step scales.
+
+python benchmarks/speed/communication.py
 
 Tables are computed from configurations on the meta device; no weights exist. With --measure 2 4 8 the all-reduce of
 this machine is timed between so many gloo processes. With --step, --bandwidth and --latency a model of the time of a

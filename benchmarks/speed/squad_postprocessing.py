@@ -1,4 +1,4 @@
-"""Time and memory from logits to answers: taskset -c 0 python benchmarks/squad_postprocessing.py."""
+"""Time and memory from logits to answers: taskset -c 0 python benchmarks/speed/squad_postprocessing.py."""
 
 import argparse
 import multiprocessing

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
 import logging
-import sys
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,9 +13,8 @@ from transformers import Trainer, TrainingArguments
 
 from increlora_hf import IncreLoraConfig, IncreLoraTrainer
 from increlora_hf.adapter.targets import resolve_targets
+from increlora_hf.method.reference import NaiveIncreLora, NaiveSettings
 from increlora_hf.tasks.tuners import ADALORA_START
-
-sys.path.append(str(Path(__file__).parents[1] / "tests"))  # for the naive form
 
 LORA_ALPHA = 16
 
@@ -43,7 +39,7 @@ class Contender:
         self.model: Any = trainer.model
         self.run = trainer.model if not trainer.args.torch_compile else torch.compile(trainer.model)
         self.after_backward: Callable[[], None] = lambda: None
-        self.after_step: Callable[[int], None] = lambda step: None
+        self.after_step: Callable[[int], Any] = lambda step: None
         self.step_number = 0
 
     @property
@@ -56,7 +52,7 @@ class Contender:
         trainer = self.trainer
         trainer.training_step(self.run, dict(batch))
         self.after_backward()
-        trainer._clip_grad_norm(self.model)
+        trainer.accelerator.clip_grad_norm_(self.model.parameters(), trainer.args.max_grad_norm)
         trainer.optimizer.step()
         self.step_number += 1
         self.after_step(self.step_number)
@@ -71,8 +67,10 @@ class Growing(Contender):
     def __init__(self, trainer: IncreLoraTrainer, steps: int) -> None:
         """As for any; the trainer's own hook follows every optimizer step."""
         super().__init__(trainer, steps)
-        self.after_step = lambda step: trainer._after_optimizer_step()
-        trainer._watch(1)
+        run = trainer.growth_run
+        assert run is not None
+        self.growth_run = run
+        self.after_step = lambda step: run.grow_if_due()
 
     @property
     def phase(self) -> str:
@@ -80,7 +78,7 @@ class Growing(Contender):
         growth = self.trainer.increlora
         if growth.remaining == 0:
             return "after"
-        return "scoring" if self.trainer._probes is not None else "between"
+        return "scoring" if self.growth_run.is_scoring else "between"
 
 
 class DenseLinear(nn.Module):
@@ -187,24 +185,32 @@ def dense(model: nn.Module, args: TrainingArguments, steps: int, r_avg: int) -> 
 
 
 class Naive:
-    """The naive form that the tests check IncreLoRA against: explicit loops, an optimizer of its own."""
+    """The naive form of the method: dense matrices, explicit loops, an optimizer of its own."""
 
     phase = "all"
 
     def __init__(self, model: nn.Module, args: TrainingArguments, steps: int, r_avg: int) -> None:
         """Rounds as IncreLoRA's defaults would have them do not matter to its cost; a quarter of the run apart."""
-        reference = importlib.import_module("reference")
-        layers, _ = layers_and_heads(model)
+        layers, heads = layers_and_heads(model)
         shapes: list[Any] = [model.get_submodule(name).weight.shape for name in layers]
 
-        def draw(layer: int, _round: int, counts: list[int]) -> list[list[tuple[Tensor, Tensor]]]:
+        def draw(layer: int, _round: int, counts: Sequence[int]) -> list[list[tuple[Tensor, Tensor]]]:
             out, inner = shapes[layer]
             return [[(torch.randn(inner) * 0.02, torch.randn(out) * 0.02) for _ in range(count)] for count in counts]
 
         quarter = max(1, steps // 4)
-        settings = reference.Settings(r_avg=r_avg, top_h=len(layers), interval=quarter, start=quarter)
-        rate = {"total_steps": steps, "warmup": 0, "lr": args.learning_rate, "weight_decay": 0.0}
-        self.run = reference.Naive(model, layers, draw, settings, **rate)
+        settings = NaiveSettings(r_avg=r_avg, top_h=len(layers), interval=quarter, start=quarter)
+        self.run = NaiveIncreLora(
+            model,
+            layers,
+            draw,
+            settings,
+            heads=heads,
+            total_steps=steps,
+            warmup=0,
+            lr=args.learning_rate,
+            weight_decay=0.0,
+        )
         self.model, self.count = self.run.model, 0
 
     def step(self, batch: Batch) -> None:
@@ -220,7 +226,7 @@ def ours(model: nn.Module, args: TrainingArguments, steps: int, r_avg: int, **se
 
 
 CONTENDERS: dict[str, Callable[..., Any]] = {
-    "naive IncreLoRA of the tests": Naive,  # first: TrainingArguments without a Trainer after them break those before
+    "naive IncreLoRA": Naive,  # first: TrainingArguments without a Trainer after them break those before
     "PEFT LoRA": lora,
     "IncreLoRA": ours,
     "no adapter (floor)": floor,

@@ -1,7 +1,7 @@
 """The paper's tables on real data: every method, budget and seed through run_glue.py or run_squad.py, into one file.
 
-python benchmarks/glue_table.py run methods --model MODEL --data FOLDER --tasks rte mrpc --results R.jsonl
-python benchmarks/glue_table.py report --results R.jsonl --output docs/evidence.md
+python benchmarks/evidence/glue_table.py run methods --model MODEL --data FOLDER --tasks rte mrpc --results R.jsonl
+python benchmarks/evidence/glue_table.py report --results R.jsonl --output docs/evidence.md
 
 A study is one of the paper's tables or figures. Every run is one line of the results, a failed one too; what is there
 is not run again, except what failed. Flags for the script come after --. With --tune, each method's learning rate is
@@ -33,7 +33,7 @@ from safetensors import safe_open
 
 from increlora_hf.tasks.glue import glue_task
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PACKAGES = ("torch", "transformers", "peft", "adapters", "increlora-hf")
 BOTTLENECKS = {"houlsby": 8, "pfeiffer": 16}  # widths; on a BERT with about the parameters of LoRA r=2
 RANKS_OF = "ranks of"  # in place of a flag: this row of the study of methods, same task and seed, gives the ranks
@@ -146,7 +146,7 @@ def execute(run: Run, settings: argparse.Namespace, data: Path, device: str | No
     script = "run_squad.py" if is_squad(run.task) else "run_glue.py"
     python = sys.executable
     if run.flags["tuner"] in BOTTLENECKS:
-        script, python = "benchmarks/bottleneck.py", str(settings.adapters_python)
+        script, python = "benchmarks/evidence/bottleneck.py", str(settings.adapters_python)
     line: dict[str, Any] = {"key": run.key, **run._asdict(), "versions": versions(python)}
     with tempfile.TemporaryDirectory() as work:
         out = Path(work) / "out"
@@ -343,7 +343,9 @@ def main() -> None:
     running.add_argument("--tune", nargs="+", type=float, help="learning rates to choose from")
     running.add_argument("--tuning_seed", type=int, default=0)
     running.add_argument("--tuning_epochs", type=float, help="of a tuning run; default: the length of the others")
-    running.add_argument("--adapters_python", type=Path, help="for houlsby and pfeiffer: see benchmarks/bottleneck.py")
+    running.add_argument(
+        "--adapters_python", type=Path, help="for houlsby and pfeiffer: see benchmarks/evidence/bottleneck.py"
+    )
     running.add_argument("--devices", nargs="+", help="CUDA devices, taken in turns")
     running.add_argument("--parallel", type=int, default=1, help="runs at a time")
     running.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir()) / "glue_table")

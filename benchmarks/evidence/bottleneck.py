@@ -1,7 +1,8 @@
 """Bottleneck adapters of AdapterHub's `adapters` on run_glue.py's data, in the environment that its pin asks for.
 
     python3 -m venv ADAPTERS && ADAPTERS/bin/pip install adapters datasets evaluate scikit-learn accelerate
-    python benchmarks/glue_table.py run methods --rows houlsby pfeiffer --adapters_python ADAPTERS/bin/python ...
+    python benchmarks/evidence/glue_table.py run methods --rows houlsby pfeiffer \
+        --adapters_python ADAPTERS/bin/python ...
 
 `adapters` pins an older transformers than this package needs, so that only the data and the metric are shared with
 run_glue.py. Head and pooler are trained fully, as with every other method there.
@@ -25,7 +26,7 @@ from transformers import (
     set_seed,
 )
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from increlora_hf.tasks.glue import GlueSource, load_task
 from increlora_hf.tasks.metrics import metrics_of

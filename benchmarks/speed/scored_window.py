@@ -1,4 +1,6 @@
-"""Whether scoring only a window before each round chooses the same layers: python benchmarks/scored_window.py FLAGS.
+"""Whether scoring only a window before each round chooses the same layers.
+
+python benchmarks/speed/scored_window.py FLAGS
 
 FLAGS are those of run_glue.py. The run scores every step; beside it a second tracker takes in the steps of the default
 window only, and every round says what either would choose.
@@ -13,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import run_glue
 from increlora_hf import IncreLoraArguments, IncreLoraConfig

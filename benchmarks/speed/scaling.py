@@ -1,4 +1,6 @@
-"""What a step costs as r_avg, the number of layers or of rounds grows: python benchmarks/scaling.py [--device cuda].
+"""What a step costs as r_avg, the number of layers or of rounds grows.
+
+python benchmarks/speed/scaling.py [--device cuda]
 
 At every point IncreLoRA grows, a round a step, until its budget is met; then its step and that of PEFT LoRA of the
 same average rank are timed in turns, and the optimizer's own share, because every round adds a parameter group.
@@ -129,7 +131,7 @@ def measure(point: Point, args: argparse.Namespace, folder: str, sync: Any) -> s
     lora = build("PEFT LoRA", point.model().to(args.device), folder, steps(point), point.r_avg, settings(args))
     to_lora, lora_step = ratio(ours, lora, args, sync)
     groups = ours.trainer.optimizer.param_groups
-    tensors = sum(len(group["params"]) for group in groups)
+    tensors = len(ours.trainer.optimizer.state)  # that it steps
     optimizers = optimizer_ms(ours, sync), optimizer_ms(lora, sync)
     growth = ours.trainer.increlora
     return (

@@ -1,0 +1,151 @@
+"""One adapted layer and its components: draw new ones, activate them, drop the reserve, record the ranks."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+import torch
+from peft import LoraConfig, PeftModel
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from ..config import DEFAULT_SEED, UNIT_STD, IncreLoraConfig
+from .factors import ADAPTER, GrowingA, GrowingB
+from .fused import fuse
+from .targets import plain_alpha
+
+
+@dataclass(frozen=True)
+class AdaptedLayer:
+    """One adapted layer: PEFT's LoRA layer with growing factors inside. ΔW = s · B Λ A, equation (3)."""
+
+    name: str  # in the model as it was before PEFT wrapped it
+    index: int  # place in the model's order
+    module: LoraLayer
+
+    @property
+    def A(self) -> GrowingA:
+        """The growing A, which holds the λ."""
+        return cast(GrowingA, self.module.lora_A[ADAPTER])
+
+    @property
+    def B(self) -> GrowingB:
+        """The growing B."""
+        return cast(GrowingB, self.module.lora_B[ADAPTER])
+
+    @property
+    def rank(self) -> int:
+        """Number of active components r_k."""
+        return self.A.rank
+
+    @property
+    def scale(self) -> float:
+        """The scale s, a number."""
+        return self.module.scaling[ADAPTER]
+
+    def delta_weight(self, *, with_reserve: bool = False) -> Tensor:
+        """ΔW = s · B diag(λ) A, shape (out, in)."""
+        lam = self.A.lam(with_reserve=with_reserve)
+        rows_a, rows_b = self.A.rows(with_reserve=with_reserve), self.B.rows(with_reserve=with_reserve)
+        return self.scale * (rows_b.T * lam) @ rows_a  # (out, r) @ (r, in)
+
+    def num_parameters(self, rank: int) -> int:
+        """Adapter parameters of this layer at a rank: r · (in + out + 1)."""
+        return rank * (self.A.features + self.B.features + 1)
+
+    def add_components(self, count: int, generator: torch.Generator, init_std: float | str) -> None:
+        """Append new rows to A and B, drawn from N(0, std²); they are a reserve until they are activated.
+
+        They are the same on every device: they are drawn on the CPU.
+        """
+        for factor in (self.A, self.B):
+            std = factor.features**-0.5 if init_std == UNIT_STD else float(init_std)
+            factor.append(torch.randn(count, factor.features, generator=generator, device="cpu") * std)
+
+    def activate(self, count: int, lam: float) -> None:
+        """Activate ``count`` components of the reserve: their λ becomes trainable and starts from ``lam``.
+
+        The rest of the reserve, if any, is cut off.
+        """
+        self.A.activate(count, lam)
+        self.B.activate(count)
+        self.drop_reserve()
+
+    def drop_reserve(self) -> None:
+        """Remove the reserve."""
+        for factor in (self.A, self.B):
+            factor.cut(factor.rank)
+
+
+def component_generator(seed: int | None, layer_index: int, round_index: int) -> torch.Generator:
+    """Return the random generator for one layer's new components in one round; round 0 is the start."""
+    words = (DEFAULT_SEED if seed is None else seed, layer_index, round_index)
+    state = np.random.SeedSequence(words).generate_state(2)
+    return torch.Generator().manual_seed(int(state[0]) << 31 | int(state[1]) >> 1)
+
+
+def adapted_layers(model: nn.Module) -> dict[str, AdaptedLayer]:
+    """Return the adapted layers by name, in the model's order."""
+    inner = model.get_base_model() if isinstance(model, PeftModel) else model
+    grown = [
+        (name, module)
+        for name, module in inner.named_modules()
+        if isinstance(module, LoraLayer) and ADAPTER in module.lora_A and isinstance(module.lora_A[ADAPTER], GrowingA)
+    ]
+    return {name: AdaptedLayer(name, index, module) for index, (name, module) in enumerate(grown)}
+
+
+def budget(config: IncreLoraConfig, ranks: Mapping[str, int]) -> int:
+    """Return the budget r^final = n · r_avg for these first ranks, or their sum where ranks are fixed."""
+    return sum(ranks.values()) if config.fixed_ranks is not None else len(ranks) * config.r_avg
+
+
+def start_components(layers: Mapping[str, AdaptedLayer], ranks: Mapping[str, int], config: IncreLoraConfig) -> None:
+    """Put fresh growing factors into the layers, with λ = 0; add a reserve where ranks will grow."""
+    grows = sum(ranks.values()) < budget(config, ranks)
+    for layer in layers.values():
+        module: Any = layer.module
+        like = next(module.lora_A[ADAPTER].parameters())  # of PEFT's factor, or of the growing one that was there
+        module.lora_A[ADAPTER] = GrowingA(module.in_features, like, config.reserve_lambda).train(module.training)
+        module.lora_B[ADAPTER] = GrowingB(module.out_features, like).train(module.training)
+        fuse(module)
+        generator = component_generator(config.seed, layer.index, round_index=0)
+        layer.add_components(ranks[layer.name], generator, config.init_std)
+        layer.activate(ranks[layer.name], lam=0.0)
+        if config.advance_learning and grows:
+            layer.add_components(config.increment, generator, config.init_std)
+
+
+def record_ranks(peft_model: PeftModel, config: IncreLoraConfig) -> None:
+    """Write the current ranks and scales into PEFT's layers and its configuration.
+
+    The configuration's own r and lora_alpha are those of the largest layer: readers that ignore the patterns and look
+    at tensor shapes then find the right scale, because s is one constant.
+    """
+    layers = adapted_layers(peft_model).values()
+    alphas = {}
+    for layer in layers:
+        per_rank = config.rank_scaling == "per_rank"
+        alphas[layer.name] = config.lora_alpha if per_rank else config.lora_alpha / config.r_avg * layer.rank
+        layer.module.r[ADAPTER] = layer.rank
+        layer.module.lora_alpha[ADAPTER] = plain_alpha(alphas[layer.name])
+        layer.module.scaling[ADAPTER] = config.lora_alpha / (layer.rank if per_rank else config.r_avg)
+    largest = max(layers, key=lambda layer: layer.rank)
+    saved = cast(LoraConfig, peft_model.peft_config[ADAPTER])
+    saved.r, saved.lora_alpha = largest.rank, plain_alpha(alphas[largest.name])  # type: ignore[assignment]
+    others = [layer for layer in layers if layer.rank != largest.rank]
+    saved.rank_pattern = {_exactly(layer.name): layer.rank for layer in others}
+    saved.alpha_pattern = {
+        _exactly(layer.name): plain_alpha(alphas[layer.name])
+        for layer in others
+        if alphas[layer.name] != saved.lora_alpha
+    }
+
+
+def _exactly(name: str) -> str:
+    """The pattern that PEFT matches to this full name and to no other: a plain name also matches as a suffix."""
+    return "^" + re.escape(name)

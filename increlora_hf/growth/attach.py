@@ -1,0 +1,86 @@
+"""Put growing LoRA layers into a model, and save its history beside the adapter."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from types import MethodType
+from typing import Any
+
+from peft import PeftModel
+from torch import nn
+
+from ..adapter.inject import inject
+from ..adapter.warmstart import trainable_adapters, warm_start
+from ..config import IncreLoraConfig
+from ..documents import HISTORY_NAME, write_json
+from .growth import Growth
+
+logger = logging.getLogger(__name__)
+
+
+def attach(model: nn.Module, config: IncreLoraConfig | None = None) -> PeftModel:
+    """Put growing LoRA layers into ``model``: ΔW = s · B diag(λ) A per layer, 0 at the start.
+
+    The result is PEFT's own `PeftModel`: it merges, disables and saves as one, and what it saves is an ordinary LoRA
+    adapter. Its growth is at ``.increlora`` (`Growth`). Ranks grow while a `GrowthRun`, or the Trainer, trains it.
+
+    A model that holds a trained LoRA adapter continues from it: the same function, growth on top.
+
+    Args:
+        model: any transformers model, or any nn.Module with linear layers, or a `PeftModel` with one LoRA adapter. It
+            is changed in place.
+        config: default `IncreLoraConfig()`.
+
+    Raises:
+        ValueError: the settings do not fit the model, or it holds adapters that cannot grow; the model is
+            left as it was.
+    """
+    if is_attached(model):
+        return _already_attached(model, config)
+    config = config or IncreLoraConfig()
+    if isinstance(model, PeftModel):
+        return _hold(warm_start(model, config), config)
+    return _hold(inject(model, config), config)
+
+
+def _hold(peft_model: PeftModel, config: IncreLoraConfig) -> PeftModel:
+    peft_model.increlora = Growth(peft_model, config)  # type: ignore[assignment]
+    # PEFT has no hook for saving a file of one's own beside the adapter.
+    peft_model.save_pretrained = MethodType(_save_with_history, peft_model)  # type: ignore[method-assign]
+    return peft_model
+
+
+def is_attached(model: Any) -> bool:
+    """Whether ``model`` came from `attach`."""
+    return isinstance(getattr(model, "increlora", None), Growth)
+
+
+def _already_attached(model: Any, config: IncreLoraConfig | None) -> PeftModel:
+    trainable = trainable_adapters(model)
+    if len(trainable) > 1:
+        raise ValueError(
+            f"The adapters {trainable} are all trainable, and IncreLoRA grows one. Freeze or delete the others."
+        )
+    if config is not None and config != model.increlora.config:
+        raise ValueError(
+            "The model is attached with other settings than the ones given. Pass the settings to `attach` only, or a "
+            "plain model to the Trainer."
+        )
+    return model
+
+
+def _save_with_history(model: Any, save_directory: str, *args: Any, **kwargs: Any) -> None:
+    growth: Growth = model.increlora
+    if growth.was_forgotten():
+        logger.warning(
+            "IncreLoRA: the adapter was trained without growing, and is saved at total rank %d of %d. Train with "
+            "IncreLoraTrainer, or make a GrowthRun in your own loop and call its after_step() after every step of the "
+            "optimizer. IncreLoraConfig(r_avg=%d) asks for ranks that do not grow.",
+            growth.total_rank,
+            growth.target_total_rank,
+            growth.config.init_r,
+        )
+    type(model).save_pretrained(model, save_directory, *args, **kwargs)
+    if kwargs.get("is_main_process", True):
+        write_json(Path(save_directory) / HISTORY_NAME, growth.history())

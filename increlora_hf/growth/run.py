@@ -1,0 +1,346 @@
+"""One training of an attached model, in any loop: scores, rounds, the optimizer's groups and their learning rates."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from torch.amp.grad_scaler import GradScaler, OptState
+from torch.nn import Parameter
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+from transformers.trainer_utils import SchedulerType
+
+from ..adapter.probes import SensitivityProbes
+from ..distributed import average_gradients, broadcast_object, broadcast_tensors, is_sharded, num_processes
+from ..method.orthogonality import add_orthogonality_gradient
+from .attach import is_attached
+from .growth import Growth, Round
+from .packing import Packing
+from .replicas import require_same_replicas, require_same_start
+from .schedule import RestartWarmupLR, require_curve, restart_curves
+from .tensors import running_statistics, training_tensors
+
+RUN_NAME = "increlora_run.pt"
+
+
+class GrowthRun:
+    """Grows a model while an optimizer trains it; the Trainer uses it, and so can any loop::
+
+        model = attach(model, IncreLoraConfig(r_avg=2))
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        run = GrowthRun(model, optimizer, total_steps=1000, warmup_steps=60)
+        for batch in batches:
+            model(**batch).loss.backward()
+            run.before_step()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            run.after_step()
+            optimizer.zero_grad()
+
+    `after_step` is the one call that a loop needs. `before_step` is needed where gradients are clipped or read: it
+    adds the gradient of the orthogonality penalty and averages over the processes; without it, ``optimizer.step()``
+    does so itself. `after_backward` is needed where an update has several backward passes: call it after each.
+
+    With several processes, no wrapper stands around the model: the run averages the gradients in `before_step`.
+
+    Attributes:
+        growth: the model's growth: plan, rounds, ranks.
+        optimizer: the optimizer itself, out of the wrappers of accelerate or Lightning.
+        lr_scheduler: the learning rates of all groups; `after_step` steps it.
+        step: optimizer steps completed.
+    """
+
+    def __init__(
+        self,
+        model: PeftModel,
+        optimizer: Optimizer,
+        *,
+        total_steps: int,
+        warmup_steps: int = 0,
+        schedule: str = "linear",
+        schedule_kwargs: Mapping[str, Any] | None = None,
+        scaler: GradScaler | None = None,
+        compiled: bool = False,
+        state: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Plan the rounds, take over the adapter's parameters in the optimizer, and set the first learning rates.
+
+        Args:
+            model: of `attach`.
+            optimizer: holds the parameters that train; new. Its learning rates are the peaks of the schedule.
+            total_steps: optimizer steps of the whole run.
+            warmup_steps: of the learning rate, at the start and again for what each round adds.
+            schedule: a name that `transformers.get_scheduler` knows; its curve must depend on the step alone.
+            schedule_kwargs: its ``scheduler_specific_kwargs``.
+            scaler: where the loss is scaled before ``backward``.
+            compiled: whether the model is compiled; its code is discarded when layers change.
+            state: of an earlier run to continue; see `load_state_dict`.
+
+        Raises:
+            ValueError: the budget is out of reach in ``total_steps``, the optimizer or the schedule cannot be
+                followed, or the processes of the run differ. The message says what to do.
+        """
+        _require_attached(model)
+        require_curve(schedule)
+        self._model = model
+        self.growth: Growth = model.increlora
+        self.optimizer = unwrapped(optimizer)
+        self.step = 0
+        self._scaler, self._compiled = scaler, compiled
+        self._probes: SensitivityProbes | None = None
+        self._sensitivities: Tensor | None = None  # of the update so far
+        self._backward_passes = 0
+        self._is_penalised = self._is_averaged = False
+        start_rank = None if state is None else state["run_start_rank"]
+        self.growth.begin_run(total_steps, warmup_steps, start_rank)
+        self._packing = self._take_over()
+        self.growth.schedule = {
+            "name": SchedulerType(schedule).value,
+            "warmup_steps": warmup_steps,
+            "total_steps": total_steps,
+            "learning_rate": float(self.optimizer.defaults.get("lr", self.optimizer.param_groups[0]["lr"])),
+            "kwargs": json.loads(json.dumps(dict(schedule_kwargs or {}), default=float)),  # it will be saved
+        }
+        self.lr_scheduler = RestartWarmupLR(optimizer, restart_curves(**self.growth.schedule))
+        self.start_at(0)
+        if state is not None:
+            self.load_state_dict(state)
+        self.synchronize()
+
+    def _take_over(self) -> Packing:
+        """The packing of an earlier run with this optimizer, or a new one."""
+        growth, parameters = self.growth, self.growth.parameters()
+        earlier: Packing | None = getattr(self.optimizer, "increlora_packing", None)
+        if earlier is not None and earlier.holds(parameters):
+            earlier.before_gather = self.before_step
+            for group in self.optimizer.param_groups:  # born in that run: there from the start of this one
+                group.pop("birth_step", None)
+            return earlier
+        lams = [layer.A.active_lam for layer in growth.layers.values()]
+        packing = Packing(
+            self.optimizer, parameters, self.before_step, apart=lams, multiplier=growth.config.lam_lr_multiplier
+        )
+        self.optimizer.increlora_packing = packing  # type: ignore[attr-defined]
+        growth.rounds_before_optimizer = len(growth.rounds)
+        return packing
+
+    @property
+    def sensitivities(self) -> Tensor | None:
+        """I of every layer for the update so far, shape (n,), where it is scored."""
+        return self._sensitivities
+
+    @property
+    def is_scoring(self) -> bool:
+        """Whether the sensitivities of the next step count."""
+        return self._probes is not None
+
+    # ---- One step ------------------------------------------------------------------------------------------------
+
+    def after_backward(self, weight: float = 1.0) -> None:
+        """Take in the sensitivities, equation (5), of the backward pass that has just run.
+
+        The sensitivity of a step is the mean over its M micro-batches, each with the gradient of its own mean loss.
+        Divide each loss by M before ``backward``, as for the gradients.
+
+        Args:
+            weight: turns the gradients of this pass into 1/M of those of its own mean loss, where they are not.
+        """
+        self._packing.recover()
+        self._backward_passes += 1
+        self._is_averaged = False
+        if self._probes is not None:
+            values = self._probes.read() * (weight / self._loss_scale())
+            self._sensitivities = values if self._sensitivities is None else self._sensitivities + values
+
+    def before_step(self) -> None:
+        """Make the gradients whole: add the penalty's, once an update, and average over the processes.
+
+        Call it after the last ``backward`` of an update, before gradients are unscaled, clipped or read. A second call
+        adds nothing; after a further ``backward`` it averages anew.
+        """
+        if self._backward_passes == 0:
+            self.after_backward()
+        config = self.growth.config
+        if not self._is_penalised and config.orth_reg_weight > 0:
+            weight = config.orth_reg_weight * self._loss_scale()
+            add_orthogonality_gradient(self.growth.factors(), weight, squared=config.orth_reg_squared)
+        self._is_penalised = True
+        if not self._is_averaged and num_processes() > 1:
+            sensitivities = [] if self._sensitivities is None else [self._sensitivities]
+            average_gradients(self._parameters(), [*sensitivities, *self._statistics])
+        self._is_averaged = True
+
+    def after_step(self) -> Round | None:
+        """Count the optimizer's step, hold a round if one is due, and step the learning rates.
+
+        Returns:
+            The round, if there was one. ``model.parameters()`` are new then: parameters that were kept are stale.
+        """
+        was_skipped = self._packing.steps == self._steps_before
+        record = self.grow_if_due()
+        if not was_skipped:  # by the GradScaler, after an overflow
+            self.lr_scheduler.step()
+        return record
+
+    def grow_if_due(self) -> Round | None:
+        """As `after_step`, in a loop that steps ``lr_scheduler`` itself, after this."""
+        growth = self.growth
+        assert growth.plan is not None
+        self.step += 1
+        if self._sensitivities is not None:
+            growth.tracker.update(self._sensitivities)
+        is_due = growth.plan.is_due(self.step)
+        if is_due:
+            require_same_replicas(growth, self._model)
+            growth.tracker = broadcast_object(growth.tracker)
+            birth_step = self.lr_scheduler.last_epoch + 1 if growth.config.restart_warmup else 0
+            growth.grow(self.step, birth_step)
+            self._follow(birth_step)
+            self._recompile()
+        self._begin_update()
+        self._watch()
+        return growth.rounds[-1] if is_due else None
+
+    def start_at(self, step: int) -> None:
+        """Go on after this many optimizer steps; of an update that was begun nothing is kept."""
+        self.step = step
+        if self._probes is None:  # an earlier run may have left some
+            for layer in self.growth.layers.values():
+                layer.A.probe = None
+        self._begin_update()
+        self._watch()
+
+    def _begin_update(self) -> None:
+        self._sensitivities = None
+        self._backward_passes = 0
+        self._is_penalised = self._is_averaged = False
+        self._steps_before = self._packing.steps
+
+    def _watch(self) -> None:
+        """Collect sensitivities in the next step if the plan scores it."""
+        assert self.growth.plan is not None
+        scored = self.growth.plan.is_scored(self.step + 1)
+        if scored == (self._probes is not None):
+            return
+        if self._probes is not None:
+            self._probes.remove()
+        layers = list(self.growth.layers.values())
+        self._probes = SensitivityProbes(layers, self.growth.config.score_reduction) if scored else None
+        self._recompile()
+
+    def _recompile(self) -> None:
+        """Compiled code does not notice probes that come and go, and gives up after a few changes of shape."""
+        if self._compiled:
+            torch.compiler.reset()
+
+    def _follow(self, birth_step: int) -> None:
+        self._packing.follow(self.growth.parameters(), birth_step)
+
+    def _loss_scale(self) -> float:
+        """The factor that the gradients carry now."""
+        if self._scaler is None or not self._scaler.is_enabled():
+            return 1.0
+        stage = self._scaler._per_optimizer_states[id(self.optimizer)]["stage"]  # no public name says it
+        return 1.0 if stage is OptState.UNSCALED else self._scaler.get_scale()
+
+    def _parameters(self) -> list[Parameter]:
+        """What the optimizer holds whole on every process."""
+        return [p for group in self.optimizer.param_groups for p in group["params"] if not is_sharded(p)]
+
+    # ---- Several processes, and resuming ---------------------------------------------------------------------------
+
+    def synchronize(self, facts: Mapping[str, Any] | None = None) -> None:
+        """Check that all processes agree, then broadcast rank 0's weights.
+
+        Args:
+            facts: what else has to be the same, by name.
+
+        Raises:
+            ValueError: they differ; the message says in what.
+        """
+        require_same_start(self.growth, self._model, facts or {})
+        broadcast_tensors(t for t in training_tensors(self._model).values() if not is_sharded(t))
+        self._statistics = [t for t in running_statistics(self._model).values() if t.is_floating_point()]
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that the run and the model's training hold, between two updates; the optimizer has a state of its own.
+
+        Tensors are references, as in ``nn.Module.state_dict``.
+        """
+        return {
+            **self.growth.state_dict(),
+            "tensors": training_tensors(self._model),
+            "step": self.step,
+            "lr_scheduler": self.lr_scheduler.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue a run bit for bit: replay its rounds on model and optimizer, then load the values.
+
+        Call it on a new run, with model and optimizer made as they were then, before the optimizer's own state is
+        loaded: that has the groups of the grown model.
+
+        Args:
+            state: of `state_dict`.
+
+        Raises:
+            ValueError: the state is of other settings, another plan or another model.
+        """
+        growth, source = self.growth, state.get("source", "The state")
+        if len(growth.rounds) != state["rounds_before_optimizer"]:
+            raise ValueError(
+                f"{source} is of an optimizer that was made after {state['rounds_before_optimizer']} rounds, and this "
+                f"one was made after {len(growth.rounds)}. Call model.increlora.replay(state, "
+                f"{state['rounds_before_optimizer']}) on a newly attached model, and make the optimizer then."
+            )
+        growth.require_same_settings(state, source)
+        growth.require_same_plan(state, source)
+        growth.load_state_dict(state, state["tensors"], follow=self._follow, source=source)
+        if "lr_scheduler" in state:
+            self.lr_scheduler.load_state_dict(state["lr_scheduler"])
+        self.start_at(state.get("step", 0))
+
+    def register_for_checkpointing(self, accelerator: Any) -> None:
+        """Let ``accelerator.save_state`` and ``load_state`` hold the run, in the place of the model's weights.
+
+        Call it once; the file is `RUN_NAME`.
+        """
+
+        def save(models: list[Any], weights: list[Any], folder: str) -> None:
+            if accelerator.is_main_process:
+                torch.save(self.state_dict(), Path(folder) / RUN_NAME)
+            weights.clear()
+
+        def load(models: list[Any], folder: str) -> None:
+            self.load_state_dict(torch.load(Path(folder) / RUN_NAME))
+            models.clear()
+
+        accelerator.register_save_state_pre_hook(save)
+        accelerator.register_load_state_pre_hook(load)
+
+
+def _require_attached(model: nn.Module) -> None:
+    if isinstance(model, DistributedDataParallel):
+        raise ValueError(
+            "DistributedDataParallel forgets every parameter that is born after it. Give the model itself, and call "
+            "before_step() after the last backward: it averages the gradients over the processes. With accelerate: "
+            "accelerator.prepare_model(model, evaluation_mode=True)."
+        )
+    if not is_attached(model):
+        raise ValueError(
+            f"{type(model).__name__} has no growing adapter. Call attach(model, IncreLoraConfig(...)) first, and "
+            "make the optimizer from the parameters of what it returns."
+        )
+
+
+def unwrapped(optimizer: Optimizer) -> Optimizer:
+    """The optimizer inside the wrappers of accelerate or Lightning, which hold it as ``optimizer``."""
+    while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
+        optimizer = inner
+    return optimizer

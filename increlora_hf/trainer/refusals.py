@@ -1,0 +1,75 @@
+"""Training arguments and Trainer arguments with which an adapter cannot grow; each error says what can be done."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from transformers import TrainingArguments
+from transformers.training_args import ParallelMode
+
+from ..growth.schedule import require_curve
+
+
+def refuse_unsupported(args: TrainingArguments, kwargs: Mapping[str, Any]) -> None:
+    """Raise ValueError for a schedule or a Trainer argument that leaves no room for growth."""
+    require_curve(args.lr_scheduler_type)
+    scheduler = kwargs.get("optimizers", (None, None))[1]
+    if scheduler is not None:
+        raise ValueError(
+            f"optimizers holds a finished {type(scheduler).__name__}, and IncreLoRA restarts the curve for every "
+            "round. Give lr_scheduler_type and lr_scheduler_kwargs instead, and None in its place."
+        )
+    if kwargs.get("peft_config") is not None:
+        raise ValueError(
+            f"peft_config={type(kwargs['peft_config']).__name__}(...) asks for an adapter of its own, and IncreLoRA "
+            "makes the one that grows. Leave it out, and give increlora_config."
+        )
+
+
+def refuse_other_parallelism(args: TrainingArguments, model: Any) -> None:
+    """Raise ValueError for the ways to spread a run that a growing adapter cannot follow; each says what can."""
+    parallelism = getattr(args, "parallelism_config", None)
+    if args.deepspeed or args.deepspeed_plugin is not None:
+        raise ValueError(
+            "DeepSpeed's optimizers cannot take in the parameters that are born while training. Leave deepspeed out "
+            "and start with torchrun: the frozen base needs no optimizer state. For a base that does not fit one "
+            "device, load it quantised, or sharded with from_pretrained(distributed_config=...)."
+        )
+    if args.fsdp or _is_on("ACCELERATE_USE_FSDP"):
+        raise ValueError(
+            f"fsdp={args.fsdp!r} would shard the adapter too, and what grows later would be missing from the shards. "
+            "Leave it out, and load the base sharded: from_pretrained(distributed_config=DistributedConfig("
+            "fsdp_size=N)), or quantised."
+        )
+    if (getattr(model, "tp_size", None) or 1) > 1 or (parallelism is not None and parallelism.total_size > 1):
+        raise ValueError(
+            "Tensor, context and sequence parallelism split a layer's inputs or outputs, and its sensitivity needs "
+            "both whole. Load the base with DistributedConfig(fsdp_size=N), or quantised, and start with torchrun."
+        )
+    if args.parallel_mode is ParallelMode.NOT_DISTRIBUTED:
+        raise ValueError(
+            f"{args.n_gpu} GPUs in one process (DataParallel) would train copies that forget what grows. Start one "
+            f"process for each, torchrun --nproc_per_node {args.n_gpu} SCRIPT.py ..., or use one with "
+            "CUDA_VISIBLE_DEVICES=0."
+        )
+    if args.parallel_mode not in (ParallelMode.NOT_PARALLEL, ParallelMode.DISTRIBUTED):
+        raise ValueError(
+            f"parallel_mode={args.parallel_mode.value} is not torch.distributed, the only way in which processes are "
+            "kept the same. Start with torchrun or accelerate launch."
+        )
+    if args.auto_find_batch_size:
+        raise ValueError(
+            "auto_find_batch_size starts over with a smaller batch after memory ran out, by then with a grown model. "
+            "Set per_device_train_batch_size to what fits, and gradient_accumulation_steps for the rest."
+        )
+    if args.world_size > 1 and not getattr(args.accelerator_config, "even_batches", True):
+        raise ValueError(
+            "even_batches=False gives the processes different numbers of batches, and the longest would wait for the "
+            "others forever. Leave it at its default."
+        )
+
+
+def _is_on(variable: str) -> bool:
+    return os.environ.get(variable, "false").lower() in ("1", "true", "yes", "on")
