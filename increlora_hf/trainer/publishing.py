@@ -21,8 +21,9 @@ from ..documents import write_json
 from ..errors import HubPushError
 from ..files.checkpoints import MANIFEST_NAME
 from ..files.run_state import STATE_JSON, STATE_TENSORS
-from ..hub.card import card_text, describe
+from ..hub.card import card_text
 from ..hub.upload import create_repository, push_folder, without_tokens
+from .summary import describe
 
 logger = logging.getLogger(__name__)
 
