@@ -8,7 +8,7 @@ from typing import Any
 from datasets import Dataset, Features
 from glue_fixtures import WORDS
 
-from increlora_hf.tasks.squad import ANSWERS, TEXTS
+from increlora_hf.tasks.squad.questions import ANSWERS, TEXTS
 
 Row = dict[str, Any]
 

@@ -6,7 +6,7 @@ import pytest
 from datasets import ClassLabel, Dataset, Features, Value
 from glue_fixtures import sentence_pairs, write_csv, write_json_lines, write_parquet
 
-from increlora_hf.tasks.glue import (
+from increlora_hf.tasks.glue.rows import (
     TASKS,
     GlueSource,
     detect_task,

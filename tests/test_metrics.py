@@ -4,8 +4,8 @@ import math
 
 import pytest
 
-from increlora_hf.tasks.glue import TASKS
-from increlora_hf.tasks.metrics import TASK_METRICS, GlueMetric
+from increlora_hf.tasks.glue.metric import TASK_METRICS, GlueMetric
+from increlora_hf.tasks.glue.rows import TASKS
 
 # 8 rows: 3 true positives, 1 false positive, 2 false negatives, 2 true negatives.
 REFERENCES = [1, 1, 1, 1, 1, 0, 0, 0]

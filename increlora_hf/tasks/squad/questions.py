@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 from datasets import Dataset, Features, List, Value
 
-from increlora_hf.tasks.source import DataSource, each_row, read_splits, require_columns, require_split
-from increlora_hf.tasks.tables import json_lines, read_text
+from ..source import DataSource, each_row, read_splits, require_columns, require_split
+from ..tables import json_lines, read_text
 
 logger = logging.getLogger(__name__)
 

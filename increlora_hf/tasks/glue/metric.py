@@ -9,7 +9,7 @@ import numpy as np
 from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
-from increlora_hf.tasks.glue import TASKS, TextTask
+from .rows import TASKS, TextTask
 
 Scorer = Callable[[np.ndarray, np.ndarray], float]
 

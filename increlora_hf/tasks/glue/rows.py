@@ -8,8 +8,8 @@ from functools import cached_property
 
 from datasets import ClassLabel, Dataset, Value
 
-from increlora_hf.tasks.source import DataSource, read_splits, require_columns, require_split
-from increlora_hf.tasks.tables import LABEL, read_table
+from ..source import DataSource, read_splits, require_columns, require_split
+from ..tables import LABEL, read_table
 
 logger = logging.getLogger(__name__)
 
