@@ -40,7 +40,8 @@ from increlora_hf.tasks.flags import (
     train_and_save,
 )
 from increlora_hf.tasks.glue.metric import metrics_of, predicted
-from increlora_hf.tasks.glue.rows import TASKS, GlueSource, TextTask, in_model_order, load_task, require_two_labels
+from increlora_hf.tasks.glue.rows import GlueSource, in_model_order, load_task, require_two_labels
+from increlora_hf.tasks.glue.tasks import TASKS, TextTask
 from increlora_hf.tasks.tuners import TunerArguments, make_trainer
 
 PROG = "run_glue.py"
@@ -223,7 +224,7 @@ def card(task: TextTask, source: GlueSource) -> dict[str, Any]:
     of_glue = task.name in TASKS
     return {
         "tasks": "text-classification",
-        "dataset": f"GLUE {task.name}" if of_glue else None,
+        "dataset": f"{task.data.title} {task.name}" if of_glue else None,
         "dataset_tags": source.hub_id,
         "dataset_args": task.name if of_glue else None,
     }

@@ -13,7 +13,8 @@ from transformers import AutoTokenizer, ByT5Tokenizer
 
 from increlora_hf.tasks.source import DataSource
 from increlora_hf.tasks.squad import spans
-from increlora_hf.tasks.squad.questions import Rules, load_squad, prepare_questions, read_squad
+from increlora_hf.tasks.squad.files import read_squad
+from increlora_hf.tasks.squad.questions import Rules, load_squad, prepare_questions
 from increlora_hf.tasks.squad.spans import SpanSettings, answers, write_answers
 from increlora_hf.tasks.squad.windows import OUTSIDE, Windows, WindowSettings, answer_tokens
 
