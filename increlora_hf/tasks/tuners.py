@@ -12,7 +12,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from ..adapter.targets import resolve_targets
 from ..config import IncreLoraConfig
-from .script import flag
+from .flags import flag
 
 TUNERS = ("increlora", "lora", "adalora", "bitfit", "full", "head")
 ADALORA_START = 1.5  # AdaLoRA begins with this much more rank than it ends with, as in its paper
