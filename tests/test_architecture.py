@@ -1,7 +1,10 @@
-"""Which folder of the package imports which: one way only, and the method knows neither peft nor transformers."""
+"""What the package imports: folders one way only, no peft or transformers in the method, declared packages alone."""
 
 import ast
+import re
+import sys
 from collections.abc import Iterator
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
@@ -16,6 +19,8 @@ ORDER = [
 ]
 LAST = ["cli", "tasks", "sft"]
 RANKS = {place: rank for rank, place in enumerate(ORDER)} | dict.fromkeys(LAST, len(ORDER))
+FOR_WORK_ON_IT = {"demo", "dev", "docs", "test"}  # extras that users do not need
+OPTIONAL = {"ipython", "matplotlib", "pillow", "trl"}  # imported where a user asks for what they do, and not before
 MODULES = [path for path in sorted(PACKAGE.rglob("*.py")) if path != PACKAGE / "__init__.py"]  # that names all others
 
 
@@ -61,6 +66,27 @@ def test_imports_between_folders_go_one_way(path: Path) -> None:
 @pytest.mark.parametrize("path", [path for path in MODULES if place(path) == "method"], ids=lambda path: path.name)
 def test_the_method_imports_neither_peft_nor_transformers(path: Path) -> None:
     assert not {"peft", "transformers"} & {name.partition(".")[0] for name in imported(path)}
+
+
+def test_every_package_that_is_imported_is_declared() -> None:
+    tomllib = pytest.importorskip("tomllib")  # from Python 3.11 on
+    project = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = {name: needed for name, needed in project["optional-dependencies"].items() if name not in FOR_WORK_ON_IT}
+    required = {distribution(one) for one in project["dependencies"]}
+    optional = {distribution(one) for needed in extras.values() for one in needed} - required
+    imports = {name.partition(".")[0] for path in MODULES for name in imported(path)}
+    others = imports - sys.stdlib_module_names - {"increlora_hf"}
+    installed = packages_distributions()
+    found = {distribution(installed.get(name, [name])[0]) for name in others}
+    assert found <= required | optional
+    assert found & optional == OPTIONAL
+
+
+def distribution(requirement: str) -> str:
+    """The name in a requirement, as package indexes compare it."""
+    match = re.match(r"[\w.-]+", requirement)
+    assert match is not None
+    return re.sub(r"[-_.]+", "-", match[0]).lower()
 
 
 def test_type_checkers_see_the_public_names_where_they_are() -> None:

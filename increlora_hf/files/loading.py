@@ -16,12 +16,13 @@ from torch import nn
 
 from ..adapter.four_bit import keep_unpacked, require_unpacked
 from ..adapter.inject import whole_or_not_at_all
-from ..adapter.targets import features, is_linear
+from ..adapter.names import PREFIX
+from ..adapter.targets import features, head_modules, is_linear
 from ..documents import read_json_object
 from ..errors import AdapterFormatError
 from ..growth.tensors import check_tensors
 from .checkpoints import MANIFEST_NAME, check_manifest
-from .saved_adapter import CONFIG_NAME, PREFIX, WEIGHTS_NAME, Shape, check_patterns, local_folder, own_file
+from .saved_adapter import CONFIG_NAME, WEIGHTS_NAME, Shape, check_patterns, local_folder, own_file
 from .tensors import read_tensors
 
 CHECKED = (
@@ -169,10 +170,9 @@ def _expected(folder: Path, model: nn.Module, config: LoraConfig) -> dict[str, t
         if not is_linear(module):
             raise AdapterFormatError(path, "target_modules", "linear layers", f"{name!r}, a {type(module).__name__}")
         expected.update(_factors(name, module, config))
-    for name, module in model.named_modules():
-        if name and any(f"{PREFIX}{name}".endswith(saved) for saved in config.modules_to_save or []):
-            for key, tensor in module.state_dict().items():
-                expected[f"{PREFIX}{name}.{key}"] = (tuple(tensor.shape), _free(tensor.dtype))
+    for name, module in head_modules(model, config.modules_to_save).items():
+        for key, tensor in module.state_dict().items():
+            expected[f"{PREFIX}{name}.{key}"] = (tuple(tensor.shape), _free(tensor.dtype))
     return expected
 
 
