@@ -27,9 +27,9 @@ from .tensors import read_tensors
 
 # Settings that `read_config` checks one by one
 CHECKED = (
-    *("peft_type", "r", "lora_alpha", "lora_dropout", "rank_pattern", "alpha_pattern"),
-    *("target_modules", "modules_to_save"),
-)
+    "peft_type", "r", "lora_alpha", "lora_dropout", "rank_pattern", "alpha_pattern", "target_modules",
+    "modules_to_save",
+)  # fmt: skip
 FLAGS = ("fan_in_fan_out", "use_rslora", "inference_mode", "init_lora_weights", "ensure_weight_tying")
 PLAIN_STARTS = ("gaussian", "orthogonal")  # of init_lora_weights, beside true and false: they keep the base weights
 WORDS = ("base_model_name_or_path", "revision", "task_type", "peft_version")
