@@ -40,7 +40,7 @@ def load_task(
 ) -> tuple[TextTask, dict[str, Dataset]]:
     """The task that `source` poses, and the splits asked for; those to predict have no `label`."""
     task = source.task
-    splits = read_splits(source, _read_file, task and (task.data.config or task.name))
+    splits = read_splits(source, _read_file, (task.data.config or task.name) if task else None)
     if task is None:
         task = detect_task(require_split(splits, "train", source), source.where("train"))
     elif source.files:
