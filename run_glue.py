@@ -23,9 +23,7 @@ from transformers import (
 )
 
 from increlora_hf import IncreLoraArguments, IncreLoraTrainer
-from increlora_hf.tasks.glue import TASKS, GlueSource, TextTask, in_model_order, load_task, require_two_labels
-from increlora_hf.tasks.metrics import metrics_of, predicted
-from increlora_hf.tasks.script import (
+from increlora_hf.tasks.flags import (
     HubArguments,
     ModelArguments,
     Preparation,
@@ -41,6 +39,9 @@ from increlora_hf.tasks.script import (
     set_up_logging,
     train_and_save,
 )
+from increlora_hf.tasks.glue.metric import metrics_of, predicted
+from increlora_hf.tasks.glue.rows import GlueSource, in_model_order, load_task, require_two_labels
+from increlora_hf.tasks.glue.tasks import TASKS, TextTask
 from increlora_hf.tasks.tuners import TunerArguments, make_trainer
 
 PROG = "run_glue.py"
@@ -223,7 +224,7 @@ def card(task: TextTask, source: GlueSource) -> dict[str, Any]:
     of_glue = task.name in TASKS
     return {
         "tasks": "text-classification",
-        "dataset": f"GLUE {task.name}" if of_glue else None,
+        "dataset": f"{task.data.title} {task.name}" if of_glue else None,
         "dataset_tags": source.hub_id,
         "dataset_args": task.name if of_glue else None,
     }

@@ -23,8 +23,7 @@ from transformers import (
 )
 
 from increlora_hf import IncreLoraArguments, IncreLoraTrainerMixin
-from increlora_hf.tasks.question_answering import QuestionAnsweringTrainer
-from increlora_hf.tasks.script import (
+from increlora_hf.tasks.flags import (
     HubArguments,
     ModelArguments,
     Preparation,
@@ -41,11 +40,12 @@ from increlora_hf.tasks.script import (
     train_and_save,
 )
 from increlora_hf.tasks.source import DataSource
-from increlora_hf.tasks.spans import SpanSettings, answers, write_answers
-from increlora_hf.tasks.squad import HUB_DATASETS, Rules, load_squad
-from increlora_hf.tasks.squad_metric import SquadMetric
+from increlora_hf.tasks.squad.metric import SquadMetric
+from increlora_hf.tasks.squad.questions import HUB_DATASETS, Rules, load_squad
+from increlora_hf.tasks.squad.spans import SpanSettings, answers, write_answers
+from increlora_hf.tasks.squad.trainer import QuestionAnsweringTrainer
+from increlora_hf.tasks.squad.windows import Windows, WindowSettings
 from increlora_hf.tasks.tuners import TunerArguments, make_trainer
-from increlora_hf.tasks.windows import Windows, WindowSettings
 
 PROG = "run_squad.py"
 logger = logging.getLogger("run_squad")

@@ -148,6 +148,12 @@ class IncreLoraConfig:
         """``rank_pattern``, read from its file where it was one."""
         return cast("dict[str, int] | None", self.rank_pattern)
 
+    @property
+    def adapted_ranks(self) -> dict[str, int] | None:
+        """The fixed ranks above 0: a layer of rank 0 stays unadapted. None where ranks grow."""
+        fixed = self.fixed_ranks
+        return None if fixed is None else {name: rank for name, rank in fixed.items() if rank > 0}
+
     def to_dict(self) -> dict[str, Any]:
         """All settings as plain values that JSON can hold."""
         return dataclasses.asdict(self)

@@ -20,8 +20,9 @@ VOCABULARY = 60
 MODELS_TABLE = Path(__file__).parents[1] / "docs" / "models.md"
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="session")
 def _single_thread() -> None:
+    """For all that is trained, in fixtures of modules too: its bits do not depend on the number of cores."""
     torch.set_num_threads(1)
 
 

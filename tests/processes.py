@@ -14,7 +14,7 @@ import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 
 FORK = multiprocessing.get_context("fork")  # the imports are paid once
-PATIENCE = 180  # seconds that a group of processes may take in all
+PATIENCE = 600  # seconds after which a group of processes hangs, however busy the machine is
 
 
 def free_port() -> int:

@@ -5,14 +5,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, Features
+from datasets import Dataset
 from glue_fixtures import WORDS
 
-from increlora_hf.tasks.squad import ANSWERS, TEXTS
+from increlora_hf.tasks.squad.files import QUESTIONS
 
 Row = dict[str, Any]
-
-QUESTION_FEATURES = Features({**TEXTS, "answers": ANSWERS})
 
 
 def question(number: int, *, answerable: bool = True, words: int = 8) -> Row:
@@ -36,7 +34,7 @@ def questions(count: int = 12, *, negative: bool = False, words: int = 8) -> lis
 
 def dataset(rows: Sequence[Row]) -> Dataset:
     """The rows with the columns of the Hub's SQuAD."""
-    return Dataset.from_dict({name: [row[name] for row in rows] for name in rows[0]}, features=QUESTION_FEATURES)
+    return Dataset.from_dict({name: [row[name] for row in rows] for name in rows[0]}, features=QUESTIONS)
 
 
 def write_nested(path: Path, rows: Sequence[Row]) -> Path:

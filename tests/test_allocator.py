@@ -3,11 +3,14 @@
 import math
 from typing import Any
 
+import hypothesis
 import pytest
-from hypothesis import assume, given
+from hypothesis import HealthCheck, assume, given
 from hypothesis import strategies as st
 
 from increlora_hf.method.allocation import Plan, choose, gains, make_plan, scored_window
+
+untimed = hypothesis.settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # the machine may be busy
 
 
 def plan_for(num_layers: int = 36, total_steps: int = 3900, warmup_steps: int = 100, **settings: Any) -> Plan:
@@ -22,6 +25,7 @@ def plan_for(num_layers: int = 36, total_steps: int = 3900, warmup_steps: int = 
     )
 
 
+@untimed
 @given(
     layers=st.integers(1, 40),
     init_r=st.integers(1, 3),
@@ -100,6 +104,7 @@ def test_default_interval_without_warm_up_is_a_fortieth_of_the_run_and_at_least_
     assert plan_for(warmup_steps=0, total_steps=100).interval == 10
 
 
+@untimed
 @given(interval=st.integers(1, 30), start=st.integers(0, 90), rounds=st.integers(1, 6), window=st.integers(1, 70))
 def test_scored_steps_are_the_last_window_before_each_round(
     interval: int, start: int, rounds: int, window: int

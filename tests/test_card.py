@@ -3,17 +3,17 @@
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import pytest
 import yaml
 from conftest import arguments, tiny_bert, token_rows
 from huggingface_hub import ModelCard
 
 from increlora_hf import IncreLoraConfig, IncreLoraTrainer
-from increlora_hf.hub.card import AT_BEST, Facts, _last_evaluation, card_text, describe
+from increlora_hf.hub.card import RunSummary, card_text
 from increlora_hf.hub.snippet import is_hub_id
+from increlora_hf.trainer.summary import describe
 
-FACTS = Facts(
+SUMMARY = RunSummary(
     repository="user/adapter",
     title="adapter",
     base="microsoft/deberta-v3-base",
@@ -29,6 +29,7 @@ FACTS = Facts(
     },
     adapter_parameters=1234,
     head_parameters=56,
+    software={"increlora-hf": "0.1.0", "peft": "0.21.2"},
     metrics={"loss": 0.5, "accuracy": 0.875, "f1": 0.9},
     step=120,
     hyperparameters={"learning_rate": 1e-3, "seed": 7},
@@ -41,7 +42,7 @@ def metadata(text: str) -> dict[str, Any]:
 
 def test_metadata_is_what_the_hub_reads():
     data = {"dataset_id": "nyu-mll/glue", "dataset_name": "GLUE MNLI", "dataset_config": "mnli"}
-    text = card_text(FACTS, **data, license="apache-2.0", language="en", tags=["glue"])
+    text = card_text(SUMMARY, **data, license="apache-2.0", language="en", tags=["glue"])
     found = metadata(text)
     assert found["library_name"] == "peft"
     assert found["base_model"] == "microsoft/deberta-v3-base"
@@ -56,7 +57,7 @@ def test_metadata_is_what_the_hub_reads():
 
 
 def test_a_base_that_is_a_folder_is_not_named_as_one_on_the_hub(tmp_path):
-    text = card_text(replace(FACTS, base=str(tmp_path)))
+    text = card_text(replace(SUMMARY, base=str(tmp_path)))
     assert "base_model" not in metadata(text)
     assert str(tmp_path.parent) not in text
     assert f'AutoModelForSequenceClassification.from_pretrained("{tmp_path.name}", num_labels=3)' in text
@@ -73,14 +74,14 @@ def test_what_can_be_a_name_on_the_hub(name, expected):
 @pytest.mark.parametrize("task", ["SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "CAUSAL_LM", "SEQ_2_SEQ_LM", None])
 @pytest.mark.parametrize("base", ["user/base", "/some/folder", ""])
 def test_snippet_is_python_for_every_task(task, base):
-    text = card_text(replace(FACTS, task_type=task, base=base))
+    text = card_text(replace(SUMMARY, task_type=task, base=base))
     snippet = text.split("```python\n")[1].split("```")[0]
     compile(snippet, "card", "exec")
     assert '"user/adapter"' in snippet
 
 
 def test_counts_ranks_settings_and_versions_are_the_runs():
-    text = card_text(replace(FACTS, best={"adapter_parameters_at_best": 1000, "adapter_parameters_at_end": 1234}))
+    text = card_text(replace(SUMMARY, best={"adapter_parameters_at_best": 1000, "adapter_parameters_at_end": 1234}))
     assert "Total rank 3 of a budget of 6" in text
     assert "1,000 parameters trained in the adapter, the best checkpoint's (1,234 at the end)" in text
     assert "56 trained fully" in text
@@ -89,7 +90,7 @@ def test_counts_ranks_settings_and_versions_are_the_runs():
     assert "0 = entailment, 1 = neutral, 2 = contradiction" in text
     assert "At" not in text.split("## Results")[0]
     assert "at step 120" in text
-    assert "peft " in text.split("## Software")[1]
+    assert text.split("## Software")[1].strip() == "increlora-hf 0.1.0, peft 0.21.2"
 
 
 def test_images_are_shown_where_they_are_there(tmp_path):
@@ -142,35 +143,12 @@ def test_what_an_earlier_call_said_stays(tmp_path):
     assert (found["license"], found["model-index"][0]["name"] if "model-index" in found else "mine") == ("mit", "mine")
 
 
-@pytest.mark.parametrize(
-    "log, best_step, expected",
-    [
-        ([{"eval_f1": 0.1, "step": 2}, {"eval_f1": 0.2, "step": 4}], None, (4, {"f1": 0.2})),
-        ([{"eval_f1": 0.9, "step": 2}, {"eval_f1": 0.2, "step": 4}, {AT_BEST: 1, "step": 4}], 2, (2, {"f1": 0.9})),
-        ([{"eval_f1": 0.9, "step": 2}, {AT_BEST: 1, "step": 4}, {"eval_f1": 0.8, "step": 4}], 2, (4, {"f1": 0.8})),
-        ([{"eval_f1": 0.5, "step": 2}, {"eval_f1": 0.4, "step": 2}], None, (2, {"f1": 0.5})),
-        ([{"eval_a_loss": 1, "step": 2}, {"eval_b_f1": 0.4, "step": 2}], None, (2, {"a_loss": 1.0, "b_f1": 0.4})),
-        (
-            [{"eval_f1": np.float64(0.5), "eval_b_runtime": 1, "eval_x": float("nan"), "eval_y": "no", "step": 1}],
-            None,
-            (1, {"f1": 0.5}),
-        ),
-        ([{"loss": 1.0, "step": 2}], None, (0, {})),
-    ],
-    ids=["last", "best loaded", "evaluated after", "first set", "several sets", "numbers alone", "none"],
-)
-def test_scores_are_those_of_the_model_as_it_is(log, best_step, expected):
-    found = _last_evaluation(log, best_step)
-    assert found == expected
-    assert all(type(value) is float for value in found[1].values())
-
-
 def test_tokenizer_is_the_bases_where_the_adapter_has_none():
     assert 'AutoTokenizer.from_pretrained("microsoft/deberta-v3-base")' in card_text(
-        replace(FACTS, has_tokenizer=False)
+        replace(SUMMARY, has_tokenizer=False)
     )
 
 
 def test_a_model_without_a_task_is_loaded_by_its_class_and_whole_name():
-    text = card_text(replace(FACTS, task_type=None, base="google/vit", auto_class="ViTForImageClassification"))
+    text = card_text(replace(SUMMARY, task_type=None, base="google/vit", auto_class="ViTForImageClassification"))
     assert 'base = ViTForImageClassification.from_pretrained("google/vit", num_labels=3)' in text

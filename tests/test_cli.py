@@ -76,7 +76,6 @@ def stand_in(monkeypatch: pytest.MonkeyPatch, name: str, **functions: Any) -> No
     module = ModuleType(f"increlora_hf.{name}")
     vars(module).update(functions)
     monkeypatch.setitem(sys.modules, module.__name__, module)
-    monkeypatch.setattr(increlora_hf, name, module, raising=False)
 
 
 # ---- Each command -------------------------------------------------------------------------------------------------
@@ -188,7 +187,7 @@ def test_plot_without_matplotlib_names_the_extra(
     def draw_all(*args: Any) -> Any:
         raise ModuleNotFoundError("No module named 'matplotlib'", name="matplotlib.pyplot")
 
-    stand_in(monkeypatch, "plots", draw_all=draw_all)
+    stand_in(monkeypatch, "report.plots", draw_all=draw_all)
     expected = "increlora: error: Drawing needs matplotlib: pip install 'increlora-hf[plot]'.\n"
     assert increlora("plot", adapter) == (REFUSED, "", expected)
 
@@ -199,7 +198,7 @@ def test_another_missing_module_is_named_as_it_is(
     def draw_all(*args: Any) -> Any:
         raise ModuleNotFoundError("No module named 'numpy'", name="numpy")
 
-    stand_in(monkeypatch, "plots", draw_all=draw_all)
+    stand_in(monkeypatch, "report.plots", draw_all=draw_all)
     assert increlora("plot", adapter)[2] == "increlora: error: No module named 'numpy'\n"
 
 
@@ -305,7 +304,7 @@ def test_what_libraries_print_does_not_mix_with_the_document(
         sys.stdout.write("noise\n")
         return "https://example.org"
 
-    stand_in(monkeypatch, "hub", push_folder=push_folder)
+    stand_in(monkeypatch, "hub.upload", push_folder=push_folder)
     _, out, err = increlora("push", lora, "me/it", "--json")
     assert json.loads(out) == {"url": "https://example.org"}
     assert err == "noise\n"

@@ -10,7 +10,7 @@ from transformers import TrainingArguments
 
 from increlora_hf import IncreLoraArguments
 from increlora_hf.method.allocation import Plan, make_plan, scored_window
-from increlora_hf.tasks.script import ModelArguments, parse_flags
+from increlora_hf.tasks.flags import ModelArguments, parse_flags
 from increlora_hf.tasks.tuners import TunerArguments
 
 ROOT = Path(__file__).parent.parent

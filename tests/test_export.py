@@ -26,8 +26,9 @@ from transformers import (
 )
 
 from increlora_hf import AdapterFormatError, IncreLoraConfig, attach
+from increlora_hf.adapter.names import PREFIX
 from increlora_hf.files.export import VLLM_RANKS, new_folder, vllm_rank, write_merged, write_peft, write_uniform
-from increlora_hf.files.saved_adapter import PREFIX, read_adapter
+from increlora_hf.files.saved_adapter import read_adapter
 
 PER_RANK = IncreLoraConfig(r_avg=3, rank_scaling="per_rank")
 

@@ -6,16 +6,9 @@ import pytest
 from datasets import ClassLabel, Dataset, Features, Value
 from glue_fixtures import sentence_pairs, write_csv, write_json_lines, write_parquet
 
-from increlora_hf.tasks.glue import (
-    TASKS,
-    GlueSource,
-    detect_task,
-    glue_task,
-    in_model_order,
-    load_task,
-    prepare_rows,
-    require_two_labels,
-)
+from increlora_hf.tasks.glue.own import detect_task
+from increlora_hf.tasks.glue.rows import GlueSource, in_model_order, load_task, prepare_rows, require_two_labels
+from increlora_hf.tasks.glue.tasks import TASKS, HubData, TextTask, glue_task
 from increlora_hf.tasks.tables import read_table
 
 # ---- The nine tasks -------------------------------------------------------------------------------------------------
@@ -48,6 +41,27 @@ def test_a_task_goes_by_its_name_in_any_case():
 def test_an_unknown_task_is_refused_with_the_list():
     with pytest.raises(ValueError, match=r"--task_name 'snli' is no GLUE task\. Choose one of cola, mnli, .*wnli"):
         glue_task("snli")
+
+
+def test_a_row_from_another_data_set_is_read_there(monkeypatch):
+    row = TextTask(
+        name="imdb",
+        columns=("text",),
+        labels=("neg", "pos"),
+        metrics=("accuracy",),
+        data=HubData("IMDb", "stanfordnlp/imdb", "plain_text"),
+    )
+    monkeypatch.setitem(TASKS, "imdb", row)
+    asked = []
+
+    def hub(*names, **options):
+        asked.append(names)
+        return {"validation": Dataset.from_dict({"text": ["a", "b"], "label": [1, 0]})}
+
+    monkeypatch.setattr("increlora_hf.tasks.source.load_dataset", hub)
+    task, rows = load(GlueSource(task_name="imdb"), train=False)
+    assert asked == [("stanfordnlp/imdb", "plain_text")]
+    assert (task, rows["validation"]["label"][:]) == (row, [1, 0])
 
 
 # ---- A task of one's own --------------------------------------------------------------------------------------------

@@ -18,9 +18,9 @@ from hub_server import TOKEN
 from safetensors.torch import load, load_file, save_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from increlora_hf import IncreLoraConfig, IncreLoraTrainer
-from increlora_hf.hub.upload import ATTEMPTS, LONGEST_WAIT, HubPushError, create_repository, is_pickle, push_folder
-from increlora_hf.tasks.script import ModelArguments, check_run
+from increlora_hf import HubPushError, IncreLoraConfig, IncreLoraTrainer
+from increlora_hf.hub.upload import ATTEMPTS, LONGEST_WAIT, create_repository, is_pickle, push_error, push_folder
+from increlora_hf.tasks.flags import ModelArguments, check_run
 
 CONFIG = IncreLoraConfig(r_avg=2, interval=2, start=2, top_h=6)
 ADAPTER = {"adapter_config.json", "adapter_model.safetensors", "increlora_history.json"}
@@ -324,7 +324,7 @@ def test_run_glue_pushes_its_card_last_and_a_failure_is_one_line_and_status_1(hu
 
 
 def test_signatures_of_upload_addresses_are_not_shown():
-    error = HubPushError("Pushing", RuntimeError("Server error for url 'https://s/x?X-Amz-Signature=abc'"), None, "a")
+    error = push_error("Pushing", RuntimeError("Server error for url 'https://s/x?X-Amz-Signature=abc'"), None, "a")
     assert "https://s/x'" in str(error)
     assert "abc" not in str(error)
 

@@ -4,8 +4,8 @@ import math
 
 import pytest
 
-from increlora_hf.tasks.glue import TASKS
-from increlora_hf.tasks.metrics import TASK_METRICS, GlueMetric
+from increlora_hf.tasks.glue.metric import SCORERS, TASK_METRICS, GlueMetric
+from increlora_hf.tasks.glue.tasks import TASKS
 
 # 8 rows: 3 true positives, 1 false positive, 2 false negatives, 2 true negatives.
 REFERENCES = [1, 1, 1, 1, 1, 0, 0, 0]
@@ -77,6 +77,7 @@ def test_regression_keeps_double_precision():
 
 def test_every_glue_task_has_metrics():
     assert set(TASKS) == set(TASK_METRICS) - {"classification", "regression"}
+    assert all(names and set(names) <= set(SCORERS) for names in TASK_METRICS.values())
 
 
 def test_an_unknown_task_has_no_metric():

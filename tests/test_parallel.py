@@ -471,14 +471,13 @@ def test_a_killed_process_ends_the_others_with_a_clear_error(tmp_path: Path) -> 
 def test_a_process_that_hangs_is_given_up_after_ddp_timeout(tmp_path: Path) -> None:
     def hang(trainer: Any) -> None:
         if trainer.args.process_index == 1 and trainer.state.global_step == 6:
-            time.sleep(20)
+            while not (tmp_path / "result-0").exists():  # until rank 0 has ended
+                time.sleep(0.1)
 
-    started = time.monotonic()
     with pytest.raises(Failed) as failed:
-        run(2, tmp_path, train, tmp_path / "out", SHORT, {"max_steps": 16, "then": hang, "ddp_timeout": 3})
+        run(2, tmp_path, train, tmp_path / "out", SHORT, {"max_steps": 16, "then": hang, "ddp_timeout": 10})
     assert failed.value.kinds[0] == "RuntimeError"
     assert "ddp_timeout" in failed.value.messages[0]
-    assert time.monotonic() - started < 60
 
 
 # ---- A sharded base ----------------------------------------------------------------------------------------------

@@ -11,8 +11,8 @@ import torch
 from conftest import arguments, tiny_bert, token_rows
 from transformers import TrainerCallback
 
-from increlora_hf import IncreLoraConfig, IncreLoraTrainer
-from increlora_hf.files.checkpoints import AdapterFormatError, rotate, write_manifest
+from increlora_hf import AdapterFormatError, IncreLoraConfig, IncreLoraTrainer
+from increlora_hf.files.checkpoints import rotate, write_manifest
 
 STEPS = 24
 CONFIG = IncreLoraConfig(r_avg=2, top_h=4, interval=5, start=4, increment=1, lora_dropout=0.1)  # rounds at 5, 10, 15

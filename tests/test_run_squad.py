@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 import run_squad  # noqa: E402
-from increlora_hf.tasks.script import require_span_encoder  # noqa: E402
+from increlora_hf.tasks.flags import require_span_encoder  # noqa: E402
 
 SETTINGS = {
     "max_steps": 8,

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from increlora_hf.tasks.squad_metric import SquadMetric, normalize
+from increlora_hf.tasks.squad.metric import SquadMetric, normalize
 
 
 @pytest.fixture(autouse=True)

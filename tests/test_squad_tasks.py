@@ -11,11 +11,12 @@ from glue_fixtures import VOCABULARY, save_tokenizer
 from squad_fixtures import dataset, question, questions, write_flat, write_folder, write_nested
 from transformers import AutoTokenizer, ByT5Tokenizer
 
-from increlora_hf.tasks import spans
 from increlora_hf.tasks.source import DataSource
-from increlora_hf.tasks.spans import SpanSettings, answers, write_answers
-from increlora_hf.tasks.squad import Rules, load_squad, prepare_questions, read_squad
-from increlora_hf.tasks.windows import OUTSIDE, Windows, WindowSettings, answer_tokens
+from increlora_hf.tasks.squad import spans
+from increlora_hf.tasks.squad.files import read_squad
+from increlora_hf.tasks.squad.questions import Rules, load_squad, prepare_questions
+from increlora_hf.tasks.squad.spans import SpanSettings, answers, write_answers
+from increlora_hf.tasks.squad.windows import OUTSIDE, Windows, WindowSettings, answer_tokens
 
 V1, V2 = Rules(), Rules(version_2_with_negative=True)
 

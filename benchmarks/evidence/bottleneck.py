@@ -28,8 +28,8 @@ from transformers import (
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from increlora_hf.tasks.glue import GlueSource, load_task
-from increlora_hf.tasks.metrics import metrics_of
+from increlora_hf.tasks.glue.metric import metrics_of
+from increlora_hf.tasks.glue.rows import GlueSource, load_task
 
 KINDS = {"houlsby": adapters.DoubleSeqBnConfig, "pfeiffer": adapters.SeqBnConfig}
 

@@ -31,7 +31,7 @@ from datasets import Dataset, load_dataset
 from glue_report import TUNING, is_squad, lines, report, score
 from safetensors import safe_open
 
-from increlora_hf.tasks.glue import glue_task
+from increlora_hf.tasks.glue.tasks import glue_task
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("torch", "transformers", "peft", "adapters", "increlora-hf")

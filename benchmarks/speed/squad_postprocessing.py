@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 from datasets import Dataset, load_from_disk
 
-from increlora_hf.tasks.spans import SpanSettings, answers, write_answers
-from increlora_hf.tasks.windows import OUTSIDE
+from increlora_hf.tasks.squad.spans import SpanSettings, answers, write_answers
+from increlora_hf.tasks.squad.windows import OUTSIDE
 
 QUESTION_TOKENS = 20
 WORD = 6  # characters of a token with its blank

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, cast
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from ..config import DEFAULT_SEED, UNIT_STD, IncreLoraConfig
 from .factors import ADAPTER, GrowingA, GrowingB
 from .fused import fuse
+from .names import exact_pattern
 from .targets import plain_alpha
 
 
@@ -138,14 +138,9 @@ def record_ranks(peft_model: PeftModel, config: IncreLoraConfig) -> None:
     saved = cast(LoraConfig, peft_model.peft_config[ADAPTER])
     saved.r, saved.lora_alpha = largest.rank, plain_alpha(alphas[largest.name])  # type: ignore[assignment]
     others = [layer for layer in layers if layer.rank != largest.rank]
-    saved.rank_pattern = {_exactly(layer.name): layer.rank for layer in others}
+    saved.rank_pattern = {exact_pattern(layer.name): layer.rank for layer in others}
     saved.alpha_pattern = {
-        _exactly(layer.name): plain_alpha(alphas[layer.name])
+        exact_pattern(layer.name): plain_alpha(alphas[layer.name])
         for layer in others
         if alphas[layer.name] != saved.lora_alpha
     }
-
-
-def _exactly(name: str) -> str:
-    """The pattern that PEFT matches to this full name and to no other: a plain name also matches as a suffix."""
-    return "^" + re.escape(name)

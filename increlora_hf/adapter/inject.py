@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
@@ -14,7 +15,7 @@ from torch.nn import Parameter
 from ..config import IncreLoraConfig
 from ..distributed import is_sharded
 from .components import AdaptedLayer, record_ranks, start_components
-from .targets import resolve_targets
+from .targets import head_modules, resolve_targets
 
 
 def inject(model: nn.Module, config: IncreLoraConfig, ranks: Mapping[str, int] | None = None) -> PeftModel:
@@ -26,8 +27,8 @@ def inject(model: nn.Module, config: IncreLoraConfig, ranks: Mapping[str, int] |
     Raises:
         ValueError: the settings do not fit the model; it is left as it was.
     """
-    if ranks is None and config.fixed_ranks is not None:
-        ranks = {name: rank for name, rank in config.fixed_ranks.items() if rank > 0}
+    if ranks is None:
+        ranks = config.adapted_ranks
     lora_config, wanted = resolve_targets(model, config, ranks)
     peft_model = _wrap(model, lora_config)
     inner = peft_model.get_base_model()
@@ -76,11 +77,9 @@ def _unsharded_heads(model: nn.Module, lora_config: LoraConfig) -> Iterator[None
 
     Afterwards the originals hold their shards again, where FSDP2 looks for them.
     """
-    heads = list(lora_config.modules_to_save or [])
-    sharded = [
+    sharded: list[tuple[nn.Module, str, Any]] = [
         (module, name, parameter)
-        for path, head in model.named_modules()
-        if any(path == one or path.endswith(f".{one}") for one in heads)
+        for head in head_modules(model, lora_config.modules_to_save).values()
         for module in head.modules()
         for name, parameter in module.named_parameters(recurse=False)
         if is_sharded(parameter)

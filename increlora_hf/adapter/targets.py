@@ -13,6 +13,7 @@ from transformers.models.auto import modeling_auto
 from transformers.pytorch_utils import Conv1D
 
 from ..config import IncreLoraConfig
+from .names import is_head, is_target
 
 logger = logging.getLogger(__name__)
 
@@ -64,8 +65,8 @@ def _adapted_names(model: nn.Module, lora_config: LoraConfig, config: IncreLoraC
             )
     wanted = [name for name in modules if name and check_target_module_exists(lora_config, name)]
     listed = config.target_modules if isinstance(config.target_modules, list) else []
-    idle = [target for target in listed if not any(_names(target, name) for name in wanted)]
-    fused = [name for name in fused_experts(model) for target in idle if _names(target, name)]
+    idle = [target for target in listed if not any(is_target(name, target) for name in wanted)]
+    fused = [name for name in fused_experts(model) for target in idle if is_target(name, target)]
     if fused:
         raise ValueError(
             f"target_modules={idle!r} names {fused[0]!r}, one parameter with the weights of all experts, and "
@@ -85,8 +86,10 @@ def _adapted_names(model: nn.Module, lora_config: LoraConfig, config: IncreLoraC
     return wanted
 
 
-def _names(target: str, name: str) -> bool:
-    return name == target or name.endswith("." + target)
+def head_modules(model: nn.Module, modules_to_save: Iterable[str] | None) -> dict[str, nn.Module]:
+    """The modules that PEFT trains fully and saves for this setting, by their full names."""
+    heads = list(modules_to_save or [])
+    return {name: module for name, module in model.named_modules() if name and is_head(name, heads)}
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -186,7 +189,7 @@ def _refuse_shared_endings(model: nn.Module, outside: Sequence[str]) -> None:
     heads = {name for one in outside for name, _ in model.get_submodule(one).named_modules(prefix=one)}
     others = [name for name, _ in model.named_modules() if name and name not in heads]
     for head in outside:
-        taken = [name for name in others if name.endswith(head)]
+        taken = [name for name in others if is_head(name, [head])]
         if taken:
             raise ValueError(
                 f"The head {head!r} of {type(model).__name__} cannot be trained fully by itself: PEFT takes the name "

@@ -9,7 +9,8 @@ from dataclasses import fields
 from typing import Any
 
 from ..config import IncreLoraArguments
-from ..files.checkpoints import HISTORY_NAME, AdapterFormatError
+from ..documents import HISTORY_NAME
+from ..errors import AdapterFormatError
 from ..files.export import new_folder, vllm_rank, write_merged, write_peft, write_uniform
 from ..files.saved_adapter import SavedAdapter, read_adapter
 from ..report.text import rank_table

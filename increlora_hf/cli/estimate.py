@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from torch import nn
 
 from ..adapter.components import budget
-from ..adapter.targets import features, fused_experts, resolve_targets
+from ..adapter.targets import features, fused_experts, head_modules, resolve_targets
 from ..config import IncreLoraConfig
 from ..growth.growth import plan_for
 from ..report.text import added_parameters
@@ -47,14 +47,12 @@ def plan_model(model: nn.Module, config: IncreLoraConfig, *, max_steps: int, war
     Raises:
         ValueError: the settings do not fit the model, or the run is too short for them.
     """
-    fixed = config.fixed_ranks
-    first = None if fixed is None else {name: rank for name, rank in fixed.items() if rank > 0}
-    lora_config, names = resolve_targets(model, config, first)
-    ranks = first or dict.fromkeys(names, config.init_r)
+    lora_config, names = resolve_targets(model, config, config.adapted_ranks)
+    ranks = config.adapted_ranks or dict.fromkeys(names, config.init_r)
     totals = (sum(ranks.values()), budget(config, ranks))
     plan = plan_for(config, num_layers=len(names), ranks=totals, total_steps=max_steps, warmup_steps=warmup_steps)
     heads = list(lora_config.modules_to_save or [])
-    head = _num_parameters(model, heads)
+    head = _num_parameters(head_modules(model, heads).values())
 
     widths = [sum(features(model.get_submodule(name))) for name in names]  # in + out
     start = sum(ranks[name] * (width + 1) for name, width in zip(names, widths, strict=True))
@@ -85,12 +83,6 @@ def plan_model(model: nn.Module, config: IncreLoraConfig, *, max_steps: int, war
     }
 
 
-def _num_parameters(model: nn.Module, heads: Sequence[str]) -> int:
-    """Parameters of the modules with these names or name endings."""
-    inside = {
-        id(parameter): parameter.numel()
-        for name, module in model.named_modules()
-        if any(name == head or name.endswith(f".{head}") for head in heads)
-        for parameter in module.parameters()
-    }
-    return sum(inside.values())
+def _num_parameters(modules: Iterable[nn.Module]) -> int:
+    """Parameters of the modules; those that several share count once."""
+    return sum({id(parameter): parameter.numel() for module in modules for parameter in module.parameters()}.values())

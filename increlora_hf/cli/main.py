@@ -14,7 +14,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
-from .. import __version__
+from .._version import __version__
 from ..config import FLAG_PREFIX, IncreLoraArguments
 from ..files.base_models import TASKS
 from . import commands

@@ -3,57 +3,25 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import os
 import re
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from ..documents import check_format, read_json_object, sync, write_json
+from ..errors import AdapterFormatError
+
 MANIFEST_NAME = "increlora_manifest.json"
-HISTORY_NAME = "increlora_history.json"
 MANIFEST_FORMAT = 1
 OPTIMIZER_NAME = "optimizer.pt"  # as transformers names it
 CHUNK = 1 << 20  # bytes hashed at a time
 
 logger = logging.getLogger(__name__)
-
-
-class AdapterFormatError(ValueError):
-    """A file of an adapter or checkpoint is not what it has to be; names file, key, expected and found."""
-
-    def __init__(self, file: Path | str, key: str, expected: str, found: str) -> None:
-        """Say it in one sentence."""
-        self.file, self.key, self.expected, self.found = str(file), key, expected, found
-        super().__init__(f"{file}: {key}: expected {expected}, found {found}. Nothing was loaded.")
-
-
-def read_json_object(path: Path, *, strict: bool = True) -> dict[str, Any]:
-    """The object in a JSON file; anything else is an AdapterFormatError, and so are NaN and infinity if ``strict``."""
-    if not path.is_file():
-        raise AdapterFormatError(path, "file", "a JSON file", "nothing")
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_constant if strict else None)
-    except (ValueError, RecursionError) as error:
-        raise AdapterFormatError(path, "content", "JSON", str(error) or "broken text") from None
-    if not isinstance(document, dict):
-        raise AdapterFormatError(path, "content", "an object", f"a {type(document).__name__}")
-    return document
-
-
-def _no_constant(name: str) -> None:
-    raise ValueError(f"the constant {name}")
-
-
-def check_format(path: Path, document: Mapping[str, Any], supported: int) -> None:
-    """Refuse a document of a later format, or of none."""
-    version = document.get("format_version")
-    if not isinstance(version, int) or isinstance(version, bool) or not 1 <= version <= supported:
-        raise AdapterFormatError(path, "format_version", f"1 to {supported}", repr(version))
 
 
 def write_manifest(folder: Path) -> None:
@@ -62,22 +30,11 @@ def write_manifest(folder: Path) -> None:
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         name = path.relative_to(folder).as_posix()
         entries[name] = {"size": path.stat().st_size, "sha256": _sha256(path)}
-        _sync(path)
-    draft = folder / (MANIFEST_NAME + ".tmp")
+        sync(path)
     document = {"format_version": MANIFEST_FORMAT, "written": time.time_ns(), "files": entries}
-    draft.write_text(json.dumps(document, indent=2) + "\n")
-    _sync(draft)
-    draft.replace(folder / MANIFEST_NAME)
-    _sync(folder)
-    _sync(folder.parent)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    write_json(folder / MANIFEST_NAME, document, durable=True)
+    sync(folder)
+    sync(folder.parent)
 
 
 def _sha256(path: Path) -> str:

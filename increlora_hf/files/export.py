@@ -11,8 +11,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from ..adapter.names import PREFIX
+from ..documents import write_json
 from .base_models import TASKS, load_model, skeleton
-from .saved_adapter import CONFIG_NAME, PREFIX, WEIGHTS_NAME, SavedAdapter, own_file
+from .saved_adapter import CONFIG_NAME, WEIGHTS_NAME, SavedAdapter, own_file
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM's --max-lora-rank may be
 ROUNDING = 1e-12  # relative; scales this near to each other are the same number, computed in another order
@@ -54,9 +56,8 @@ def write_uniform(adapter: SavedAdapter, folder: Path) -> None:
     from safetensors.torch import save_file
     from torch.nn.functional import pad
 
-    from ..growth.growth import write_json
     from .loading import read_config
-    from .run_state import read_tensors
+    from .tensors import read_tensors
 
     read_config(adapter.folder)
     tensors = read_tensors(own_file(adapter.folder, WEIGHTS_NAME))

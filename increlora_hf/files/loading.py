@@ -14,12 +14,16 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
 from torch import nn
 
+from ..adapter.four_bit import keep_unpacked, require_unpacked
 from ..adapter.inject import whole_or_not_at_all
-from ..adapter.targets import features, is_linear
+from ..adapter.names import PREFIX
+from ..adapter.targets import features, head_modules, is_linear
+from ..documents import read_json_object
+from ..errors import AdapterFormatError
 from ..growth.tensors import check_tensors
-from .checkpoints import MANIFEST_NAME, AdapterFormatError, check_manifest, read_json_object
-from .run_state import read_tensors
-from .saved_adapter import CONFIG_NAME, PREFIX, WEIGHTS_NAME, Shape, check_patterns, local_folder, own_file
+from .checkpoints import MANIFEST_NAME, check_manifest
+from .saved_adapter import CONFIG_NAME, WEIGHTS_NAME, Shape, check_patterns, local_folder, own_file
+from .tensors import read_tensors
 
 CHECKED = (
     "peft_type",
@@ -52,10 +56,11 @@ def load_adapter(model: nn.Module, path_or_repo: str | Path, *, trainable: bool 
     Raises:
         AdapterFormatError: a key, shape, dtype, rank or value is not what the model and the configuration demand. The
             model is left as it was.
-        ValueError: ``model`` holds an adapter already.
+        ValueError: ``model`` holds an adapter already, or bitsandbytes has repacked its 4-bit weights for the CPU.
     """
     if isinstance(model, PeftModel):
         raise ValueError("The model holds an adapter already. Pass the base model, or unload() it first.")
+    require_unpacked(model)
     folder = local_folder(path_or_repo, CONFIG_NAME, WEIGHTS_NAME)
     if (folder / MANIFEST_NAME).exists():
         check_manifest(folder)
@@ -68,10 +73,12 @@ def load_adapter(model: nn.Module, path_or_repo: str | Path, *, trainable: bool 
     check_tensors(folder / WEIGHTS_NAME, read_tensors(own_file(folder, WEIGHTS_NAME)), expected)
     with whole_or_not_at_all(model):
         try:
-            return PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
+            peft_model = PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
         except Exception as error:  # whatever PEFT makes of a configuration that none of the checks foresaw
             wanted, found = f"an adapter for {type(model).__name__}", f"{type(error).__name__}: {error}"
             raise AdapterFormatError(folder / CONFIG_NAME, "content", wanted, found) from error
+    keep_unpacked(peft_model)
+    return peft_model
 
 
 def read_config(folder: Path) -> LoraConfig:
@@ -163,10 +170,9 @@ def _expected(folder: Path, model: nn.Module, config: LoraConfig) -> dict[str, t
         if not is_linear(module):
             raise AdapterFormatError(path, "target_modules", "linear layers", f"{name!r}, a {type(module).__name__}")
         expected.update(_factors(name, module, config))
-    for name, module in model.named_modules():
-        if name and any(f"{PREFIX}{name}".endswith(saved) for saved in config.modules_to_save or []):
-            for key, tensor in module.state_dict().items():
-                expected[f"{PREFIX}{name}.{key}"] = (tuple(tensor.shape), _free(tensor.dtype))
+    for name, module in head_modules(model, config.modules_to_save).items():
+        for key, tensor in module.state_dict().items():
+            expected[f"{PREFIX}{name}.{key}"] = (tuple(tensor.shape), _free(tensor.dtype))
     return expected
 
 

@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from safetensors.torch import save_file
 
 from ..config import IncreLoraConfig
-from ..growth.growth import Growth, Round, write_json
+from ..documents import check_format, read_json_object, write_json
+from ..errors import AdapterFormatError
+from ..growth.growth import Growth, Round
 from ..growth.tensors import training_tensors
-from .checkpoints import AdapterFormatError, check_format, read_json_object
+from .tensors import read_tensors
 
 STATE_JSON = "increlora_state.json"
 STATE_TENSORS = "increlora_state.safetensors"
@@ -99,13 +99,3 @@ def _check_round(path: Path, index: int, record: Any, layers: Mapping[str, int])
         raise AdapterFormatError(path, f"{key}.layers", "layers of the adapter", repr(unknown[0]))
     if not isinstance(scores, dict) or scores.keys() != layers.keys():
         raise AdapterFormatError(path, f"{key}.scores", "a score for each layer", repr(scores)[:80])
-
-
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, on the CPU; raises AdapterFormatError where it is none."""
-    if not path.is_file():
-        raise AdapterFormatError(path, "file", "safetensors", "no such file")
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError, ValueError, KeyError) as error:
-        raise AdapterFormatError(path, "content", "safetensors", str(error)) from None

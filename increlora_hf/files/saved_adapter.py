@@ -13,12 +13,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from .checkpoints import HISTORY_NAME, AdapterFormatError, read_json_object
+from ..adapter.names import PREFIX
+from ..documents import HISTORY_NAME, read_json_object
+from ..errors import AdapterFormatError
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 STATE_NAME = "trainer_state.json"  # as transformers names it
-PREFIX = "base_model.model."  # PEFT's, of every key
 TOKENIZER_NAMES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
     "vocab.txt", "vocab.json", "merges.txt", "bpe.codes", "spm.model", "spiece.model", "tokenizer.model",

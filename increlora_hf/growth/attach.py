@@ -10,11 +10,12 @@ from typing import Any
 from peft import PeftModel
 from torch import nn
 
+from ..adapter.four_bit import keep_unpacked, require_unpacked
 from ..adapter.inject import inject
 from ..adapter.warmstart import trainable_adapters, warm_start
 from ..config import IncreLoraConfig
-from ..files.checkpoints import HISTORY_NAME
-from .growth import Growth, write_json
+from ..documents import HISTORY_NAME, write_json
+from .growth import Growth
 
 logger = logging.getLogger(__name__)
 
@@ -33,18 +34,20 @@ def attach(model: nn.Module, config: IncreLoraConfig | None = None) -> PeftModel
         config: default `IncreLoraConfig()`.
 
     Raises:
-        ValueError: the settings do not fit the model, or it holds adapters that cannot grow; the model is
-            left as it was.
+        ValueError: the settings do not fit the model, it holds adapters that cannot grow, or bitsandbytes has repacked
+            its 4-bit weights for the CPU; the model is left as it was.
     """
     if is_attached(model):
         return _already_attached(model, config)
     config = config or IncreLoraConfig()
+    require_unpacked(model)
     if isinstance(model, PeftModel):
         return _hold(warm_start(model, config), config)
     return _hold(inject(model, config), config)
 
 
 def _hold(peft_model: PeftModel, config: IncreLoraConfig) -> PeftModel:
+    keep_unpacked(peft_model)
     peft_model.increlora = Growth(peft_model, config)  # type: ignore[assignment]
     # PEFT has no hook for saving a file of one's own beside the adapter.
     peft_model.save_pretrained = MethodType(_save_with_history, peft_model)  # type: ignore[method-assign]

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,7 +20,7 @@ from ..adapter.components import (
     start_components,
 )
 from ..config import IncreLoraConfig
-from ..files.checkpoints import AdapterFormatError
+from ..errors import AdapterFormatError
 from ..method.allocation import Plan, choose, gains, make_plan, scored_window
 from ..method.importance import ImportanceTracker
 from .tensors import check_tensors, training_tensors
@@ -293,10 +291,3 @@ def plan_for(
         growth_fraction=config.growth_fraction,
         window=scored_window(config.beta1, config.beta2, config.score_tolerance, total_steps),
     )
-
-
-def write_json(path: Path, document: Any) -> None:
-    """A JSON file, whole or not at all."""
-    draft = path.with_name(path.name + ".tmp")
-    draft.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
-    draft.replace(path)

@@ -28,6 +28,7 @@ ELEMENTWISE = (
 # What these do to an element depends on that element alone, so that they may see any of them side by side.
 
 Group = dict[str, Any]
+RUNNING = "running_values"  # key in the first group
 
 
 class _Rows(NamedTuple):
@@ -105,7 +106,6 @@ class Packing:
             self._new_strips([_Rows(i, 0, len(factors[i])) for i in own], index)
         self._settings_at_start = [_settings(group) for group in optimizer.param_groups]
         self._untouched: list[tuple[Tensor, Tensor, Tensor]] = []  # tensor, rows, and the values they keep
-        self._running: set[str] = set()  # settings that the optimizer itself changes in a step
         self._lay_out()
         self._hook()
 
@@ -129,7 +129,8 @@ class Packing:
         if self._depth:  # a subclass's step that calls its parent's
             self._enter()
             return None
-        self._before = [_settings(group) for group in self._optimizer.param_groups]
+        first_groups = self._optimizer.param_groups[: len(self._settings_at_start)]
+        self._before = [_settings(group) for group in first_groups]
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if closure is None:
             self.before_gather()
@@ -155,8 +156,10 @@ class Packing:
         if self._depth == 1:
             self.write_back()
             self.steps += 1
-            for before, group in zip(self._before, self._optimizer.param_groups, strict=True):
-                self._running |= {key for key in before if key in group and _differ(before[key], group[key])}
+            for before, group in zip(self._before, self._optimizer.param_groups, strict=False):
+                changed = {key for key in before if _differ(before[key], group.get(key))}
+                if changed:
+                    self._optimizer.param_groups[0][RUNNING] = sorted(self._running | changed)
         self._leave()
 
     def _on_strips(self, method: Callable[..., Any]) -> Callable[..., Any]:
@@ -207,13 +210,10 @@ class Packing:
 
     def _fill_groups(self, *, strips: bool) -> None:
         """Let the groups hold the strips, or the factors, before whatever else they hold."""
-        ours = {id(factor) for factor in self._factors} | {id(strip.parameter) for strip in self._strips}
-        held: dict[int, list[Parameter]] = defaultdict(list)
-        for strip in self._strips:
-            firsts = [self._factors[rows.factor] for rows in strip.rows if rows.start == 0]
-            held[strip.group] += [strip.parameter] if strips else firsts
+        held = self._strips_by_group if strips else self._factors_by_group
         for index, group in enumerate(self._optimizer.param_groups):
-            group["params"] = [*held[index], *(p for p in group["params"] if id(p) not in ours)]
+            others = [p for p in group["params"] if id(p) not in self._own]
+            group["params"] = [*held.get(index, ()), *others]
 
     # ---- Growth --------------------------------------------------------------------------------------------------
 
@@ -237,6 +237,11 @@ class Packing:
                 settings = {**self._settings_of(place), "lr": 0.0, "birth_step": birth_step}
                 self._optimizer.add_param_group({**settings, "params": [strip.parameter for strip in strips]})
             self._lay_out()
+
+    @property
+    def _running(self) -> set[str]:
+        """Settings that the optimizer itself changes in a step. The first group, and so a checkpoint, keeps them."""
+        return set(self._optimizer.param_groups[0].get(RUNNING, ()))
 
     def _settings_of(self, place: int) -> Group:
         """A group's settings as they are now; of the optimizer's own running values those of its start."""
@@ -304,6 +309,13 @@ class Packing:
             by_key[self._table_key(strip.rows[0].factor)].append(strip)
         self._tables = [self._table(strips) for strips in by_key.values()]
         self._gather_values()
+        self._own = {id(factor) for factor in self._factors} | {id(strip.parameter) for strip in self._strips}
+        self._strips_by_group: dict[int, list[Parameter]] = defaultdict(list)
+        self._factors_by_group: dict[int, list[Parameter]] = defaultdict(list)
+        for strip in self._strips:
+            self._strips_by_group[strip.group].append(strip.parameter)
+            firsts = (self._factors[rows.factor] for rows in strip.rows if rows.start == 0)
+            self._factors_by_group[strip.group].extend(firsts)
 
     @torch.no_grad()
     def _table(self, strips: list[_Strip]) -> _Table:
@@ -340,7 +352,8 @@ class Packing:
         self._untouched = []
         for table in self._tables:
             gradients = [self._factors[i].grad for i in table.factors]
-            if any(gradient is not None for gradient in gradients):
+            unreached = {i for i, gradient in zip(table.factors, gradients, strict=True) if gradient is None}
+            if len(unreached) < len(gradients):
                 filled = [
                     torch.zeros_like(self._factors[i]) if gradient is None else gradient
                     for i, gradient in zip(table.factors, gradients, strict=True)
@@ -348,17 +361,19 @@ class Packing:
                 torch.index_select(torch.cat(filled), 0, table.order, out=table.gradients)
             parts = table.gradients.split([len(strip.parameter) for strip in table.strips])
             for strip, part in zip(table.strips, parts, strict=True):
-                reached = any(self._factors[one.factor].grad is not None for one in strip.rows)
-                strip.parameter.grad = part if reached else None
-                if reached:
-                    self._keep_unreached(strip)
+                strip.parameter.grad = part
+                if unreached:
+                    self._leave_alone(strip, unreached)
 
-    def _keep_unreached(self, strip: _Strip) -> None:
+    def _leave_alone(self, strip: _Strip, unreached: set[int]) -> None:
         """Remember the rows of factors without a gradient, with their moments: the step leaves them as they are."""
+        if all(one.factor in unreached for one in strip.rows):
+            strip.parameter.grad = None
+            return
         indices: list[int] = []
         offset = 0
         for one in strip.rows:
-            if self._factors[one.factor].grad is None:
+            if one.factor in unreached:
                 indices += range(offset, offset + one.length)
             offset += one.length
         if indices:
@@ -415,7 +430,7 @@ def _is_elementwise(optimizer: Optimizer) -> bool:
 
 
 def _settings(group: Group) -> Group:
-    return {key: value for key, value in group.items() if key not in ("params", "lr", "birth_step")}
+    return {key: value for key, value in group.items() if key not in ("params", "lr", "birth_step", RUNNING)}
 
 
 def _differ(before: Any, after: Any) -> bool:

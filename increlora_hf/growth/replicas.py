@@ -1,4 +1,4 @@
-"""Check that all processes of a run agree: at its start, in every round, and on the checkpoint to resume."""
+"""Check that all processes of a run agree: at its start and in every round."""
 
 from __future__ import annotations
 
@@ -11,18 +11,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..distributed import barrier, checksums, is_sharded, num_processes, require_equal
-from ..files.checkpoints import MANIFEST_NAME, read_json_object, resolve_checkpoint
-from ..files.run_state import STATE_TENSORS
+from ..distributed import checksums, is_sharded, num_processes, require_equal
 from .growth import Growth
 
 SAMPLE = 1024  # elements of a frozen weight that are compared
 PACKAGES = ("torch", "transformers", "peft", "accelerate")
 UNTRAINED_HEAD = ".original_module."  # PEFT's copy of a head as it was: new heads may be drawn differently
-ON_EVERY_NODE = (
-    "Every node has to see the same checkpoints: put output_dir on a file system that the nodes share, or copy the "
-    "whole checkpoint to each."
-)
 
 
 def require_same_start(growth: Growth, model: nn.Module, more: Mapping[str, Any]) -> None:
@@ -83,27 +77,3 @@ def require_same_replicas(growth: Growth, model: nn.Module) -> None:
         "Different devices or libraries, or code that changes weights on one process only, can do this. Resume all "
         "processes from the last checkpoint.",
     )
-
-
-def same_checkpoint(wanted: str | bool, output_dir: str) -> Path:
-    """See `resolve_checkpoint`; raises ValueError where the processes find different ones."""
-    if num_processes() == 1:
-        return resolve_checkpoint(wanted, output_dir)
-    problem = None
-    try:
-        folder = resolve_checkpoint(wanted, output_dir)
-        written = read_json_object(folder / MANIFEST_NAME)["files"][STATE_TENSORS]["sha256"]
-        found = f"{folder.name}, weights {written[:16]}"
-    except ValueError as error:
-        problem, found = error, str(error)
-    require_equal({"the checkpoint to resume": found}, ON_EVERY_NODE)
-    if problem is not None:
-        raise problem
-    return folder
-
-
-def require_on_every_node(folder: Path) -> None:
-    """Raise ValueError where a checkpoint that was just written, and will be needed, is not on some process's disk."""
-    barrier()
-    found = "there" if (folder / MANIFEST_NAME).is_file() else "missing"
-    require_equal({f"{folder.name}, which load_best_model_at_end may need": found}, ON_EVERY_NODE)

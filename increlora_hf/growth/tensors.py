@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..files.checkpoints import AdapterFormatError
+from ..errors import AdapterFormatError
 
 
 def training_tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -15,6 +15,8 @@ from typing import Any, TypeVar
 from huggingface_hub import CommitInfo, HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
+from ..errors import HubPushError
+
 PICKLE_SUFFIXES = frozenset({".bin", ".ckpt", ".joblib", ".pickle", ".pkl", ".pt", ".pth"})
 PICKLE_START = re.compile(rb"\x80[\x02-\x05]")  # protocol 2 and later say which they are
 TOKEN = re.compile(r"hf_[A-Za-z0-9]{30,}")
@@ -32,27 +34,6 @@ _REMEDIES = {
 _UNREACHABLE = "The Hub did not answer as it should. Check the connection and https://status.huggingface.co."
 
 T = TypeVar("T")
-
-
-class HubPushError(OSError):
-    """The Hub did not take a folder, which is complete where it is; says why, and how to push it later."""
-
-    def __init__(self, what: str, error: Exception, folder: Path | None, repo_id: str) -> None:
-        """For an error of the client's; ``folder`` is where what was to be pushed will still be."""
-        status = _status(error)
-        remedy = _REMEDIES.get(status or 0, _UNREACHABLE)
-        if isinstance(error, NotADirectoryError):
-            remedy = "Give a folder."
-        elif isinstance(error, HFValidationError):
-            remedy = "Give NAME or NAMESPACE/NAME, of letters, digits, '-', '_' and '.'."
-        elif isinstance(error, ValueError):
-            remedy = "Correct the metadata at the top of README.md."
-        command = "" if folder is None else shlex.join(["increlora", "push", str(folder), repo_id])
-        later = "" if folder is None else f" Nothing is lost: push later with `{command}`."
-        cause = _cause(error)
-        reason = next(iter(str(cause).strip().splitlines()), type(cause).__name__).rstrip(".")
-        reason = re.sub(r"\?[^\s'\"]*", "", reason)  # the signature of an address that allows an upload
-        super().__init__(f"{what} failed: {reason}. {remedy}{later}")
 
 
 def is_pickle(path: Path) -> bool:
@@ -97,9 +78,9 @@ def without_tokens(value: Any, name: str = "") -> Any:
 def create_repository(repo_id: str, *, token: str | None = None, private: bool | None = None) -> str:
     """The full name, namespace included, of a repository that is there from now on; raises HubPushError."""
     try:
-        return _patiently(lambda: _create(repo_id, token, private))
+        return with_retries(lambda: _create(repo_id, token, private))
     except Exception as error:
-        raise HubPushError(f"Creating {repo_id} on the Hub", error, None, repo_id) from error
+        raise push_error(f"Creating {repo_id} on the Hub", error, None, repo_id) from error
 
 
 def push_folder(
@@ -154,10 +135,10 @@ def push_folder(
     try:
         if not folder.is_dir():
             raise NotADirectoryError(f"{folder} is no folder")
-        return _patiently(push)
+        return with_retries(push)
     except Exception as error:  # the client raises its own, httpx's, the system's and RuntimeError
         kept = kept_in or folder
-        raise HubPushError(f"Pushing {kept} to {repo_id}", error, kept, repo_id) from error
+        raise push_error(f"Pushing {kept} to {repo_id}", error, kept, repo_id) from error
 
 
 def _create(repo_id: str, token: str | None, private: bool | None) -> str:
@@ -175,7 +156,8 @@ def _left_out(folder: Path, ignore: Sequence[str], allow_pickles: bool) -> list[
     return names
 
 
-def _patiently(action: Callable[[], T]) -> T:
+def with_retries(action: Callable[[], T]) -> T:
+    """The result of ``action``, called up to `ATTEMPTS` times while the Hub is busy; raises its last error."""
     for attempt in range(ATTEMPTS):
         try:
             return action()
@@ -184,6 +166,28 @@ def _patiently(action: Callable[[], T]) -> T:
                 raise
             time.sleep(_wait(error, attempt))
     raise AssertionError("unreachable")
+
+
+def push_error(what: str, error: Exception, folder: Path | None, repo_id: str) -> HubPushError:
+    """The error for one of the client's.
+
+    Args:
+        what: failed.
+        folder: where what was to be pushed will still be.
+    """
+    remedy = _REMEDIES.get(_status(error) or 0, _UNREACHABLE)
+    if isinstance(error, NotADirectoryError):
+        remedy = "Give a folder."
+    elif isinstance(error, HFValidationError):
+        remedy = "Give NAME or NAMESPACE/NAME, of letters, digits, '-', '_' and '.'."
+    elif isinstance(error, ValueError):
+        remedy = "Correct the metadata at the top of README.md."
+    command = "" if folder is None else shlex.join(["increlora", "push", str(folder), repo_id])
+    later = "" if folder is None else f" Nothing is lost: push later with `{command}`."
+    cause = _cause(error)
+    reason = next(iter(str(cause).strip().splitlines()), type(cause).__name__).rstrip(".")
+    reason = re.sub(r"\?[^\s'\"]*", "", reason)  # the signature of an address that allows an upload
+    return HubPushError(f"{what} failed: {reason}. {remedy}{later}")
 
 
 def _cause(error: BaseException) -> BaseException:

@@ -1,7 +1,6 @@
 """The ways to fine-tune that the scripts offer: IncreLoRA and its rivals, on the same layers and heads."""
 
 import math
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -10,9 +9,10 @@ from peft import AdaLoraConfig, LoraConfig, get_peft_model
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from ..adapter.targets import resolve_targets
+from ..adapter.names import exact_pattern
+from ..adapter.targets import head_modules, resolve_targets
 from ..config import IncreLoraConfig
-from .script import flag
+from .flags import flag
 
 TUNERS = ("increlora", "lora", "adalora", "bitfit", "full", "head")
 ADALORA_START = 1.5  # AdaLoRA begins with this much more rank than it ends with, as in its paper
@@ -67,8 +67,7 @@ def make_trainer(
 
 def _prepared(tuner: str, config: IncreLoraConfig, common: dict[str, Any]) -> nn.Module:
     model = common["model"]
-    adapted = {name: rank for name, rank in (config.fixed_ranks or {}).items() if rank > 0}
-    lora_config, layers = resolve_targets(model, config, adapted or None)
+    lora_config, layers = resolve_targets(model, config, config.adapted_ranks)
     heads = list(lora_config.modules_to_save or [])
     shared: dict[str, Any] = {
         "lora_alpha": config.lora_alpha,
@@ -90,8 +89,9 @@ def _prepared(tuner: str, config: IncreLoraConfig, common: dict[str, Any]) -> nn
             "deltaT": max(1, round(ADALORA_INTERVAL * steps)),
         }
         return get_peft_model(model, AdaLoraConfig(**settings, **shared))
+    trained = head_modules(model, heads)
     for name, parameter in model.named_parameters():
-        in_head = any(name.startswith(f"{head}.") for head in heads)
+        in_head = any(name.startswith(f"{head}.") for head in trained)
         is_bias = name.endswith(".bias")
         parameter.requires_grad_(tuner == "full" or in_head or (tuner == "bitfit" and is_bias))
     return model
@@ -99,7 +99,7 @@ def _prepared(tuner: str, config: IncreLoraConfig, common: dict[str, Any]) -> nn
 
 def _ranks(config: IncreLoraConfig) -> dict[str, Any]:
     """Fixed ranks as LoRA takes them, all at the scale lora_alpha / r_avg."""
-    ranks = {f"^{re.escape(name)}": rank for name, rank in (config.fixed_ranks or {}).items() if rank > 0}
+    ranks = {exact_pattern(name): rank for name, rank in (config.adapted_ranks or {}).items()}
     scale = config.lora_alpha / config.r_avg
     return {"rank_pattern": ranks, "alpha_pattern": {name: scale * rank for name, rank in ranks.items()}}
 

@@ -23,7 +23,6 @@ from ..files.checkpoints import check_manifest, new_checkpoint, rotate
 from ..files.run_state import read_state, write_state
 from ..growth.attach import attach, is_attached
 from ..growth.growth import Growth
-from ..growth.replicas import require_on_every_node, same_checkpoint
 from ..growth.run import GrowthRun
 from ..growth.tensors import frozen_batch_norms
 from ..method.orthogonality import orthogonality
@@ -32,6 +31,7 @@ from ..report.text import ORTH_LOSS, TOTAL_RANK, plan_line, rank_table
 from .loss_accounting import ItemCountsMixin
 from .publishing import PublishingMixin, refuse_pickles
 from .refusals import refuse_other_parallelism, refuse_unsupported
+from .resuming import require_on_every_node, same_checkpoint
 
 OWN_ARGUMENTS = {"output_dir", "run_name", "local_rank", "hub_token", "report_to", "disable_tqdm", "log_level"}
 # These may differ between processes and change nothing that is trained.

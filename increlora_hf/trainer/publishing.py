@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
 import tempfile
@@ -18,10 +17,13 @@ from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import HubStrategy
 from transformers.utils import hub
 
+from ..documents import write_json
+from ..errors import HubPushError
 from ..files.checkpoints import MANIFEST_NAME
 from ..files.run_state import STATE_JSON, STATE_TENSORS
-from ..hub.card import card_text, describe
-from ..hub.upload import HubPushError, create_repository, push_folder, without_tokens
+from ..hub.card import card_text
+from ..hub.upload import create_repository, push_folder, without_tokens
+from .summary import describe
 
 logger = logging.getLogger(__name__)
 
@@ -81,8 +83,7 @@ class PublishingMixin(_Base):
 
     def _write_arguments(self, folder: Path) -> None:
         (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)
-        text = json.dumps(without_tokens(self.args.to_dict()), indent=2, default=str)
-        (folder / ARGUMENTS_NAME).write_text(text + "\n", encoding="utf-8")
+        write_json(folder / ARGUMENTS_NAME, without_tokens(self.args.to_dict()), default=str)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Trainer's; where it pushes, a failure is reported and nothing else."""

@@ -12,8 +12,8 @@ import numpy as np
 import pyarrow as pa
 from datasets import Dataset
 
-from increlora_hf.tasks.source import each_row
-from increlora_hf.tasks.windows import OUTSIDE
+from ..source import each_row
+from .windows import OUTSIDE
 
 CHUNK_CELLS = 1 << 20  # of the largest array of a chunk: enough for NumPy to be busy, a few MiB each
 NO_SPAN = "empty"  # the answer, by convention, where no span is allowed

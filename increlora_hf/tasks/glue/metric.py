@@ -1,4 +1,4 @@
-"""The GLUE metrics as an `evaluate.Metric`, computed here with scikit-learn and SciPy: nothing is downloaded."""
+"""The metrics of text tasks as an `evaluate.Metric`, computed with scikit-learn and SciPy: nothing is downloaded."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -9,31 +9,24 @@ import numpy as np
 from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
-from increlora_hf.tasks.glue import TASKS, TextTask
+from .own import CLASSIFICATION, REGRESSION
+from .tasks import ACCURACY, CORRELATIONS, TASKS, TextTask
 
 Scorer = Callable[[np.ndarray, np.ndarray], float]
 
-# Names as in transformers' own examples; the last two serve data of one's own.
 TASK_METRICS: Mapping[str, tuple[str, ...]] = {
-    "cola": ("matthews_correlation",),
-    "mnli": ("accuracy",),
-    "mrpc": ("accuracy", "f1"),
-    "qnli": ("accuracy",),
-    "qqp": ("accuracy", "f1"),
-    "rte": ("accuracy",),
-    "sst2": ("accuracy",),
-    "stsb": ("pearson", "spearmanr"),
-    "wnli": ("accuracy",),
-    "classification": ("accuracy",),
-    "regression": ("pearson", "spearmanr"),
+    **{name: task.metrics for name, task in TASKS.items()},
+    CLASSIFICATION: ACCURACY,
+    REGRESSION: CORRELATIONS,
 }
+REGRESSIONS = {REGRESSION, *(name for name, task in TASKS.items() if task.is_regression)}
 
 DESCRIPTION = """The metrics of a GLUE task: accuracy, F1 of class 1, Matthews correlation, Pearson and Spearman
 correlation, and `combined_score`, their mean, where a task has more than one."""
 
 INPUTS = """
 Args:
-    predictions: predicted class numbers, or predicted values for stsb and regression, shape (n,)
+    predictions: predicted class numbers, or predicted values of a regression, shape (n,)
     references: true class numbers, or true values, shape (n,)
 Returns:
     a dictionary of floats
@@ -51,7 +44,7 @@ def _correlation(correlate: Callable[..., tuple[float, float]]) -> Scorer:
     return score
 
 
-SCORERS: Mapping[str, Scorer] = {
+SCORERS: Mapping[str, Scorer] = {  # named as in transformers' own examples
     "accuracy": accuracy_score,
     "f1": lambda references, predictions: f1_score(references, predictions, zero_division=0),
     "matthews_correlation": matthews_corrcoef,
@@ -66,7 +59,7 @@ class GlueMetric(evaluate.Metric):
     def _info(self) -> evaluate.MetricInfo:
         if self.config_name not in TASK_METRICS:
             raise ValueError(f"no metrics are known for {self.config_name!r}: use one of {', '.join(TASK_METRICS)}.")
-        number = "float64" if "pearson" in TASK_METRICS[self.config_name] else "int64"
+        number = "float64" if self.config_name in REGRESSIONS else "int64"
         return evaluate.MetricInfo(
             description=DESCRIPTION,
             citation="",
@@ -89,7 +82,7 @@ def predicted(outputs: Any, task: TextTask) -> np.ndarray:
 
 
 def metrics_of(task: TextTask) -> Callable[[Any], dict[str, float]]:
-    """What `Trainer.evaluate` calls; F1 is that of GLUE's class 1, whatever its number in the model."""
+    """What `Trainer.evaluate` calls; F1 is that of class 1 in the table, whatever its number in the model."""
     metric = GlueMetric(task.name, keep_in_memory=True)
     names = TASKS[task.name].labels if task.name in TASKS else task.labels
     numbers = np.array([names.index(label) for label in task.labels])

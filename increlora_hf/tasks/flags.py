@@ -21,7 +21,7 @@ from transformers import (
 from transformers.models.auto import modeling_auto
 from transformers.trainer_utils import get_last_checkpoint
 
-from ..hub.upload import HubPushError
+from ..errors import HubPushError
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"

@@ -1,0 +1,23 @@
+"""Names of modules as PEFT writes and matches them. Plain Python: no torch, no model."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+PREFIX = "base_model.model."  # PEFT puts it before the names of the base model's modules
+
+
+def exact_pattern(name: str) -> str:
+    """The key for ``rank_pattern`` and ``alpha_pattern`` that matches this full name alone, and not as a suffix."""
+    return "^" + re.escape(name)
+
+
+def is_target(name: str, target: str) -> bool:
+    """Whether an entry of ``target_modules`` matches a module: by its full name, or by the last parts of it."""
+    return name == target or name.endswith("." + target)
+
+
+def is_head(name: str, heads: Iterable[str]) -> bool:
+    """Whether an entry of ``modules_to_save`` matches a module: PEFT takes any ending, of whole parts or not."""
+    return any(f"{PREFIX}{name}".endswith(head) for head in heads)

@@ -1,0 +1,66 @@
+"""JSON files: read with every error named, written whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from .errors import AdapterFormatError
+
+HISTORY_NAME = "increlora_history.json"  # beside an adapter: what `Growth.history` gives
+
+
+def read_json_object(path: Path, *, strict: bool = True) -> dict[str, Any]:
+    """The object in a JSON file; anything else is an AdapterFormatError, and so are NaN and infinity if ``strict``."""
+    if not path.is_file():
+        raise AdapterFormatError(path, "file", "a JSON file", "nothing")
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_constant if strict else None)
+    except (ValueError, RecursionError) as error:
+        raise AdapterFormatError(path, "content", "JSON", str(error) or "broken text") from None
+    if not isinstance(document, dict):
+        raise AdapterFormatError(path, "content", "an object", f"a {type(document).__name__}")
+    return document
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"the constant {name}")
+
+
+def check_format(path: Path, document: Mapping[str, Any], supported: int) -> None:
+    """Refuse a document whose ``format_version`` is missing or later than ``supported``."""
+    version = document.get("format_version")
+    if not isinstance(version, int) or isinstance(version, bool) or not 1 <= version <= supported:
+        raise AdapterFormatError(path, "format_version", f"1 to {supported}", repr(version))
+
+
+def write_json(
+    path: Path, document: Any, *, default: Callable[[Any], Any] | None = None, durable: bool = False
+) -> None:
+    """Write a JSON file. The file that was there stays until the new one is complete.
+
+    Args:
+        default: as of `json.dumps`; makes a plain value of what JSON cannot hold.
+        durable: also flush the file to disk before it replaces the old one.
+    """
+    text = json.dumps(document, indent=2, default=default) + "\n"
+    draft = path.with_name(path.name + ".tmp")
+    try:
+        draft.write_text(text, encoding="utf-8")
+        if durable:
+            sync(draft)
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Flush a file or folder to disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,1 @@
+"""GLUE: the table of its tasks, their rows, and their metrics."""

@@ -1,0 +1,131 @@
+"""A task's rows: its columns of text, and a number as the label."""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from datasets import ClassLabel, Dataset, Value
+
+from ..source import DataSource, read_splits, require_columns, require_split
+from ..tables import LABEL, read_table
+from .own import detect_task
+from .tasks import GLUE, TextTask, glue_task
+
+
+@dataclass(frozen=True, kw_only=True)
+class GlueSource(DataSource):
+    """A task of the table, a data set or files: one of the last two, or the task alone."""
+
+    hub_dataset: str = GLUE.name  # that of the task, where there is one
+    task_name: str | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse a source that names no data, names it twice, or names a task that is not in the table."""
+        if not (self.task_name or self.dataset_name or self.files):
+            raise ValueError(
+                "there is no data: give a GLUE task (--task_name), a dataset (--dataset_name) or files (--train_file)."
+            )
+        if self.task:
+            object.__setattr__(self, "hub_dataset", self.task.data.name)
+        super().__post_init__()
+
+    @property
+    def task(self) -> TextTask | None:
+        """The row of the table; None where the data says what the task is."""
+        return glue_task(self.task_name) if self.task_name else None
+
+
+def load_task(
+    source: GlueSource, *, train: bool, evaluate: bool, predict: bool
+) -> tuple[TextTask, dict[str, Dataset]]:
+    """The task that `source` poses, and the splits asked for; those to predict have no `label`."""
+    task = source.task
+    splits = read_splits(source, _read_file, (task.data.config or task.name) if task else None)
+    if task is None:
+        task = detect_task(require_split(splits, "train", source), source.where("train"))
+    elif source.files:
+        task = replace(task, eval_splits=("validation",), test_splits=("test",))
+    labelled = ("train",) * train + task.eval_splits * evaluate
+    wanted = labelled + task.test_splits * predict
+    raw = {name: require_split(splits, name, source) for name in wanted}
+    return task, {
+        name: prepare_rows(split, task, source.where(name), labelled=name in labelled) for name, split in raw.items()
+    }
+
+
+def _read_file(path: str, split: str) -> Dataset:
+    return read_table(path, ignore=(LABEL,) if split == "test" else ())
+
+
+def prepare_rows(rows: Dataset, task: TextTask, where: str, *, labelled: bool = True) -> Dataset:
+    """The task's text columns, and where `labelled` a numeric `label`: the class number, or the value to predict."""
+    require_columns(rows, (*task.columns, LABEL) if labelled else task.columns, where)
+    prepared = rows.select_columns(list(task.columns))
+    for column in task.columns:
+        if rows.features[column] != Value("string"):
+            prepared = prepared.cast_column(column, Value("string"))
+        empty = prepared.data.column(column).null_count and prepared[column][:].index(None) + 1
+        if empty:
+            raise ValueError(f"{where}, row {empty}: column {column!r} has no value. Fill it in or remove the row.")
+    if not labelled:
+        return prepared
+    numbers = [_label_number(label, task, f"{where}, row {i}") for i, label in enumerate(_label_names(rows, task), 1)]
+    return prepared.add_column(LABEL, numbers, feature=Value("float32" if task.is_regression else "int64"))
+
+
+def _label_names(rows: Dataset, task: TextTask) -> Iterable[object]:
+    """The labels; those of a column with the task's own class names, in whatever order, as names."""
+    feature = rows.features[LABEL]
+    if isinstance(feature, ClassLabel) and set(feature.names) == set(task.labels):
+        return (feature.names[i] if i is not None and i >= 0 else i for i in rows[LABEL][:])
+    return rows[LABEL][:]
+
+
+def _label_number(label: object, task: TextTask, where: str) -> int | float:
+    if task.is_regression:
+        return _finite(label, where)
+    number = task.class_numbers.get(str(label))
+    if number is None:
+        raise ValueError(f"{where}: the label {label!r} is none of {task.name}'s classes: {', '.join(task.labels)}.")
+    return number
+
+
+def _finite(label: object, where: str) -> float:
+    try:
+        value = float(str(label))
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise ValueError(f"{where}: the label {label!r} is no number, which a regression task needs. Correct it.")
+    return value
+
+
+def require_two_labels(rows: Dataset, task: TextTask, where: str) -> None:
+    """Refuse training rows from which nothing can be learned."""
+    found = set(rows[LABEL][:])
+    if len(found) > 1:
+        return
+    label = "no label" if not found else repr(found.pop() if task.is_regression else task.labels[found.pop()])
+    raise ValueError(f"{where}: all {len(rows)} rows have the label {label}. Training needs at least two labels.")
+
+
+def in_model_order(
+    task: TextTask, rows: Mapping[str, Dataset], names: Sequence[str]
+) -> tuple[TextTask, dict[str, Dataset]]:
+    """The task and its rows with the classes numbered as the model's outputs are, where `names` says it knows them.
+
+    Upper and lower case are the same in `names`; where they are other classes, nothing changes.
+    """
+    by_name = {label.lower(): label for label in task.labels}
+    order = tuple(by_name.get(name.lower(), "") for name in names)
+    if order == task.labels or sorted(order) != sorted(task.labels):
+        return task, dict(rows)
+    numbers = [order.index(label) for label in task.labels]
+
+    def renumbered(split: Dataset) -> Dataset:
+        if LABEL not in split.column_names:
+            return split
+        new = [numbers[old] for old in split[LABEL][:]]
+        return split.remove_columns(LABEL).add_column(LABEL, new, feature=Value("int64"))
+
+    return replace(task, labels=order), {name: renumbered(split) for name, split in rows.items()}

@@ -1,0 +1,1 @@
+"""SQuAD: its questions, their windows, answers from logits, and their metrics."""

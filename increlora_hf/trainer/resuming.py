@@ -1,0 +1,39 @@
+"""The checkpoint to resume, and one just written, are the same on every process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..distributed import barrier, num_processes, require_equal
+from ..documents import read_json_object
+from ..files.checkpoints import MANIFEST_NAME, resolve_checkpoint
+from ..files.run_state import STATE_TENSORS
+
+ON_EVERY_NODE = (
+    "Every node has to see the same checkpoints: put output_dir on a file system that the nodes share, or copy the "
+    "whole checkpoint to each."
+)
+
+
+def same_checkpoint(wanted: str | bool, output_dir: str) -> Path:
+    """See `resolve_checkpoint`; raises ValueError where the processes find different ones."""
+    if num_processes() == 1:
+        return resolve_checkpoint(wanted, output_dir)
+    problem = None
+    try:
+        folder = resolve_checkpoint(wanted, output_dir)
+        written = read_json_object(folder / MANIFEST_NAME)["files"][STATE_TENSORS]["sha256"]
+        found = f"{folder.name}, weights {written[:16]}"
+    except ValueError as error:
+        problem, found = error, str(error)
+    require_equal({"the checkpoint to resume": found}, ON_EVERY_NODE)
+    if problem is not None:
+        raise problem
+    return folder
+
+
+def require_on_every_node(folder: Path) -> None:
+    """Raise ValueError where a checkpoint that was just written, and will be needed, is not on some process's disk."""
+    barrier()
+    found = "there" if (folder / MANIFEST_NAME).is_file() else "missing"
+    require_equal({f"{folder.name}, which load_best_model_at_end may need": found}, ON_EVERY_NODE)

@@ -1,0 +1,89 @@
+"""What a model card says of a run, read from its Trainer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from numbers import Real
+from pathlib import Path
+from typing import Any
+
+from peft import TaskType
+from transformers import TrainingArguments
+from transformers.modelcard import extract_hyperparameters_from_trainer
+from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
+from transformers.training_args import OptimizerNames
+
+from .._version import __version__
+from ..hub.card import IMAGES, RunSummary
+
+PACKAGES = ("peft", "transformers", "torch", "datasets", "accelerate")
+NOT_SCORES = ("runtime", "samples", "_per_second", "preparation_time", "total", "_thresh", "num_tokens")  # endings
+AT_BEST = "adapter_parameters_at_best"  # in the log, of the moment when the best checkpoint was loaded
+
+
+def describe(trainer: Any, folder: Path, repository: str | None) -> RunSummary:
+    """What a card says of an IncreLoraTrainer's run so far, for a card that will stand in ``folder``."""
+    growth, model = trainer.increlora, trainer.model
+    out = Path(str(trainer.args.output_dir)).absolute()
+    config = model.peft_config[model.active_adapter]
+    state = trainer.state
+    best = next((entry for entry in reversed(state.log_history) if AT_BEST in entry), None)
+    step, metrics = _last_evaluation(state.log_history, state.best_global_step if best else None)
+    labels = dict(getattr(getattr(model, "config", None), "id2label", None) or {})
+    return RunSummary(
+        repository=repository or out.name,
+        title=(repository or out.name).split("/")[-1],
+        base=config.base_model_name_or_path or "",
+        task_type=None if config.task_type is None else TaskType(config.task_type).value,
+        auto_class=type(model.get_base_model()).__name__,
+        labels=labels if config.task_type in (None, TaskType.SEQ_CLS, TaskType.TOKEN_CLS) else {},
+        has_tokenizer=(folder / TOKENIZER_CONFIG_FILE).exists(),
+        history=growth.history(),
+        adapter_parameters=growth.num_parameters(),
+        head_parameters=trainer._other_trainable(),
+        best=best,
+        metrics=metrics,
+        step=step,
+        hyperparameters={**extract_hyperparameters_from_trainer(trainer), "optimizer": _optimizer(trainer.args)},
+        images=[name for name in IMAGES if (folder / name).exists()],
+        software={"increlora-hf": __version__, **{name: version(name) for name in PACKAGES}},
+    )
+
+
+def _last_evaluation(log: Sequence[Mapping[str, Any]], best_step: int | None) -> tuple[int, dict[str, float]]:
+    """The step and metrics of the model as it is: after the best one was loaded its own, unless it was evaluated anew.
+
+    Several evaluations at one step are several sets; where they use the same names, the first one's count.
+    """
+    entries = list(log)
+    if best_step is not None:
+        loaded = max(index for index, entry in enumerate(entries) if AT_BEST in entry)
+        since = [entry for entry in entries[loaded:] if _scores_of(entry)]
+        entries = since or [entry for entry in entries if entry.get("step") == best_step]
+    evaluated = [entry for entry in entries if _scores_of(entry)]
+    step = evaluated[-1].get("step", 0) if evaluated else 0
+    metrics: dict[str, float] = {}
+    for entry in evaluated:
+        if entry.get("step", 0) == step:
+            metrics = {**_scores_of(entry), **metrics}
+    return step, metrics
+
+
+def _scores_of(entry: Mapping[str, Any]) -> dict[str, float]:
+    """The finite numbers of an evaluation, without the prefix."""
+    numbers = {k.removeprefix("eval_"): v for k, v in entry.items() if k.startswith("eval_")}
+    return {
+        name: float(value)
+        for name, value in numbers.items()
+        if isinstance(value, Real) and math.isfinite(float(value)) and not name.endswith(NOT_SCORES)
+    }
+
+
+def _optimizer(args: TrainingArguments) -> str:
+    name = OptimizerNames(args.optim).value
+    options = f", {args.optim_args}" if args.optim_args else ""
+    if "adam" not in name:
+        return name + options
+    return f"{name}, betas {args.adam_beta1} and {args.adam_beta2}, epsilon {args.adam_epsilon}{options}"
