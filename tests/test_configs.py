@@ -6,12 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import TrainingArguments
 
-from increlora_hf import IncreLoraArguments
 from increlora_hf.method.allocation import Plan, make_plan, scored_window
-from increlora_hf.tasks.flags import ModelArguments, parse_flags
-from increlora_hf.tasks.tuners import TunerArguments
+from increlora_hf.tasks.flags import parse_flags
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
@@ -58,12 +55,10 @@ FILES = {path.stem: path for path in sorted((ROOT / "configs").rglob("*.json"))}
 def plan(path: Path, tmp_path: Path, **changed: Any) -> Plan:
     """What the settings in the file come to."""
     script = run_squad if path.stem.startswith("squad") else run_glue
-    kinds = (ModelArguments, script.DataArguments, TrainingArguments, IncreLoraArguments, TunerArguments)
     flags = [str(path), f"--output_dir={tmp_path}", "--use_cpu", *(f"--{k}={v}" for k, v in changed.items())]
-    model, _, training, increlora, tuner = parse_flags(kinds, flags, script.PROG)
+    model, _, training, config, own = parse_flags(script.DataArguments, flags, script.PROG)
     assert model.model_name_or_path == "microsoft/deberta-v3-base"
-    assert tuner.tuner == "increlora"
-    config = increlora.to_config()
+    assert own.tuner == "increlora"
     rows = ROWS[path.stem.rpartition("_")[0]]
     steps = math.ceil(rows / training.per_device_train_batch_size) * math.ceil(training.num_train_epochs)
     return make_plan(

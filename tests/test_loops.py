@@ -313,3 +313,19 @@ def test_forgotten_growth_is_said_once(tmp_path: Path, caplog: pytest.LogCapture
         "IncreLoraTrainer, or make a GrowthRun in your own loop and call its after_step() after every step of the "
         "optimizer. IncreLoraConfig(r_avg=1) asks for ranks that do not grow."
     ]
+
+
+def test_accelerate_saves_and_loads_the_other_models_as_always(tmp_path: Path) -> None:
+    from accelerate import Accelerator
+
+    accelerator = Accelerator()
+    model = accelerator.prepare_model(attach(loop("toy").make_model(), IncreLoraConfig(r_avg=2)), evaluation_mode=True)
+    other = accelerator.prepare_model(nn.Linear(2, 2))
+    growing = quick_run(model)
+    growing.register_for_checkpointing(accelerator)
+    before = other.weight.detach().clone()
+    accelerator.save_state(str(tmp_path))
+    with torch.no_grad():
+        other.weight.zero_()
+    accelerator.load_state(str(tmp_path))
+    assert torch.equal(other.weight, before)

@@ -88,15 +88,6 @@ def test_restarted_curve_is_the_naive_one(name: str, curve: reference.Curve, war
     assert [ours(t - birth) for t in steps] == pytest.approx(expected, rel=1e-12)
 
 
-def test_method_imports_neither_peft_nor_transformers() -> None:
-    found = {
-        match
-        for path in METHOD.glob("*.py")
-        for match in re.findall(r"^\s*(?:from|import) (peft|transformers|accelerate)\b", path.read_text(), re.M)
-    }
-    assert not found
-
-
 def links() -> Iterator[tuple[str, str]]:
     yield from LINK.findall((METHOD / "README.md").read_text(encoding="utf-8"))
 

@@ -317,6 +317,117 @@ def test_step_that_fails_leaves_the_parameters_in_the_groups() -> None:
     assert all(torch.equal(before[name], value) for name, value in trained(model).items())
 
 
+class AssigningSGD(torch.optim.SGD):
+    """Assigns new tensors, as some optimizers do."""
+
+    def step(self, closure: Any = None) -> Any:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    parameter.data = parameter.data - group["lr"] * parameter.grad
+
+
+class ExtragradientSGD(torch.optim.SGD):
+    """Steps from x with the gradient at x − lr · g(x): two evaluations of the closure."""
+
+    def step(self, closure: Any = None) -> Any:
+        with torch.enable_grad():
+            loss = closure()
+        parameters = [(p, g["lr"]) for g in self.param_groups for p in g["params"] if p.grad is not None]
+        start = [p.data.clone() for p, _ in parameters]
+        for p, lr in parameters:
+            p.data.sub_(lr * p.grad)
+        with torch.enable_grad():
+            closure()
+        for (p, lr), x in zip(parameters, start, strict=True):
+            p.data.copy_(x - lr * p.grad)
+        return loss
+
+
+@pytest.mark.parametrize("kind", [AssigningSGD, ExtragradientSGD])
+def test_unusual_steps_do_to_the_factors_what_they_do_without_a_run(kind: Any) -> None:
+    found = []
+    for with_run in (False, True):
+        model = attach(tiny_bert(), STATIC)
+        for layer in model.increlora.layers.values():
+            torch.nn.init.constant_(layer.A.active_lam, 0.5)
+        optimizer = kind([p for p in model.parameters() if p.requires_grad], lr=0.5)
+        run = GrowthRun(model, optimizer, total_steps=8, schedule="constant") if with_run else None
+        for number in range(6):
+            rows = token_rows(8, seed=number)
+            batch = {name: torch.tensor(rows[name][:]) for name in ("input_ids", "labels")}
+
+            def closure(batch: Any = batch, model: Any = model, optimizer: Any = optimizer) -> Any:
+                optimizer.zero_grad()
+                loss = model(**batch).loss
+                loss.backward()
+                return loss
+
+            if kind is ExtragradientSGD:
+                optimizer.step(closure)
+            else:
+                closure()
+                optimizer.step()
+            if run is not None:
+                run.after_step()
+        found.append(trained(model))
+    for name, value in found[0].items():
+        torch.testing.assert_close(found[1][name], value, rtol=1e-5, atol=1e-7)
+    assert not torch.equal(found[0][name], trained(attach(tiny_bert(), STATIC))[name])
+
+
+def test_step_of_another_optimizer_inside_is_an_error_that_says_so() -> None:
+    class Outer(torch.optim.SGD):
+        def second_step(self) -> None:
+            torch.optim.SGD(self.param_groups, lr=0.1).step()
+
+    model, run = run_of(Outer)
+    model(input_ids=torch.ones(2, 4, dtype=torch.long), labels=torch.tensor([0, 1])).loss.backward()
+    run.optimizer.second_step()
+    with pytest.raises(RuntimeError, match=r"Outer\.step\(\) has not run.*skip_update"):
+        run.after_step()
+
+
+def test_skipped_update_leaves_nothing_to_the_next() -> None:
+    (ours, our_run), (theirs, their_run) = run_of(), run_of()
+    for number in range(12):
+        if number == 5:
+            loss = ours(input_ids=torch.ones(2, 4, dtype=torch.long), labels=torch.tensor([0, 1])).loss
+            (loss * float("nan")).backward()
+            our_run.before_step()
+            our_run.skip_update()
+            our_run.optimizer.zero_grad()
+        step(ours, our_run, number)
+        step(theirs, their_run, number)
+    assert [r.scores for r in our_run.growth.rounds] == [r.scores for r in their_run.growth.rounds] != []
+    assert all(map(torch.equal, trained(ours).values(), trained(theirs).values()))
+
+
+def test_frozen_factors_are_refused() -> None:
+    model = attach(tiny_bert(), QUICK)
+    next(iter(model.increlora.layers.values())).A.components.requires_grad_(False)
+    with pytest.raises(ValueError, match="1 of the adapter's 36 growing parameters are frozen"):
+        GrowthRun(model, torch.optim.AdamW(model.parameters()), total_steps=40)
+
+
+def test_penalty_is_minimised_where_the_optimizer_maximises() -> None:
+    found = []
+    for sign in (1, -1):
+        model = attach(tiny_bert(), QUICK)
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        run = GrowthRun(model, torch.optim.AdamW(parameters, lr=1e-2, maximize=sign < 0), total_steps=40)
+        for number in range(12):
+            rows = token_rows(8, seed=number)
+            loss = model(input_ids=torch.tensor(rows["input_ids"][:]), labels=torch.tensor(rows["labels"][:])).loss
+            (sign * loss).backward()
+            run.optimizer.step()
+            run.after_step()
+            run.optimizer.zero_grad()
+        found.append(trained(model))
+    for name, value in found[0].items():
+        torch.testing.assert_close(found[1][name], value, rtol=1e-4, atol=1e-6)
+
+
 # ---- Schedule-free optimizers ---------------------------------------------------------------------------------------
 
 

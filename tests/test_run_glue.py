@@ -267,11 +267,11 @@ def prepared(run, monkeypatch):
     def call(*flags, **settings):
         jobs = []
 
-        def keep(job):
+        def keep(job, checkpoint):
             jobs.append(job)
             return {}
 
-        monkeypatch.setattr(run_glue, "train", keep)
+        monkeypatch.setattr("increlora_hf.tasks.run.train_and_save", keep)
         run("--do_train", *flags, **settings)
         return jobs[0]
 

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 import run_squad  # noqa: E402
-from increlora_hf.tasks.flags import require_span_encoder  # noqa: E402
+from increlora_hf.tasks.squad.encoders import require_span_encoder  # noqa: E402
 
 SETTINGS = {
     "max_steps": 8,
@@ -89,7 +89,7 @@ def prepared(run, monkeypatch):
             return jobs[0]
 
         monkeypatch.setattr(run_squad, "prepare", keep)
-        monkeypatch.setattr(run_squad, "train_and_save", lambda *args: {})
+        monkeypatch.setattr("increlora_hf.tasks.run.train_and_save", lambda *args: {})
         run("--do_train", *flags, **settings)
         return jobs[0]
 

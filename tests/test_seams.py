@@ -186,8 +186,8 @@ SEAMS = [
     Seam("tasks/squad/metric.py", "evaluate.Metric._compute",
          "(self, *, predictions=None, references=None, **kwargs)", "overridden: evaluate's way to write a metric"),
     Seam("tasks/squad/metric.py", "evaluate.Metric._info", "(self)", "overridden: the same"),
-    Seam("tasks/flags.py", "transformers.models.auto.modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES", PRESENT,
-         "tells encoders from decoders"),
+    Seam("tasks/squad/encoders.py", "transformers.models.auto.modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES",
+         PRESENT, "tells encoders from decoders"),
 ]  # fmt: skip
 
 

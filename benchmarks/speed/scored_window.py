@@ -14,14 +14,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import set_seed
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import run_glue
-from increlora_hf import IncreLoraArguments, IncreLoraConfig
+from increlora_hf import IncreLoraConfig
 from increlora_hf.growth.growth import Growth
 from increlora_hf.method.allocation import choose, scored_window
 from increlora_hf.method.importance import ImportanceTracker
+from increlora_hf.tasks.flags import parse_flags
 
 
 class ComparingTracker(ImportanceTracker):
@@ -59,9 +61,10 @@ class ComparingTracker(ImportanceTracker):
 
 def main() -> None:
     """Train, comparing."""
-    kinds = (run_glue.ModelArguments, run_glue.DataArguments, run_glue.TrainingArguments, IncreLoraArguments)
-    flags = [*sys.argv[1:], "--increlora_score_tolerance", "0"]
-    job = run_glue.prepare(*run_glue.parse_flags(kinds, flags, "scored_window.py"))
+    argv = [*sys.argv[1:], "--increlora_score_tolerance", "0"]
+    flags = parse_flags(run_glue.DataArguments, argv, "scored_window.py")
+    set_seed(flags.training.seed)
+    job = run_glue.prepare(flags)
     trainer: Any = job.trainer
     trainer.increlora.tracker = ComparingTracker(trainer.increlora)
     trainer.train()

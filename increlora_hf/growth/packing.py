@@ -138,8 +138,10 @@ class Packing:
             self.gather()
             return None
         self._enter()
+        self.gather()  # for steps that read gradients before their closure
 
         def on_factors() -> Any:
+            self.write_back()  # for steps that evaluate their closure where they have moved to
             self._leave()
             try:
                 loss = closure()
@@ -390,6 +392,11 @@ class Packing:
             tensor[rows] = values
         self._untouched = []
         for table in self._tables:
+            parts_of_strips = table.values.split([len(strip.parameter) for strip in table.strips])
+            for strip, part in zip(table.strips, parts_of_strips, strict=True):
+                if strip.parameter.data_ptr() != part.data_ptr():  # the step has assigned another tensor to `.data`
+                    part.copy_(strip.parameter.data)
+                    strip.parameter.data = part
             factors: list[Tensor] = [self._factors[i] for i in table.factors]
             parts = table.values.index_select(0, table.back).split([len(factor) for factor in factors])
             torch._foreach_copy_(factors, parts)
@@ -400,6 +407,13 @@ def _require_new(optimizer: Optimizer, factors: Sequence[Parameter]) -> None:
         raise ValueError(
             "LBFGS keeps the parameters that it was made with, and cannot take in those that are born later. Use an "
             "optimizer of one step per gradient, such as torch.optim.AdamW."
+        )
+    frozen = sum(not factor.requires_grad for factor in factors)
+    if frozen:
+        raise ValueError(
+            f"{frozen} of the adapter's {len(factors)} growing parameters are frozen (requires_grad=False), "
+            "and growth trains A, B and λ of every layer. Unfreeze them, or leave those layers out with "
+            "target_modules."
         )
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     if not {id(factor) for factor in factors} <= held:

@@ -168,7 +168,8 @@ class GrowthRun:
             self.after_backward()
         config = self.growth.config
         if not self._is_penalised and config.orth_reg_weight > 0:
-            weight = config.orth_reg_weight * self._loss_scale()
+            sign = -1 if self.optimizer.param_groups[0].get("maximize") else 1
+            weight = sign * config.orth_reg_weight * self._loss_scale()
             add_orthogonality_gradient(self.growth.factors(), weight, squared=config.orth_reg_squared)
         self._is_penalised = True
         if not self._is_averaged and num_processes() > 1:
@@ -182,7 +183,7 @@ class GrowthRun:
         Returns:
             The round, if there was one. ``model.parameters()`` are new then: parameters that were kept are stale.
         """
-        was_skipped = self._packing.steps == self._steps_before
+        was_skipped = self._packing.steps == self._steps_before and self._scaler is not None
         record = self.grow_if_due()
         if not was_skipped:  # by the GradScaler, after an overflow
             self.lr_scheduler.step()
@@ -192,6 +193,12 @@ class GrowthRun:
         """As `after_step`, in a loop that steps ``lr_scheduler`` itself, after this."""
         growth = self.growth
         assert growth.plan is not None
+        if self._packing.steps == self._steps_before and self._scaler is None:
+            raise RuntimeError(
+                f"{type(self.optimizer).__name__}.step() has not run since the last step was counted: another "
+                "optimizer inside it may have. Give GrowthRun, or the Trainer, the optimizer whose step() moves the "
+                "parameters. An update that you leave out on purpose is ended by skip_update()."
+            )
         self.step += 1
         if self._sensitivities is not None:
             growth.tracker.update(self._sensitivities)
@@ -206,6 +213,12 @@ class GrowthRun:
         self._begin_update()
         self._watch()
         return growth.rounds[-1] if is_due else None
+
+    def skip_update(self) -> None:
+        """Forget an update whose gradients will not be used, such as one that is not finite; zero them yourself."""
+        if self._probes is not None:
+            self._probes.read()
+        self._begin_update()
 
     def start_at(self, step: int) -> None:
         """Go on after this many optimizer steps; of an update that was begun nothing is kept."""
@@ -315,11 +328,12 @@ class GrowthRun:
         def save(models: list[Any], weights: list[Any], folder: str) -> None:
             if accelerator.is_main_process:
                 torch.save(self.state_dict(), Path(folder) / RUN_NAME)
-            weights.clear()
+            for index in reversed([i for i, model in enumerate(models) if model is self._model]):
+                del weights[index]
 
         def load(models: list[Any], folder: str) -> None:
             self.load_state_dict(torch.load(Path(folder) / RUN_NAME))
-            models.clear()
+            models[:] = [model for model in models if model is not self._model]
 
         accelerator.register_save_state_pre_hook(save)
         accelerator.register_load_state_pre_hook(load)

@@ -2,38 +2,20 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 from peft import AdaLoraConfig, LoraConfig, get_peft_model
 from torch import nn
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 
 from ..adapter.names import exact_pattern
 from ..adapter.targets import head_modules, resolve_targets
 from ..config import IncreLoraConfig
-from .flags import flag
+from .flags import Flags
 
-TUNERS = ("increlora", "lora", "adalora", "bitfit", "full", "head")
 ADALORA_START = 1.5  # AdaLoRA begins with this much more rank than it ends with, as in its paper
 ADALORA_WARM_UP, ADALORA_FINAL = 0.1, 0.5  # shares of the run before it takes rank away, and after
 ADALORA_INTERVAL = 0.01  # share of the run between two of its decisions
-
-
-@dataclass
-class TunerArguments:
-    """Which way of fine-tuning."""
-
-    tuner: str = flag(
-        "increlora",
-        f"One of {', '.join(TUNERS)}. The others take rank, alpha, dropout, target_modules and modules_to_save "
-        "from the --increlora_ flags.",
-    )
-
-    def __post_init__(self) -> None:
-        """Refuse an unknown one."""
-        if self.tuner not in TUNERS:
-            raise ValueError(f"--tuner {self.tuner} is unknown. Choose one of {', '.join(TUNERS)}.")
 
 
 class _Allocate(TrainerCallback):
@@ -44,23 +26,23 @@ class _Allocate(TrainerCallback):
         model.base_model.update_and_allocate(state.global_step + 1)
 
 
-def make_trainer(
-    tuner: str, growing: Callable[..., Any], plain: type[Trainer], config: IncreLoraConfig, common: dict[str, Any]
-) -> Trainer:
-    """The trainer that fine-tunes ``common["model"]`` in this way.
+def make_trainer(flags: Flags, growing: Callable[..., Any], plain: Callable[..., Any], **common: Any) -> Any:
+    """The trainer that fine-tunes ``model`` in the way of --tuner, or without --do_train evaluates it.
 
     Args:
-        tuner: one of `TUNERS`.
-        growing: makes the trainer for IncreLoRA.
+        growing: the class of the trainer for IncreLoRA.
         plain: the class for all others.
-        config: rank r_avg, alpha, dropout and layers, for every tuner that has them.
-        common: the other arguments of the trainer.
+        common: the arguments that both take, but for ``args``; ``model`` is one of them.
     """
+    common["args"] = flags.training
+    if not flags.training.do_train:
+        return plain(**common)
+    tuner, config = flags.script.tuner, flags.config
     if tuner == "increlora":
-        return growing(increlora_config=config, **common)
-    callbacks: list[TrainerCallback] = [_Allocate()] if tuner == "adalora" else []
-    model = _prepared(tuner, config, common)
-    trainer = plain(**{**common, "model": model, "callbacks": callbacks})
+        pickles = flags.script.allow_pickles_on_hub
+        return growing(increlora_config=config, allow_pickles_on_hub=pickles, **common)
+    callbacks = [_Allocate()] if tuner == "adalora" else []
+    trainer = plain(**{**common, "model": _prepared(tuner, config, common)}, callbacks=callbacks)
     trainer.model_accepts_loss_kwargs = False  # heads here ignore the count by which Trainer thinks they divide
     return trainer
 

@@ -1,0 +1,164 @@
+"""One run of a script from its flags to the Hub: parse, check, prepare, train, evaluate, predict, publish."""
+
+import logging
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from transformers import TrainerCallback, TrainingArguments, set_seed
+
+from ..errors import HubPushError
+from .flags import Flags, RowArguments, check_run, checkpoint_to_resume, parse_flags
+from .models import how_to_load
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(kw_only=True)
+class Job:
+    """A run that is ready to start.
+
+    Args:
+        rows: the splits as the model takes them.
+        eval_sets: the splits that are evaluated → what the names of their metrics end in.
+        auto_model: the class that loads the model for the task.
+        model_options: what that class needs to give a base model the task's head.
+        card: what the model card says of the data.
+    """
+
+    trainer: Any
+    rows: Mapping[str, Dataset]
+    eval_sets: Mapping[str, str] = field(default_factory=lambda: {"validation": ""})
+    auto_model: type
+    model_options: Mapping[str, Any] = field(default_factory=dict)
+    card: Mapping[str, Any]
+
+    def sizes(self, split: str) -> dict[str, int]:
+        """How much a split holds."""
+        return {"samples": len(self.rows[split])}
+
+    def predict(self) -> list[Path]:
+        """Predict the test splits; the files that were written, none but on the main process."""
+        raise NotImplementedError
+
+
+def run_script(
+    prog: str,
+    data_arguments: type[RowArguments],
+    prepare: Callable[[Flags], Job],
+    argv: Sequence[str] | None = None,
+) -> dict[str, Any]:
+    """Run what the flags ask for; returns all metrics.
+
+    Args:
+        prog: the script's name.
+        data_arguments: its own flags.
+        prepare: builds the job; refuses what the user may have to correct with ValueError or FileNotFoundError.
+        argv: default: the command line.
+    """
+    with Preparation(prog):
+        flags = parse_flags(data_arguments, sys.argv[1:] if argv is None else argv, prog)
+    training = flags.training
+    set_up_logging(training)
+    metrics: dict[str, Any] = {}
+    with Preparation(prog, training.output_dir) as preparation:
+        check_run(flags.model, training, flags.script.tuner)
+        checkpoint = checkpoint_to_resume(training)
+        set_seed(training.seed)
+        job = prepare(flags)
+        job.trainer.add_callback(preparation)
+        if training.do_train:
+            metrics |= train_and_save(job, checkpoint)
+    if training.do_eval:
+        metrics |= evaluate(job)
+    if training.do_predict:
+        for path in job.predict():
+            logger.info("The predictions are in %s.", path)
+    if training.do_train and job.trainer.is_world_process_zero():
+        names = flags.model.model_name_or_path, str(training.output_dir)
+        sys.stdout.write(how_to_load(job.trainer.model, job.auto_model, *names, **job.model_options))
+    publish(job, prog)
+    return metrics
+
+
+def train_and_save(job: Job, checkpoint: str | bool | None) -> dict[str, Any]:
+    """Train and save the adapter or model; the returned metrics are those of train_results.json."""
+    trainer = job.trainer
+    metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics | _sizes(job, "train", "train")
+    metrics["trainable_parameters"] = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+    if hasattr(trainer.model, "increlora"):
+        metrics["total_rank"] = trainer.increlora.total_rank
+    trainer.save_model()
+    trainer.log_metrics("train", metrics)
+    trainer.save_metrics("train", metrics)
+    trainer.save_state()
+    return metrics
+
+
+def evaluate(job: Job) -> dict[str, Any]:
+    """The metrics of all evaluation sets, which are those of eval_results.json."""
+    metrics: dict[str, Any] = {}
+    for split, end in job.eval_sets.items():
+        found = job.trainer.evaluate(eval_dataset=job.rows[split]) | _sizes(job, split, "eval")
+        found = {name + end: value for name, value in found.items()}
+        job.trainer.log_metrics("eval", found)
+        metrics |= found
+    job.trainer.save_metrics("eval", metrics)
+    return metrics
+
+
+def _sizes(job: Job, split: str, prefix: str) -> dict[str, int]:
+    return {f"{prefix}_{name}": size for name, size in job.sizes(split).items()}
+
+
+def publish(job: Job, prog: str) -> None:
+    """Write the card, push where that is asked for, and part; a Hub that fails ends the program with status 1."""
+    trainer = job.trainer
+    try:
+        if trainer.args.push_to_hub:
+            trainer.push_to_hub(**job.card)
+        elif trainer.args.do_train and hasattr(trainer.model, "increlora"):
+            trainer.create_model_card(**job.card)
+    except HubPushError as error:
+        sys.stderr.write(f"{prog}: error: {error}\n")
+        raise SystemExit(1) from error
+    finally:
+        trainer.accelerator.end_training()  # a process group left open can abort the interpreter on its way out
+
+
+class Preparation(TrainerCallback):
+    """A context in which refused input ends the program with one line and status 2, and leaves no new output folder.
+
+    Given to the Trainer as a callback, it ends when training begins: what fails from then on keeps its traceback.
+    """
+
+    def __init__(self, prog: str, output_dir: str | None = None) -> None:
+        self.prog = prog
+        out = Path(output_dir) if output_dir else Path()
+        self.new_folders = [folder for folder in (out, *out.parents) if not folder.exists()]
+        self.is_over = False
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        """Trainer has set everything up."""
+        self.is_over = True
+
+    def __enter__(self) -> "Preparation":
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+        if self.is_over or not isinstance(error, ValueError | FileNotFoundError):
+            return
+        for folder in self.new_folders:
+            if folder.is_dir() and not any(folder.iterdir()):
+                folder.rmdir()
+        sys.stderr.write(f"{self.prog}: error: {' '.join(str(error).split())}\n")
+        raise SystemExit(2) from error
+
+
+def set_up_logging(training: TrainingArguments) -> None:
+    """Show what IncreLoRA reports, on the main process."""
+    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stdout)
+    logging.getLogger("increlora_hf").setLevel(logging.INFO if training.should_log else logging.WARNING)
