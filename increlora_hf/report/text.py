@@ -73,7 +73,7 @@ def _fill(costs: Iterable[int], components: int, most_per_layer: int) -> int:
 
 
 def round_line(growth: Growth, step: int) -> str:
-    """The total rank after a round, and a bar of blocks with the total of each row of the rank table; 80 columns at most."""
+    """The total rank after a round, and a block for the total of each row of the rank table; at most 80 columns."""
     line = f"IncreLoRA: step {step:,}, rank {growth.total_rank}/{growth.target_total_rank} "
     rows, _, cells = rank_grid(growth.rank_pattern)
     totals = dict.fromkeys(rows, 0)
@@ -83,7 +83,7 @@ def round_line(growth: Growth, step: int) -> str:
 
 
 def sparkline(values: Sequence[float], width: int) -> str:
-    """Positive values as blocks on a scale from 0; of more than ``width`` values, each block is the mean of neighbours."""
+    """Positive values as at most ``width`` blocks on a scale from 0; where they are more, neighbours are averaged."""
     count = min(len(values), width)
     bounds = [i * len(values) // count for i in range(count + 1)]
     means = [sum(values[begin:end]) / (end - begin) for begin, end in pairwise(bounds)]

@@ -74,7 +74,7 @@ class PublishingMixin(_Base):
         return token or self.args.hub_token, self.args.hub_private_repo if private is None else private
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        """As Trainer's; adds a card, and the training arguments as JSON in place of a pickle, which would hold the token."""
+        """As Trainer's; adds a card, and training arguments as JSON, not as a pickle that would hold the token."""
         super()._save(output_dir, state_dict)
         if self.args.should_save:
             folder = Path(str(output_dir or self.args.output_dir))
