@@ -183,6 +183,7 @@ def test_a_study_is_tuned_run_and_reported(tmp_path: Path, capsys: pytest.Captur
     write_parquet(tmp_path / "data" / "rte", train=rows, validation=rows)
     settings = argparse.Namespace(
         **{"study": "methods", "r_avg": 2, "tasks": ["rte"], "seeds": [1], "tune": [1e-3, 1e-2], "tuning_seed": 0},
+        **{"tuning_epochs": None},
         **{
             "model": str(model),
             "data": tmp_path / "data",
