@@ -1,4 +1,4 @@
-"""JSON files: read with every error named, written whole or not at all."""
+"""JSON files: checked when they are read, written completely or not at all."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ HISTORY_NAME = "increlora_history.json"  # beside an adapter: what `Growth.histo
 
 
 def read_json_object(path: Path, *, strict: bool = True) -> dict[str, Any]:
-    """The object in a JSON file; anything else is an AdapterFormatError, and so are NaN and infinity if ``strict``."""
+    """The object in a JSON file. Raises AdapterFormatError on anything else, and if ``strict`` on NaN and infinity."""
     if not path.is_file():
         raise AdapterFormatError(path, "file", "a JSON file", "nothing")
     try:

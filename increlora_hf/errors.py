@@ -6,10 +6,10 @@ from pathlib import Path
 
 
 class AdapterFormatError(ValueError):
-    """A file of an adapter or checkpoint is not what it has to be; names file, key, expected and found."""
+    """A file of an adapter or checkpoint has the wrong content; the message names file, key, expected and found."""
 
     def __init__(self, file: Path | str, key: str, expected: str, found: str) -> None:
-        """Say it in one sentence."""
+        """Keep the four parts, and put them into one message."""
         self.file, self.key, self.expected, self.found = str(file), key, expected, found
         super().__init__(f"{file}: {key}: expected {expected}, found {found}. Nothing was loaded.")
 

@@ -1,4 +1,4 @@
-"""What each command of the program ``increlora`` does: its document for --json and its text for people."""
+"""The commands of the program ``increlora``: each returns a document for --json, and a text."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Answer = tuple[Document, str]
 
 
 def plan(args: argparse.Namespace) -> Answer:
-    """Say what a run would do, hold and save, from the model's configuration alone."""
+    """Show rounds, ranks and sizes of a run, from the model's configuration alone."""
     settings = {setting.name: getattr(args, setting.name) for setting in fields(IncreLoraArguments)}
     config = IncreLoraArguments(**settings).to_config()
     from ..files.base_models import skeleton
@@ -98,7 +98,7 @@ def plot(args: argparse.Namespace) -> Answer:
 
         try:
             files = [str(path) for path in draw_all(history, adapter.log_history, args.output)]
-        except (KeyError, TypeError, AttributeError) as error:  # what is drawn was not written by us
+        except (KeyError, TypeError, AttributeError) as error:  # the history is not one that this package writes
             raise AdapterFormatError(adapter.folder / HISTORY_NAME, "content", "a growth", repr(error)) from error
     return {"files": files}, "\n".join(map(on_a_line, files))
 
@@ -114,7 +114,7 @@ def _matplotlib() -> Iterator[None]:
 
 
 def compare(args: argparse.Namespace) -> Answer:
-    """Put the ranks of two adapters side by side."""
+    """Show the ranks of two adapters side by side."""
     a, b = (read_adapter(name).ranks for name in (args.a, args.b))
     rows = {name: [a.get(name, 0), b.get(name, 0)] for name in {**a, **b}}
     if args.output is not None:
@@ -133,7 +133,7 @@ def compare(args: argparse.Namespace) -> Answer:
 
 
 def export(args: argparse.Namespace) -> Answer:
-    """Write an adapter in the form that another program wants."""
+    """Export an adapter for another program."""
     if args.format != "merged" and (args.base or args.task):
         args.usage_error("--base and --task are for --format merged")
     adapter = read_adapter(args.adapter)
@@ -183,5 +183,5 @@ def _megabytes(count: int) -> str:
 
 
 def on_a_line(text: str) -> str:
-    """Text without line breaks, and without control characters, which a terminal would obey."""
+    """The text in one line, with control characters escaped: a terminal would execute them."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(text.split()))

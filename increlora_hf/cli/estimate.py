@@ -1,4 +1,4 @@
-"""What a run will take, from the base model's shapes alone."""
+"""Estimate parameters, optimizer memory and checkpoint size of a run, from the base model's shapes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ADAMW = 2 * FLOAT32  # bytes of the optimizer's state for a parameter: its two a
 
 @dataclass(frozen=True, kw_only=True)
 class Moment:
-    """What training holds and a checkpoint takes at one moment of a run, everything in float32."""
+    """Sizes at one moment of a run, everything in float32."""
 
     adapter_parameters: int  # trainable ones: λ, A and B, reserves included
     optimizer_bytes: int  # AdamW's state, that of heads included
@@ -28,7 +28,7 @@ class Moment:
 
     @classmethod
     def of(cls, *, active: int, total_rank: int, reserve: int, head: int) -> Moment:
-        """From the parameters of active components (their λ included), of reserves, and of heads."""
+        """Compute them from the parameters of active components (their λ included), of reserves, and of heads."""
         trainable = active + reserve + head
         saved = active - total_rank + head  # the λ are folded into A
         return cls(
@@ -39,10 +39,10 @@ class Moment:
 
 
 def plan_model(model: nn.Module, config: IncreLoraConfig, *, max_steps: int, warmup_steps: int = 0) -> dict[str, Any]:
-    """The plan of a run and its sizes, as plain values; ``model`` may be on the meta device, and stays as it is.
+    """The plan of a run and its sizes, as plain values; ``model`` may be on the meta device, and is not changed.
 
-    The sizes at the end are given twice, for growth in the smallest layers and in the largest; ``peak`` is the most
-    that there can be at any moment.
+    The sizes at the end are given twice, for growth in the smallest layers and in the largest. ``peak`` is the moment
+    with the largest optimizer state that is possible.
 
     Raises:
         ValueError: the settings do not fit the model, or the run is too short for them.

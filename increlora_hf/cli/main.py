@@ -1,4 +1,4 @@
-"""The program ``increlora``: its command line, what it prints, and its exit codes."""
+"""The program ``increlora``: arguments, output and exit codes."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     args = _parser().parse_args(argv)
     disabled = logging.root.manager.disable
-    logging.disable(logging.WARNING)  # of libraries; ours are part of the output
+    logging.disable(logging.WARNING)  # of libraries; our own are part of the output
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
         with warnings.catch_warnings(), redirect_stdout(sys.stderr):

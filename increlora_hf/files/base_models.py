@@ -1,15 +1,15 @@
-"""Base models by name and task: without weights on the meta device, or whole."""
+"""Load a base model by name and task, with its weights or without them on the meta device."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-if TYPE_CHECKING:  # programs list the tasks before they import torch
+if TYPE_CHECKING:  # the program `increlora` lists the tasks without importing torch
     from transformers import PreTrainedModel
 
 
 class Task(NamedTuple):
-    """What a model is for, in the words of transformers and of PEFT."""
+    """One task's names in transformers and in PEFT."""
 
     auto_class: str
     peft_type: str
@@ -34,7 +34,7 @@ def skeleton(name: str, task: str | None = None) -> PreTrainedModel:
 
     Raises:
         OSError: there is no such configuration.
-        ValueError: transformers has no such model for the task without code from elsewhere, which is never run.
+        ValueError: transformers itself has no such model for the task; code from the repository is never run.
     """
     import torch
     import transformers
@@ -57,7 +57,7 @@ def _own_class(config: Any) -> type[PreTrainedModel] | None:
 
 
 def load_model(name: str, task: str, **options: Any) -> tuple[PreTrainedModel, set[str]]:
-    """The model with its weights, and the names of those that it has not, so that they are random.
+    """The model with its weights, and the names of the parameters that its files lack: their values are random.
 
     ``options`` as for ``from_pretrained``; raises as `skeleton`.
     """

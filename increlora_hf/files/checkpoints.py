@@ -1,4 +1,4 @@
-"""The manifest that makes a checkpoint complete: written last, checked before anything else is believed."""
+"""Complete checkpoints: their manifest, which is written last and checked first, rotation, and the one to resume."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 
 def write_manifest(folder: Path) -> None:
-    """List size and SHA-256 of every file in ``folder``, everything on disk before the manifest appears."""
+    """Write size and SHA-256 of every file in ``folder`` into a manifest, once all of them are flushed to disk."""
     entries = {}
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         name = path.relative_to(folder).as_posix()
@@ -46,11 +46,11 @@ def _sha256(path: Path) -> str:
 
 
 def check_manifest(folder: Path, *, hashes: bool = True) -> None:
-    """Raise AdapterFormatError unless every listed file is there, whole and unchanged.
+    """Raise AdapterFormatError unless every file that the manifest lists is there, complete and unchanged.
 
     Args:
         folder: a checkpoint.
-        hashes: also read the files; without, sizes alone are compared.
+        hashes: compare SHA-256 too, which reads the files; otherwise sizes alone.
     """
     path = folder / MANIFEST_NAME
     document = read_json_object(path)
@@ -74,13 +74,13 @@ def _check_entry(folder: Path, name: str, entry: Any, hashes: bool) -> None:
     if listed.stat().st_size != entry["size"]:
         raise AdapterFormatError(listed, "size", f"{entry['size']} bytes", f"{listed.stat().st_size}")
     if hashes and _sha256(listed) != entry.get("sha256"):
-        raise AdapterFormatError(listed, "sha256", str(entry.get("sha256")), "another content")
+        raise AdapterFormatError(listed, "sha256", str(entry.get("sha256")), "other content")
 
 
 def checkpoints(output_dir: str | Path) -> list[Path]:
-    """The folders checkpoint-N in ``output_dir``, those that were written last first, whatever their N.
+    """The folders checkpoint-N in ``output_dir``, the newest first.
 
-    An earlier and longer run may have left higher numbers there.
+    The numbers do not count: an earlier and longer run may have left higher ones.
     """
     found = []
     for path in Path(output_dir).glob("checkpoint-*"):
@@ -91,7 +91,7 @@ def checkpoints(output_dir: str | Path) -> list[Path]:
 
 
 def _written(folder: Path) -> int:
-    """When, in ns: by its manifest, which a copy keeps; of what is not complete, by the folder itself."""
+    """Time of writing in ns: from the manifest, which survives copying; without one, the folder's own time."""
     try:
         return int(read_json_object(folder / MANIFEST_NAME)["written"])
     except (AdapterFormatError, KeyError, TypeError, ValueError):
@@ -100,8 +100,8 @@ def _written(folder: Path) -> int:
 
 @contextmanager
 def new_checkpoint(folder: Path) -> Iterator[None]:
-    """Everything written inside becomes one complete checkpoint, or nothing of it stays."""
-    shutil.rmtree(folder, ignore_errors=True)  # what an attempt left that was killed here
+    """Complete the checkpoint that is written inside this context, or delete it where that fails."""
+    shutil.rmtree(folder, ignore_errors=True)  # leftovers of a save that crashed at this step
     try:
         yield
         write_manifest(folder)
@@ -111,10 +111,10 @@ def new_checkpoint(folder: Path) -> Iterator[None]:
 
 
 def resolve_checkpoint(wanted: str | Path | bool, output_dir: str) -> Path:
-    """The checkpoint to resume: the one named, or for True the newest complete one in ``output_dir``.
+    """The checkpoint to resume: the named one, or for True the newest complete one in ``output_dir``.
 
     Raises:
-        AdapterFormatError: the one named is not complete.
+        AdapterFormatError: the named one is not complete.
         ValueError: there is none, or it holds no optimizer state.
     """
     if wanted is True:
@@ -136,7 +136,7 @@ def resolve_checkpoint(wanted: str | Path | bool, output_dir: str) -> Path:
 
 
 def newest_complete(output_dir: str | Path) -> tuple[Path | None, dict[str, str]]:
-    """The newest checkpoint whose manifest checks out, and why each newer one was skipped."""
+    """The newest complete checkpoint, and for each newer one the reason why it was skipped."""
     skipped: dict[str, str] = {}
     for folder in checkpoints(output_dir):
         try:
@@ -151,7 +151,7 @@ def newest_complete(output_dir: str | Path) -> tuple[Path | None, dict[str, str]
 def rotate(output_dir: str | Path, limit: int, best: str | None) -> None:
     """Delete the oldest complete checkpoints beyond ``limit``, never the newest one or the best.
 
-    What is not complete is not ours to judge; it goes when a checkpoint of its number is written again.
+    Incomplete ones stay: another process may be writing them. `new_checkpoint` deletes leftovers of its own number.
     """
     complete = [folder for folder in checkpoints(output_dir) if _is_complete(folder)]
     protected = complete[:1] + [folder for folder in complete[1:] if best and folder == Path(best)]

@@ -1,4 +1,4 @@
-"""A saved adapter in the forms that other programs want it in."""
+"""Export a saved adapter for other programs: unchanged, with one rank for all layers, or merged into its model."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from .base_models import TASKS, load_model, skeleton
 from .saved_adapter import CONFIG_NAME, WEIGHTS_NAME, SavedAdapter, own_file
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM's --max-lora-rank may be
-ROUNDING = 1e-12  # relative; scales this near to each other are the same number, computed in another order
+ROUNDING = 1e-12  # relative; scales this close are one number, rounded differently
 
 
 @contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
-    """A draft that becomes ``folder`` once all is written; raises ValueError where that holds files."""
+    """Yield a draft that becomes ``folder`` when it is complete; raises ValueError where ``folder`` is not empty."""
     folder = folder.resolve()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} is not empty, and nothing is overwritten. Name a new folder.")
@@ -37,14 +37,14 @@ def new_folder(folder: Path) -> Iterator[Path]:
 
 
 def write_peft(adapter: SavedAdapter, folder: Path) -> None:
-    """The adapter alone: configuration, weights and tokenizer, as they are."""
+    """Copy configuration, weights and tokenizer, unchanged."""
     files = [own_file(adapter.folder, CONFIG_NAME), own_file(adapter.folder, WEIGHTS_NAME)]
     for path in [*files, *adapter.tokenizer_files()]:
         shutil.copyfile(path, folder / path.name)
 
 
 def write_uniform(adapter: SavedAdapter, folder: Path) -> None:
-    """The same ΔW with one rank and one scale for all layers, for readers that know no patterns.
+    """Write the same ΔW with one rank and one scale for all layers, for readers that ignore the patterns.
 
     Factors are padded with zeros to the largest rank. Where a layer's scale differs from the others', the difference
     is multiplied into its B, in float32 at least.
@@ -84,27 +84,27 @@ def write_uniform(adapter: SavedAdapter, folder: Path) -> None:
 
 
 def _alpha(scale: float, rank: int) -> int | float:
-    """Scale · rank, an integer where only rounding keeps it from being one."""
+    """Scale · rank; an int where it differs from one by rounding alone."""
     alpha = scale * rank
     return round(alpha) if math.isclose(alpha, round(alpha), rel_tol=ROUNDING) else alpha
 
 
 def vllm_rank(adapter: SavedAdapter) -> int | None:
-    """The smallest --max-lora-rank with which vLLM takes the adapter; None where even the largest is too small."""
+    """The smallest --max-lora-rank with which vLLM loads the adapter; None where even the largest is too small."""
     return next((rank for rank in VLLM_RANKS if rank >= max(adapter.ranks.values())), None)
 
 
 def write_merged(adapter: SavedAdapter, folder: Path, base: str | None = None, task: str | None = None) -> None:
-    """The whole model with the adapter merged into its weights, and the tokenizer.
+    """Write the whole model with the adapter merged into its weights, and the tokenizer.
 
     Args:
-        base: the base model. Default: the one that the adapter names; of that, safetensors only are opened.
+        base: the base model. Default: the one that the adapter names, from safetensors only.
         task: one of `TASKS`. Default: the adapter's.
 
     Raises:
         AdapterFormatError: the adapter does not fit the base model.
         OSError: there is no such base model.
-        ValueError: base or task are not known.
+        ValueError: the base or the task is unknown, or the base lacks values that the adapter does not hold.
     """
     from transformers import AutoTokenizer
 
@@ -127,7 +127,7 @@ def write_merged(adapter: SavedAdapter, folder: Path, base: str | None = None, t
             )
     beside = adapter.tokenizer_files()
     tokenizer = AutoTokenizer.from_pretrained(adapter.folder if beside else name, trust_remote_code=False)
-    if model.config.pad_token_id is None:  # of decoders; a classifier needs it for more than one row
+    if model.config.pad_token_id is None:  # decoders often have none, and a classifier needs one for batches
         model.config.pad_token_id = tokenizer.pad_token_id
     peft_model = load_adapter(model, adapter.folder)
     _untie_adapted(peft_model)
@@ -136,7 +136,7 @@ def write_merged(adapter: SavedAdapter, folder: Path, base: str | None = None, t
 
 
 def _untie_adapted(peft_model: Any) -> None:
-    """Give adapted layers weights of their own: merging would change embeddings that are tied to them, too."""
+    """Give adapted layers weights of their own: merging would also change embeddings that are tied to them."""
     from peft.tuners.lora import LoraLayer
     from torch.nn import Parameter
 

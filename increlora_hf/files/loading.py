@@ -1,4 +1,4 @@
-"""Loading an adapter that nobody vouches for: safetensors only, all checked before the model is touched."""
+"""Load an adapter from an untrusted source: safetensors only, everything checked before the model is changed."""
 
 from __future__ import annotations
 
@@ -25,37 +25,32 @@ from .checkpoints import MANIFEST_NAME, check_manifest
 from .saved_adapter import CONFIG_NAME, WEIGHTS_NAME, Shape, check_patterns, local_folder, own_file
 from .tensors import read_tensors
 
+# Settings that `read_config` checks one by one
 CHECKED = (
-    "peft_type",
-    "r",
-    "lora_alpha",
-    "lora_dropout",
-    "rank_pattern",
-    "alpha_pattern",
-    "target_modules",
+    "peft_type", "r", "lora_alpha", "lora_dropout", "rank_pattern", "alpha_pattern", "target_modules",
     "modules_to_save",
-)
+)  # fmt: skip
 FLAGS = ("fan_in_fan_out", "use_rslora", "inference_mode", "init_lora_weights", "ensure_weight_tying")
-PLAIN_STARTS = ("gaussian", "orthogonal")  # of init_lora_weights, beside true and false: they leave the base alone
+PLAIN_STARTS = ("gaussian", "orthogonal")  # of init_lora_weights, beside true and false: they keep the base weights
 WORDS = ("base_model_name_or_path", "revision", "task_type", "peft_version")
-SELECTING = ("exclude_modules", "layers_to_transform", "layers_pattern")  # of layers; judged by what they select
-IGNORED = ("auto_mapping",)  # names classes to import, and nothing is imported
+SELECTING = ("exclude_modules", "layers_to_transform", "layers_pattern")  # of layers; their result is checked
+IGNORED = ("auto_mapping",)  # names classes to import; none is imported
 
 
 def load_adapter(model: nn.Module, path_or_repo: str | Path, *, trainable: bool = False) -> PeftModel:
-    """Put the LoRA adapter in a folder or Hub repository on ``model``; refuse whatever does not fit exactly.
+    """Load the LoRA adapter in a folder or Hub repository onto ``model``; refuse it unless it fits exactly.
 
-    Only ``adapter_config.json`` and ``adapter_model.safetensors`` are read: no pickle is ever opened, no code is run.
-    Where the folder has a manifest, its files have to match it.
+    Only ``adapter_config.json`` and ``adapter_model.safetensors`` are read: no pickle is opened, no code is run. Where
+    the folder has a manifest, its files must match it.
 
     Args:
         model: the base model, without adapters.
-        path_or_repo: a local folder, or else a Hub repository.
-        trainable: whether training may go on; see `attach` for growing on.
+        path_or_repo: a local folder, or the name of a Hub repository.
+        trainable: leave the adapter trainable. `attach` makes the result grow.
 
     Raises:
-        AdapterFormatError: a key, shape, dtype, rank or value is not what the model and the configuration demand. The
-            model is left as it was.
+        AdapterFormatError: a key, shape, dtype, rank or value does not fit the model and the configuration. The model
+            is left as it was.
         ValueError: ``model`` holds an adapter already, or bitsandbytes has repacked its 4-bit weights for the CPU.
     """
     if isinstance(model, PeftModel):
@@ -74,7 +69,7 @@ def load_adapter(model: nn.Module, path_or_repo: str | Path, *, trainable: bool 
     with whole_or_not_at_all(model):
         try:
             peft_model = PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
-        except Exception as error:  # whatever PEFT makes of a configuration that none of the checks foresaw
+        except Exception as error:  # of any kind: PEFT refuses what the checks above do not cover
             wanted, found = f"an adapter for {type(model).__name__}", f"{type(error).__name__}: {error}"
             raise AdapterFormatError(folder / CONFIG_NAME, "content", wanted, found) from error
     keep_unpacked(peft_model)
@@ -82,25 +77,25 @@ def load_adapter(model: nn.Module, path_or_repo: str | Path, *, trainable: bool 
 
 
 def read_config(folder: Path) -> LoraConfig:
-    """The configuration in a folder, of a plain LoRA and nothing else; raises AdapterFormatError."""
+    """The configuration of the plain LoRA in a folder; raises AdapterFormatError on anything else."""
     path = own_file(folder, CONFIG_NAME)
     document = read_json_object(path)
     if document.get("peft_type") != "LORA":
         raise AdapterFormatError(path, "peft_type", "'LORA'", repr(document.get("peft_type")))
-    _plain(path, document)
-    _rank(path, "r", document.get("r"))
-    _scale(path, "lora_alpha", document.get("lora_alpha"))
-    _scale(path, "lora_dropout", document.get("lora_dropout", 0.0))
+    _require_plain_lora(path, document)
+    _check_rank(path, "r", document.get("r"))
+    _check_number(path, "lora_alpha", document.get("lora_alpha"))
+    _check_number(path, "lora_dropout", document.get("lora_dropout", 0.0))
     if not 0 <= document.get("lora_dropout", 0.0) < 1:
         raise AdapterFormatError(path, "lora_dropout", "a probability below 1", repr(document["lora_dropout"]))
-    for key, check in (("rank_pattern", _rank), ("alpha_pattern", _scale)):
+    for key, check in (("rank_pattern", _check_rank), ("alpha_pattern", _check_number)):
         pattern = document.get(key, {})
         if not isinstance(pattern, dict):
             raise AdapterFormatError(path, key, "an object", repr(pattern)[:80])
         for name, value in pattern.items():
             check(path, f"{key}[{name!r}]", value)
-    _names(path, "target_modules", document.get("target_modules"), required=True)
-    _names(path, "modules_to_save", document.get("modules_to_save"), required=False)
+    _check_names(path, "target_modules", document.get("target_modules"), required=True)
+    _check_names(path, "modules_to_save", document.get("modules_to_save"), required=False)
     try:
         return cast(LoraConfig, LoraConfig.from_pretrained(str(folder)))
     except (TypeError, ValueError, KeyError, AttributeError, OverflowError) as error:
@@ -108,14 +103,14 @@ def read_config(folder: Path) -> LoraConfig:
 
 
 def _patterns(config: LoraConfig) -> list[str]:
-    """What PEFT will match with names of modules as regular expressions."""
+    """The settings that PEFT matches with names of modules as regular expressions."""
     given = (config.target_modules, config.exclude_modules, config.layers_pattern)
     whole = [pattern for one in given for pattern in ([one] if isinstance(one, str) else one or [])]
     return [*whole, *(config.rank_pattern or {}), *(config.alpha_pattern or {})]
 
 
-def _plain(path: Path, document: Mapping[str, Any]) -> None:
-    """Refuse every setting that PEFT does not know, and those that make more of the adapter than a plain LoRA."""
+def _require_plain_lora(path: Path, document: Mapping[str, Any]) -> None:
+    """Refuse settings that PEFT does not know, and those that make the adapter more than a plain LoRA."""
     defaults = LoraConfig().to_dict()
     for key, value in document.items():
         if key in CHECKED or key in SELECTING or key in IGNORED:
@@ -136,17 +131,17 @@ def _plain(path: Path, document: Mapping[str, Any]) -> None:
             raise AdapterFormatError(path, key, "plain LoRA", repr(value)[:80])
 
 
-def _rank(path: Path, key: str, value: Any) -> None:
+def _check_rank(path: Path, key: str, value: Any) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise AdapterFormatError(path, key, "a rank of at least 1", repr(value))
 
 
-def _scale(path: Path, key: str, value: Any) -> None:
+def _check_number(path: Path, key: str, value: Any) -> None:
     if not isinstance(value, int | float) or isinstance(value, bool) or not abs(value) <= sys.float_info.max:
         raise AdapterFormatError(path, key, "a finite number", repr(value))
 
 
-def _names(path: Path, key: str, value: Any, *, required: bool) -> None:
+def _check_names(path: Path, key: str, value: Any, *, required: bool) -> None:
     if value is None and not required:
         return
     listed = isinstance(value, list) and all(isinstance(name, str) for name in value)
@@ -155,7 +150,7 @@ def _names(path: Path, key: str, value: Any, *, required: bool) -> None:
 
 
 def _expected(folder: Path, model: nn.Module, config: LoraConfig) -> dict[str, tuple[Shape, torch.dtype | None]]:
-    """Key -> (shape, dtype; None for any floating one) of every tensor that the file has to hold, and no other."""
+    """Key -> (shape, dtype; None for any floating one) of the tensors that the file must hold, and no others."""
     path = folder / CONFIG_NAME
     adapted = {name: m for name, m in model.named_modules() if name and check_target_module_exists(config, name)}
     if not adapted:
@@ -172,7 +167,7 @@ def _expected(folder: Path, model: nn.Module, config: LoraConfig) -> dict[str, t
         expected.update(_factors(name, module, config))
     for name, module in head_modules(model, config.modules_to_save).items():
         for key, tensor in module.state_dict().items():
-            expected[f"{PREFIX}{name}.{key}"] = (tuple(tensor.shape), _free(tensor.dtype))
+            expected[f"{PREFIX}{name}.{key}"] = (tuple(tensor.shape), _dtype_of_head(tensor.dtype))
     return expected
 
 
@@ -184,6 +179,6 @@ def _factors(name: str, module: Any, config: LoraConfig) -> dict[str, tuple[Shap
     return {f"{key}A.weight": ((rank, taken), None), f"{key}B.weight": ((given, rank), None)}
 
 
-def _free(dtype: torch.dtype) -> torch.dtype | None:
-    """A head may be saved in any floating dtype; what is no float has to stay what it is."""
+def _dtype_of_head(dtype: torch.dtype) -> torch.dtype | None:
+    """None for floats, which may be saved in any floating dtype; other dtypes must be the model's."""
     return None if dtype.is_floating_point else dtype

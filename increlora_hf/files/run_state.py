@@ -1,4 +1,4 @@
-"""The whole state of growth in files, exactly, and back."""
+"""Write the state of growth into a checkpoint, exact to the bit, and read it back."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A saved LoRA adapter as its files describe it: ranks, scales and sizes, without its values and without torch."""
+"""Describe a saved LoRA adapter by its files: ranks, scales and sizes. Reads no values, and imports no torch."""
 
 from __future__ import annotations
 
@@ -51,12 +51,12 @@ class Layer:
 
 @dataclass(frozen=True)
 class SavedAdapter:
-    """A folder with a LoRA adapter, PEFT's or of this package; `read_adapter` makes it."""
+    """What `read_adapter` finds in a folder with a LoRA adapter, trained by this package or not."""
 
     folder: Path
     config: dict[str, Any]  # adapter_config.json
     layers: dict[str, Layer]  # by the layer's name in the base model, in the file's order
-    others: dict[str, Shape]  # what is saved beside the factors, heads mostly
+    others: dict[str, Shape]  # of the tensors beside the factors, mostly those of heads
 
     @property
     def ranks(self) -> dict[str, int]:
@@ -71,24 +71,24 @@ class SavedAdapter:
 
     @cached_property
     def history(self) -> dict[str, Any] | None:
-        """increlora_history.json, where there is one; its ranks are those of the tensors."""
+        """The object in increlora_history.json, with the ranks of the tensors; None where there is no such file."""
         if not (self.folder / HISTORY_NAME).exists():
             return None
         return {**read_json_object(own_file(self.folder, HISTORY_NAME)), "rank_pattern": self.ranks}
 
     @property
     def heads(self) -> list[str]:
-        """The modules that are saved whole beside the factors."""
+        """Names of the fully trained modules that are saved beside the factors."""
         return list(dict.fromkeys(key.removeprefix(PREFIX).rpartition(".")[0] for key in self.others))
 
     @property
     def head_parameters(self) -> int:
-        """How many values those have."""
+        """Number of their parameters."""
         return sum(math.prod(shape) for shape in self.others.values())
 
     @property
     def round_steps(self) -> list[int] | None:
-        """The steps of the rounds by which it grew; None without a history."""
+        """The optimizer steps of the rounds in which it grew; None without a history."""
         if self.history is None:
             return None
         rounds = self.history.get("rounds")
@@ -102,7 +102,7 @@ class SavedAdapter:
 
     @cached_property
     def log_history(self) -> list[Any]:
-        """What the Trainer logged, where its state was saved beside the adapter."""
+        """The Trainer's log, from trainer_state.json; empty where there is no such file."""
         if not (self.folder / STATE_NAME).exists():
             return []
         log = read_json_object(own_file(self.folder, STATE_NAME), strict=False).get("log_history", [])
@@ -111,15 +111,15 @@ class SavedAdapter:
         return log
 
     def tokenizer_files(self) -> list[Path]:
-        """The files of the tokenizer that was saved beside the adapter."""
+        """The tokenizer's files that are saved beside the adapter."""
         return [own_file(self.folder, name) for name in TOKENIZER_NAMES if (self.folder / name).exists()]
 
 
 def read_adapter(path_or_repo: str | Path) -> SavedAdapter:
-    """Describe the LoRA adapter in a folder or Hub repository; of the tensors only names and shapes are read.
+    """Describe the LoRA adapter in a folder or Hub repository. Only names and shapes of its tensors are read.
 
     Raises:
-        AdapterFormatError: it is no LoRA adapter in safetensors, or its files contradict each other.
+        AdapterFormatError: it is not a LoRA adapter in safetensors, or its files contradict each other.
     """
     folder = local_folder(path_or_repo, CONFIG_NAME, WEIGHTS_NAME, HISTORY_NAME, STATE_NAME, *TOKENIZER_NAMES)
     config = read_json_object(own_file(folder, CONFIG_NAME))
@@ -133,7 +133,7 @@ def read_adapter(path_or_repo: str | Path) -> SavedAdapter:
 
 
 def local_folder(path_or_repo: str | Path, *names: str) -> Path:
-    """The folder itself, or the files ``names`` of a Hub repository, downloaded."""
+    """The folder itself, or else one with the files ``names`` of a Hub repository, which are downloaded."""
     folder = Path(path_or_repo)
     if folder.is_dir():
         return folder
@@ -145,7 +145,7 @@ def local_folder(path_or_repo: str | Path, *names: str) -> Path:
 
 
 def own_file(folder: Path, name: str) -> Path:
-    """A file of the folder; a link that leaves it is refused, and so is a pickle in its place."""
+    """The path of a file in the folder. Refuses links that leave the folder, and pickles in place of the weights."""
     path = folder / name
     if path.is_symlink() and not (path.resolve().is_relative_to(folder.resolve()) or _is_hub_cache(folder, path)):
         raise AdapterFormatError(path, "file", "a file inside the folder", f"a link to {path.resolve()}")
@@ -163,7 +163,7 @@ def _is_hub_cache(folder: Path, path: Path) -> bool:
 
 
 def _read_shapes(path: Path) -> dict[str, Shape]:
-    """Key -> shape from the header of a safetensors file."""
+    """Key -> shape, from the header of a safetensors file."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -189,7 +189,7 @@ def _layers(
         raise AdapterFormatError(path, "keys", "the factors of a LoRA, lora_A and lora_B", f"{list(shapes)[:2]}")
     patterns = config.get("alpha_pattern")
     check_patterns(config_path, patterns if isinstance(patterns, dict) else (), found)
-    for name in sorted(found, key=_place):
+    for name in sorted(found, key=_by_numbers):
         keys = found[name]
         for missing in {"A", "B"} - keys.keys():
             raise AdapterFormatError(path, f"{name}.lora_{missing}", "a tensor", "nothing")
@@ -200,7 +200,7 @@ def _layers(
             name,
             Layer(
                 rank=a[0],
-                scale=_scale(config_path, config, name, a[0]),
+                scale=_layer_scale(config_path, config, name, a[0]),
                 num_parameters=math.prod(a) + math.prod(b),
                 key_a=keys["A"],
                 key_b=keys["B"],
@@ -208,13 +208,13 @@ def _layers(
         )
 
 
-def _place(name: str) -> list[tuple[bool, int | str]]:
-    """Sorts names by the numbers in them: the file has layer.10 before layer.2."""
+def _by_numbers(name: str) -> list[tuple[bool, int | str]]:
+    """Sort key for names that puts layer.2 before layer.10."""
     return [(False, int(part)) if part.isdecimal() else (True, part) for part in name.split(".")]
 
 
 def check_patterns(path: Path, patterns: Iterable[str], names: Iterable[str]) -> None:
-    """Refuse regular expressions that would not stop matching: a process that can be ended tries those that could."""
+    """Refuse regular expressions that match for too long: those that might are tried in a process of limited time."""
     risky = [pattern for pattern in patterns if not re.fullmatch(r"\^?(?:[\w-]|\\?\.)*\$?", pattern)]
     if not risky:
         return
@@ -225,14 +225,14 @@ def check_patterns(path: Path, patterns: Iterable[str], names: Iterable[str]) ->
             timeout=MATCHING_SECONDS,
             capture_output=True,
             text=True,
-            check=False,  # what is no expression at all fails here, and is refused where it is used
+            check=False,  # an invalid expression fails here too; it is refused where it is used
         )
     except subprocess.TimeoutExpired:
         wanted = f"regular expressions that match within {MATCHING_SECONDS} s"
         raise AdapterFormatError(path, "patterns", wanted, f"{risky}"[:80]) from None
 
 
-def _scale(path: Path, config: Mapping[str, Any], name: str, rank: int) -> float:
+def _layer_scale(path: Path, config: Mapping[str, Any], name: str, rank: int) -> float:
     """s = alpha / r of one layer, or alpha / √r with use_rslora, as PEFT computes it."""
     patterns = config.get("alpha_pattern") or {}
     if not isinstance(patterns, dict):

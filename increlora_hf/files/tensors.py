@@ -12,7 +12,7 @@ from ..errors import AdapterFormatError
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, on the CPU; raises AdapterFormatError where it is none."""
+    """The tensors of a safetensors file, on the CPU; raises AdapterFormatError where it is not one."""
     if not path.is_file():
         raise AdapterFormatError(path, "file", "safetensors", "no such file")
     try:

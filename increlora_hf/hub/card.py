@@ -1,4 +1,4 @@
-"""The model card: what was trained, how it is used, what it scored, and where the ranks went."""
+"""Write the model card: how the adapter is used, its scores, ranks and settings. Pure text from a `RunSummary`."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ NAMELESS_DATA = "the evaluation data"
 
 @dataclass(frozen=True, kw_only=True)
 class RunSummary:
-    """What a card says of a run."""
+    """All that a card says of a run; `trainer.summary.describe` reads it from a Trainer."""
 
     repository: str
     title: str
@@ -40,7 +40,7 @@ class RunSummary:
     auto_class: str
     labels: dict[int, str] = field(default_factory=dict)
     has_tokenizer: bool = True  # beside the adapter
-    history: Mapping[str, Any]
+    history: Mapping[str, Any]  # of `Growth.history`
     adapter_parameters: int
     head_parameters: int
     software: Mapping[str, str]  # package -> version
@@ -64,7 +64,14 @@ def card_text(
     dataset_name: str | None = None,
     dataset_config: str | None = None,
 ) -> str:
-    """The whole README.md: metadata that the Hub takes, then Markdown."""
+    """The text of README.md: metadata for the Hub, then Markdown.
+
+    Args:
+        run: what was trained.
+        base: the base model, in place of the one that ``run`` names.
+        tasks: as the Hub calls them; default by the task type.
+        dataset_id, dataset_name, dataset_config: of the evaluation data.
+    """
     base, data = base or run.base, dataset_name or dataset_id or NAMELESS_DATA
     pipeline = next(iter(tasks), None) or PIPELINES.get(str(run.task_type or ""))
     title = model_name or run.title

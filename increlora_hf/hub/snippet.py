@@ -1,4 +1,4 @@
-"""The code that loads an adapter and uses it, for people to copy."""
+"""Write the code that loads an adapter and calls it once, for the model card."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from ..files.base_models import TASKS
 
 NAMELESS_BASE = "BASE"
-DEFAULT_LABELS = 2  # what transformers gives a head that nobody sized
+DEFAULT_LABELS = 2  # transformers' number of labels where the configuration has none
 
 _GENERATION = [
     'inputs = tokenizer("Once", return_tensors="pt")',
@@ -34,11 +34,11 @@ def snippet(
     """Python that loads the adapter in ``repository`` onto ``base``, and its tokenizer, and calls the model once.
 
     Args:
-        base: a name on the Hub, or a folder's path, of which the last part is shown.
-        task_type: PEFT's; None for a model that it has no word for, which is loaded by its own class alone.
+        base: a name on the Hub, or a folder, of which only the name is shown.
+        task_type: PEFT's; None where PEFT has none, and then the base model is loaded by its own class.
         auto_class: the class of the base model.
         num_labels: of its head; 0 where it has none.
-        has_tokenizer: whether the tokenizer lies beside the adapter, or is the base model's.
+        has_tokenizer: load the tokenizer from the adapter's repository; otherwise from the base model's.
     """
     own_auto = next((t.auto_class for t in TASKS.values() if task_type is not None and t.peft_type == task_type), None)
     labels = f", num_labels={num_labels}" if num_labels and (own_auto or num_labels != DEFAULT_LABELS) else ""
@@ -61,5 +61,5 @@ def snippet(
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether a base model's name can be one on the Hub; a folder's path cannot."""
+    """Whether a base model's name can be a Hub repository; it cannot where such a path exists."""
     return bool(re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name)) and not Path(name).exists()

@@ -1,4 +1,4 @@
-"""Folders to the Hub: what may go there, another try where the Hub is busy, and a way on where it refuses."""
+"""Upload folders to the Hub, without pickles or tokens, and with retries while the Hub is busy."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from ..errors import HubPushError
 
 PICKLE_SUFFIXES = frozenset({".bin", ".ckpt", ".joblib", ".pickle", ".pkl", ".pt", ".pth"})
-PICKLE_START = re.compile(rb"\x80[\x02-\x05]")  # protocol 2 and later say which they are
+PICKLE_START = re.compile(rb"\x80[\x02-\x05]")  # protocols 2 to 5 begin with their number
 TOKEN = re.compile(r"hf_[A-Za-z0-9]{30,}")
 BUSY = frozenset({429, 500, 502, 503, 504})
 ATTEMPTS = 4
-FIRST_WAIT, LONGEST_WAIT = 1.0, 60.0  # seconds; the wait doubles, and the Hub's own Retry-After goes before it
+FIRST_WAIT, LONGEST_WAIT = 1.0, 60.0  # seconds; the wait doubles, unless the Hub sends Retry-After
 
 _LIBRARY = "increlora_hf"
 _REMEDIES = {
@@ -37,10 +37,10 @@ T = TypeVar("T")
 
 
 def is_pickle(path: Path) -> bool:
-    """Whether a file runs code when it is loaded, by its name or by how it begins; torch.save's files are such."""
+    """Whether a file is a pickle, by name or content: loading it could run code. Files of torch.save are, too."""
     if path.suffix.lower() in PICKLE_SUFFIXES:
         return True
-    if _is_safetensors(path):  # its first bytes, a length, may look like those of a pickle
+    if _is_safetensors(path):  # it begins with a length, which may look like the start of a pickle
         return False
     with path.open("rb") as file:
         if PICKLE_START.match(file.read(2)):
@@ -52,7 +52,7 @@ def is_pickle(path: Path) -> bool:
 
 
 def _is_safetensors(path: Path) -> bool:
-    """Whether a file begins with the length of a JSON object, 8 bytes, and the object."""
+    """Whether a file begins with 8 bytes that hold the length of a JSON object, and the object."""
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if not 0 < length <= path.stat().st_size - 8:
@@ -64,7 +64,7 @@ def _is_safetensors(path: Path) -> bool:
 
 
 def without_tokens(value: Any, name: str = "") -> Any:
-    """Plain values with every token masked, however deep it lies, by its name or by its looks."""
+    """A copy of nested plain values in which tokens are masked; they are found by their key or by their form."""
     if isinstance(value, Mapping):
         return {str(key): without_tokens(inner, str(key)) for key, inner in value.items()}
     if isinstance(value, list | tuple):
@@ -76,7 +76,7 @@ def without_tokens(value: Any, name: str = "") -> Any:
 
 
 def create_repository(repo_id: str, *, token: str | None = None, private: bool | None = None) -> str:
-    """The full name, namespace included, of a repository that is there from now on; raises HubPushError."""
+    """Create a repository unless it exists, and return its name with the namespace; raises HubPushError."""
     try:
         return with_retries(lambda: _create(repo_id, token, private))
     except Exception as error:
@@ -96,24 +96,24 @@ def push_folder(
     allow_pickles: bool = False,
     kept_in: Path | None = None,
 ) -> CommitInfo:
-    """Upload a folder in one commit, and create the repository and branch where they are missing.
+    """Upload a folder in one commit; create the repository and branch where they are missing.
 
-    A busy Hub (429, 5xx, a connection that breaks) is asked again, as late as its Retry-After says, up to `ATTEMPTS`
-    times in all.
+    While the Hub is busy (429, 5xx, a broken connection) the upload is tried up to `ATTEMPTS` times, each time after
+    the seconds of its Retry-After, or else after twice the wait before.
 
     Args:
-        folder: what is uploaded, but for pickles and what ``ignore`` matches.
+        folder: everything in it is uploaded, except pickles and what ``ignore`` matches.
         repo_id: NAME or NAMESPACE/NAME.
-        private: of a repository that is created; None leaves it to the user's settings on the Hub.
-        ignore: patterns of files and folders at any depth.
-        allow_pickles: upload them too.
-        kept_in: what an error names as the folder to push later; default ``folder``.
+        private: make a new repository private; None follows the user's settings on the Hub.
+        ignore: patterns for names of files and folders at any depth.
+        allow_pickles: upload pickles too.
+        kept_in: the folder that an error names for a later push; default ``folder``.
 
     Returns:
-        The commit; as a string it is its address.
+        The commit; `str` of it is its URL.
 
     Raises:
-        HubPushError: it could not be done; nothing is lost.
+        HubPushError: the upload failed; ``folder`` is unchanged.
     """
     folder = Path(folder)
 
@@ -136,7 +136,7 @@ def push_folder(
         if not folder.is_dir():
             raise NotADirectoryError(f"{folder} is no folder")
         return with_retries(push)
-    except Exception as error:  # the client raises its own, httpx's, the system's and RuntimeError
+    except Exception as error:  # huggingface_hub raises its own errors, httpx's, OSError and RuntimeError
         kept = kept_in or folder
         raise push_error(f"Pushing {kept} to {repo_id}", error, kept, repo_id) from error
 
@@ -146,7 +146,7 @@ def _create(repo_id: str, token: str | None, private: bool | None) -> str:
 
 
 def _left_out(folder: Path, ignore: Sequence[str], allow_pickles: bool) -> list[str]:
-    """The files that stay here, relative to ``folder``."""
+    """The files that are not uploaded, relative to ``folder``."""
     names = []
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         relative = path.relative_to(folder)
@@ -162,18 +162,19 @@ def with_retries(action: Callable[[], T]) -> T:
         try:
             return action()
         except Exception as error:
-            if attempt + 1 == ATTEMPTS or not _may_pass(error):
+            if attempt + 1 == ATTEMPTS or not _is_temporary(error):
                 raise
             time.sleep(_wait(error, attempt))
     raise AssertionError("unreachable")
 
 
 def push_error(what: str, error: Exception, folder: Path | None, repo_id: str) -> HubPushError:
-    """The error for one of the client's.
+    """The `HubPushError` with reason, remedy and the command that pushes later.
 
     Args:
-        what: failed.
-        folder: where what was to be pushed will still be.
+        what: the action that failed.
+        error: of huggingface_hub, or of the file system.
+        folder: to push later; None where nothing was to be uploaded yet.
     """
     remedy = _REMEDIES.get(_status(error) or 0, _UNREACHABLE)
     if isinstance(error, NotADirectoryError):
@@ -186,12 +187,12 @@ def push_error(what: str, error: Exception, folder: Path | None, repo_id: str) -
     later = "" if folder is None else f" Nothing is lost: push later with `{command}`."
     cause = _cause(error)
     reason = next(iter(str(cause).strip().splitlines()), type(cause).__name__).rstrip(".")
-    reason = re.sub(r"\?[^\s'\"]*", "", reason)  # the signature of an address that allows an upload
+    reason = re.sub(r"\?[^\s'\"]*", "", reason)  # the query of a URL: its signature would allow an upload
     return HubPushError(f"{what} failed: {reason}. {remedy}{later}")
 
 
 def _cause(error: BaseException) -> BaseException:
-    """The error beneath: the client wraps what happened to a single file in a RuntimeError."""
+    """The original error: huggingface_hub wraps what happened to a single file in a RuntimeError."""
     return error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ is not None else error
 
 
@@ -201,7 +202,7 @@ def _status(error: BaseException) -> int | None:
     return getattr(response, "status_code", None)
 
 
-def _may_pass(error: Exception) -> bool:
+def _is_temporary(error: Exception) -> bool:
     status, cause = _status(error), _cause(error)
     if status is not None:
         return status in BUSY

@@ -1,1 +1,1 @@
-"""Growth in words and pictures."""
+"""Growth as text and pictures."""

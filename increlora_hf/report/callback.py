@@ -1,4 +1,4 @@
-"""Growth where Trainer's users look: their loggers, their terminal or notebook, and pictures in the output folder."""
+"""Report growth from a Trainer: to its loggers, to the terminal or notebook, and as pictures in output_dir."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from transformers.trainer_callback import CallbackHandler
 from ..growth.growth import Growth
 from .text import RANK_OF, TOTAL_RANK, round_line
 
-RANK_MAP = "train/increlora/rank_map"  # integrations put `train/` before the names of numbers; so do we for pictures
+RANK_MAP = "train/increlora/rank_map"  # with the `train/` that integrations put before names of numbers
 INTEGRATIONS: tuple[type[TrainerCallback], ...] = tuple(INTEGRATION_TO_CALLBACK.values())
 
 logger = logging.getLogger(__name__)
@@ -29,15 +29,15 @@ class GrowthReportCallback(TrainerCallback):
 
     - To Trainer's integrations (``report_to``): the total rank and the ranks that changed, at the step of the round,
       and the rank map as a picture where TensorBoard, Weights & Biases or Trackio is among them.
-    - To the log, a line; in a notebook, the rank map, in place. Neither with ``disable_tqdm``.
-    - To ``output_dir``, at the end, what `plots.draw_all` draws.
+    - To the log, a line; in a notebook, the rank map, which replaces the one before. Neither with ``disable_tqdm``.
+    - To ``output_dir``, at the end, the pictures of `plots.draw_all`.
 
-    Pictures need matplotlib; without it there are none. One that fails is a warning, and training goes on.
-    The Trainer adds it by itself; ``trainer.remove_callback(GrowthReportCallback)`` leaves it out.
+    Pictures need matplotlib; without it there are none. A report that fails is a warning, and training goes on.
+    The Trainer adds the callback itself; ``trainer.remove_callback(GrowthReportCallback)`` removes it.
     """
 
     def __init__(self, handler: CallbackHandler) -> None:
-        """For the Trainer whose callbacks ``handler`` calls."""
+        """``handler`` calls the callbacks of the Trainer, its integrations among them."""
         self._handler = handler
         self._reported = 0  # rounds
         self._display: Any = None
@@ -45,14 +45,14 @@ class GrowthReportCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
-        """Rounds of before, replayed on resuming or of an earlier training, are not reported again."""
+        """Skip the rounds of an earlier training, and those replayed on resuming."""
         self._reported, self._display = len(model.increlora.rounds), None
         self._show_in_notebook(args, state, model.increlora)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
-        """Report the round that this step held, if any: not earlier, for the step is counted only now."""
+        """Report the round of this step, if there was one. Trainer has counted the step only now."""
         growth: Growth = model.increlora
         if len(growth.rounds) == self._reported:
             return
@@ -62,7 +62,7 @@ class GrowthReportCallback(TrainerCallback):
         ranks = {RANK_OF + name: growth.rank_pattern[name] for name in growth.rounds[-1].layers}
         for callback in self._handler.callbacks:
             if isinstance(callback, INTEGRATIONS):  # not `Trainer.log`: that writes the state and postpones due logs
-                with _harmless():
+                with _errors_as_warnings():
                     callback.on_log(args, state, control, logs={TOTAL_RANK: growth.total_rank, **ranks}, model=model)
         if not args.disable_tqdm:
             with logging_redirect_tqdm():  # above the progress bar, not into it
@@ -73,22 +73,22 @@ class GrowthReportCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
-        """Draw what has been saved or will be: the best model's ranks where that was loaded."""
+        """Draw the growth of the model as it is: the best one where that was loaded."""
         self._show_in_notebook(args, state, model.increlora)
         if state.is_world_process_zero and _can_draw():
-            with _harmless():
+            with _errors_as_warnings():
                 from .plots import draw_all
 
                 draw_all(model.increlora.history(), state.log_history, Path(str(args.output_dir)))
 
     def _send_picture(self, step: int, growth: Growth) -> None:
-        """The rank map to the loggers that take pictures."""
+        """Send the rank map to the loggers that take pictures."""
         takers = [
             c for c in self._handler.callbacks if isinstance(c, TensorBoardCallback | WandbCallback | TrackioCallback)
         ]
         if not takers or not _can_draw():
             return
-        with _harmless():
+        with _errors_as_warnings():
             picture = _rank_map(growth)
             for callback in takers:
                 if isinstance(callback, TensorBoardCallback):
@@ -98,10 +98,10 @@ class GrowthReportCallback(TrainerCallback):
                     service.log({RANK_MAP: service.Image(picture), "train/global_step": step})
 
     def _show_in_notebook(self, args: TrainingArguments, state: TrainerState, growth: Growth) -> None:
-        """Put the rank map below the cell, or in the place of the one that is there."""
+        """Show the rank map below the cell, in place of an earlier one."""
         if args.disable_tqdm or not state.is_world_process_zero or not _in_notebook() or not _can_draw():
             return
-        with _harmless():
+        with _errors_as_warnings():
             from IPython.display import display
             from PIL.Image import fromarray
 
@@ -123,15 +123,15 @@ def _can_draw() -> bool:
 
 
 def _in_notebook() -> bool:
-    """Whether an IPython kernel runs this code, whose output can be replaced; IPython in a terminal has none."""
+    """Whether this code runs in an IPython kernel, whose output can be replaced; a terminal has no kernel."""
     ipython = sys.modules.get("IPython")
     shell = ipython.get_ipython() if ipython is not None else None
     return getattr(shell, "kernel", None) is not None
 
 
 @contextmanager
-def _harmless() -> Iterator[None]:
-    """Nothing that is only shown is worth a training."""
+def _errors_as_warnings() -> Iterator[None]:
+    """Log an error as a warning: a report that fails must not end the training."""
     try:
         yield
     except Exception as error:

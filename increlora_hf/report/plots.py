@@ -1,4 +1,4 @@
-"""Pictures of a growth, in files: rank map, budget, orthogonality, scores. Needs matplotlib (the extra ``plot``)."""
+"""Plot a growth: rank map, budget, orthogonality, scores. Needs matplotlib (the extra ``plot``)."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ Log = Sequence[Mapping[str, Any]]  # log_history of trainer_state.json
 FORMATS = ("png", "svg")
 DPI = 150
 WIDTH = 7.0  # inches
-FEW = 60  # points of a curve that can each be marked
+FEW = 60  # a curve with fewer points marks each of them
 POINTS = 400  # of a learning-rate curve: more would not be seen
 # Okabe and Ito's colours, told apart by all kinds of colour vision, and markers for print in grey.
 STYLES = list(zip(("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"), "os^Dv*", strict=True))
@@ -44,7 +44,7 @@ STYLES = list(zip(("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4
 def budget_curve(history: History, log: Log = ()) -> Figure | None:
     """Total rank over the steps, and the learning rates of the parameter groups by birth; None where nothing grew.
 
-    Where the saved model is an earlier one than the last, the growth after it is taken from the log.
+    Where the saved model is not the last one, the growth after it is taken from the log.
     """
     rounds = _own_rounds(history)
     if not rounds:
@@ -71,8 +71,7 @@ def budget_curve(history: History, log: Log = ()) -> Figure | None:
 def learning_rates(history: History) -> dict[int, tuple[np.ndarray, np.ndarray]]:
     """Birth step of a parameter group -> scheduler steps, and the learning rate of its A and B from each on.
 
-    The rates are those that `RestartWarmupLR` gives; of a long run not every step is there. Empty where the history
-    knows no schedule.
+    The rates are those of `RestartWarmupLR`; of a long run, not at every step. Empty where the history holds none.
     """
     schedule = history.get("schedule")
     if schedule is None:
@@ -105,7 +104,7 @@ def orthogonality_curve(history: History, log: Log) -> Figure | None:
 
 
 def score_history(history: History) -> Figure | None:
-    """The scores S of the layers that grew, those that were chosen most often by name; None where nothing grew."""
+    """The scores S of the layers that grew; the legend names those chosen most often. None where nothing grew."""
     rounds = [record for record, _ in _own_rounds(history)]
     if not rounds:
         return None
@@ -135,11 +134,11 @@ def draw_all(history: History, log: Log, folder: Path) -> list[Path]:
 
     Args:
         history: of the run; ``{"rank_pattern": ...}`` of any other LoRA adapter, for its rank map alone.
-        log: its logs; empty where there are none.
-        folder: is made where it is missing.
+        log: of the run; empty where there is none.
+        folder: created where it is missing.
 
     Returns:
-        The files that were written; what has nothing to show is left out.
+        The files that were written. A picture without data is left out.
     """
     figures = {
         "rank_map": rank_map(history),
@@ -153,7 +152,7 @@ def draw_all(history: History, log: Log, folder: Path) -> list[Path]:
 
 
 def save(figure: Figure, path: Path) -> Path:
-    """A picture in the format that the path's ending names, whole or not at all."""
+    """Write a picture in the format of the path's suffix, completely or not at all."""
     kind, draft = path.suffix[1:], path.with_name(path.name + ".tmp")
     try:
         with matplotlib.rc_context({"svg.hashsalt": path.stem}):  # the same picture gives the same file
@@ -172,7 +171,7 @@ def pixels(figure: Figure) -> np.ndarray:
 
 
 def _own_rounds(history: History) -> list[tuple[Mapping[str, Any], int]]:
-    """The rounds of the run that the plan is of, each with the total rank after it; not those of a run before it."""
+    """The rounds of the planned run, each with the total rank after it; not those of an earlier run."""
     if "initial_ranks" not in history:  # of an adapter that IncreLoRA did not train
         return []
     plan, budget, increment = history["plan"], history["target_total_rank"], history["config"]["increment"]

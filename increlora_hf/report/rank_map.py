@@ -1,4 +1,4 @@
-"""Pictures of ranks: the rank map of one adapter, and two of them compared. Needs matplotlib (the extra ``plot``)."""
+"""Draw the rank map of one adapter, or compare two. Needs matplotlib (the extra ``plot``)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .text import rank_grid
 
 Ranks = Mapping[str, int]  # layer name -> rank
 
-# Even steps for every kind of colour vision, and in grey; without the lightest end, which would look blank.
+# Even steps for all kinds of colour vision and in grey; without the lightest end, which would look blank.
 SEQUENTIAL = ListedColormap(colormaps["YlGnBu"](np.linspace(0.12, 1, 256)))
 DIVERGING = colormaps["PuOr_r"]  # violet is less, orange more; for print in grey the numbers carry a sign
 EVEN_LUMINANCE = 0.18  # relative luminance on which black and white stand out alike (WCAG)
@@ -42,15 +42,15 @@ def rank_map(history: Mapping[str, Any]) -> Figure:
     budget = f" of a budget of {history['target_total_rank']}" if "target_total_rank" in history else ""
     rows, columns, _ = rank_grid(ranks)
     figure, panels = _panels(rows, columns, 1)
-    scale, matrix = _scale(ranks.values()), _matrix(ranks, rows, columns)
+    scale, matrix = _colour_scale(ranks.values()), _matrix(ranks, rows, columns)
     _draw(panels[0], matrix, scale)
     panels[0].set_title(
         f"Rank map: total rank {sum(ranks.values())}{budget}\n"
         f"{len(ranks)} {'layer' if len(ranks) == 1 else 'layers'} {_span(ranks.values())}",
         **TITLE,
     )
-    _name(panels, rows, columns)
-    _explain(figure, scale, panels, RANK_SCALE + (BLANKS if np.isnan(matrix).any() else ""))
+    _label_axes(panels, rows, columns)
+    _add_colour_bar(figure, scale, panels, RANK_SCALE + (BLANKS if np.isnan(matrix).any() else ""))
     return figure
 
 
@@ -66,7 +66,7 @@ def compare(ranks_a: Ranks, ranks_b: Ranks, titles: tuple[str, str]) -> Figure:
     rows, columns, _ = rank_grid({**ranks_a, **ranks_b})
     figure, panels = _panels(rows, columns, 3)
     first, second = (_matrix(ranks, rows, columns) for ranks in (ranks_a, ranks_b))
-    scale, difference = _scale([*ranks_a.values(), *ranks_b.values()]), second - first
+    scale, difference = _colour_scale([*ranks_a.values(), *ranks_b.values()]), second - first
     most = np.nanmax(np.abs(difference), initial=1)
     signed = ScalarMappable(Normalize(-most, most), DIVERGING)
     _draw(panels[0], first, scale)
@@ -75,9 +75,9 @@ def compare(ranks_a: Ranks, ranks_b: Ranks, titles: tuple[str, str]) -> Figure:
     for axes, title, matrix in zip(panels, titles, (first, second), strict=False):
         axes.set_title(f"{title}\ntotal rank {np.nansum(matrix):.0f}", **TITLE)
     panels[2].set_title("difference\nthe second less the first", **TITLE)
-    _name(panels, rows, columns)
-    _explain(figure, scale, panels[:2], RANK_SCALE + (BLANKS if np.isnan(difference).any() else ""))
-    _explain(figure, signed, panels[2:], "difference in rank")
+    _label_axes(panels, rows, columns)
+    _add_colour_bar(figure, scale, panels[:2], RANK_SCALE + (BLANKS if np.isnan(difference).any() else ""))
+    _add_colour_bar(figure, signed, panels[2:], "difference in rank")
     return figure
 
 
@@ -114,12 +114,12 @@ def _span(ranks: Collection[int]) -> str:
     return f"of rank {low}" if low == high else f"of ranks {low} to {high}"
 
 
-def _scale(ranks: Collection[int]) -> ScalarMappable:
+def _colour_scale(ranks: Collection[int]) -> ScalarMappable:
     return ScalarMappable(Normalize(min(ranks), max(max(ranks), min(ranks) + 1)), SEQUENTIAL)
 
 
 def _panels(rows: Sequence[str], columns: Sequence[str], count: int) -> tuple[Figure, Sequence[Any]]:
-    """A figure in which a cell comes out at about the same size whatever their number, and its axes."""
+    """A figure with ``count`` axes, sized such that its cells are about as large as those of any other map."""
     modules, blocks = module_names(columns), block_names(rows)
     cell = max(MIN_CELL_WIDTH, CHARACTER_WIDTH * (max(len(part) for name in modules for part in name.split(".")) + 1))
     width = count * (len(columns) + 1.5) * cell + CHARACTER_WIDTH * max(map(len, blocks))
@@ -130,7 +130,7 @@ def _panels(rows: Sequence[str], columns: Sequence[str], count: int) -> tuple[Fi
 
 
 def _draw(axes: Any, matrix: np.ndarray, scale: ScalarMappable) -> None:
-    """Coloured cells with their numbers, the sums of rows and columns beside them on white."""
+    """Draw coloured cells with their numbers, and beside them the sums of rows and columns."""
     rows, columns = matrix.shape
     form = "{:+.0f}" if scale.cmap is DIVERGING else "{:.0f}"
     axes.pcolormesh(np.ma.masked_invalid(matrix), cmap=scale.cmap, norm=scale.norm, edgecolors="white", linewidth=1)
@@ -155,8 +155,8 @@ def _readable_on(colour: Any) -> str:
     return "black" if np.dot(linear, (0.2126, 0.7152, 0.0722)) > EVEN_LUMINANCE else "white"
 
 
-def _name(panels: Sequence[Any], rows: Sequence[str], columns: Sequence[str]) -> None:
-    """Blocks on the left of the first panel; modules above each, and below where the map is tall."""
+def _label_axes(panels: Sequence[Any], rows: Sequence[str], columns: Sequence[str]) -> None:
+    """Name the blocks on the left of the first panel, and the modules above each, and below where the map is tall."""
     modules = [name.replace(".", ".\n") for name in module_names(columns)]
     for axes in panels:
         axes.set_xticks([*(np.arange(len(columns)) + 0.5), len(columns) + TOTALS_AT], [*modules, "total"])
@@ -166,8 +166,8 @@ def _name(panels: Sequence[Any], rows: Sequence[str], columns: Sequence[str]) ->
         axes.spines[:].set_visible(False)
 
 
-def _explain(figure: Figure, scale: ScalarMappable, panels: Sequence[Any], words: str) -> None:
-    """The scale in colours and in words."""
+def _add_colour_bar(figure: Figure, scale: ScalarMappable, panels: Sequence[Any], words: str) -> None:
+    """Add the scale in colours, labelled with ``words``."""
     bar = figure.colorbar(scale, ax=panels, location="bottom", ticks=MaxNLocator(integer=True, nbins=8), **BAR)
     bar.ax.tick_params(labelsize=TEXT_SIZE)
     bar.set_label(words, fontsize=TEXT_SIZE)

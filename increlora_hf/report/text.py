@@ -1,4 +1,4 @@
-"""Growth in words: the plan before step 1, a line a round, the ranks at the end."""
+"""Describe growth as text: the plan before step 1, a line for each round, the ranks at the end."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LINE_WIDTH = 80  # columns of a plain terminal
 
 
 def plan_line(growth: Growth, other_trainable: int) -> str:
-    """What will happen, in a line; ``other_trainable`` counts fully trained parameters outside the adapter."""
+    """The plan in one line; ``other_trainable`` counts the fully trained parameters outside the adapter."""
     plan, layers = growth.plan, growth.layers
     assert plan is not None
     now = sum(p.numel() for p in growth.parameters())
@@ -41,7 +41,7 @@ def _millions(count: int) -> str:
 
 
 def _final_parameters(growth: Growth) -> tuple[int, int]:
-    """Fewest and most adapter parameters that the budget can end with."""
+    """The fewest and the most adapter parameters that are possible at the end of growth."""
     plan, layers = growth.plan, growth.layers.values()
     assert plan is not None
     low, high = added_parameters(
@@ -52,7 +52,7 @@ def _final_parameters(growth: Growth) -> tuple[int, int]:
 
 
 def added_parameters(costs: Iterable[int], components: int, most_per_layer: int) -> tuple[int, int]:
-    """Fewest and most parameters that new components can come to.
+    """The fewest and the most parameters that new components can have.
 
     Args:
         costs: parameters of one component, for each layer.
@@ -73,7 +73,7 @@ def _fill(costs: Iterable[int], components: int, most_per_layer: int) -> int:
 
 
 def round_line(growth: Growth, step: int) -> str:
-    """Where a round has led, in at most 80 columns: a block for each row of the rank table, as high as its total."""
+    """The total rank after a round, and a block for the total of each row of the rank table; at most 80 columns."""
     line = f"IncreLoRA: step {step:,}, rank {growth.total_rank}/{growth.target_total_rank} "
     rows, _, cells = rank_grid(growth.rank_pattern)
     totals = dict.fromkeys(rows, 0)
@@ -83,7 +83,7 @@ def round_line(growth: Growth, step: int) -> str:
 
 
 def sparkline(values: Sequence[float], width: int) -> str:
-    """Positive values as blocks on a scale from 0; neighbours share one where there are more than ``width``."""
+    """Positive values as at most ``width`` blocks on a scale from 0; where they are more, neighbours are averaged."""
     count = min(len(values), width)
     bounds = [i * len(values) // count for i in range(count + 1)]
     means = [sum(values[begin:end]) / (end - begin) for begin, end in pairwise(bounds)]
@@ -105,7 +105,7 @@ def rank_grid(ranks: Mapping[str, int]) -> tuple[list[str], list[str], dict[tupl
 
 
 def rank_table(ranks: Mapping[str, int]) -> str:
-    """The ranks by layer and type of module, as text; the columns are numbered and named below."""
+    """The ranks by layer and type of module, as text; the columns are numbered, and named below."""
     rows, columns, cells = rank_grid(ranks)
     width = max([len(row) for row in rows] + [len("total")])
     lines = [" " * width + "".join(f"{i:>5}" for i in range(1, len(columns) + 1)) + "  total"]

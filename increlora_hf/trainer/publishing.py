@@ -1,4 +1,4 @@
-"""What a Trainer sends to the Hub, and when: a plain adapter without pickles, and no push that ends a training."""
+"""Push from a Trainer: a plain adapter without pickles. A push that fails never ends the training."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 ARGUMENTS_NAME = "training_args.json"
 CARD_NAME = "README.md"
-STAYS = ("_*", "checkpoint-*")  # of an output folder, as Trainer has it
+NOT_PUSHED = ("_*", "checkpoint-*")  # of an output folder, as in Trainer
 WHOLE_CHECKPOINTS = (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS)
 OF_A_CHECKPOINT_ONLY = (STATE_JSON, STATE_TENSORS, MANIFEST_NAME, TRAINER_STATE_NAME, "*.pt", "*.pth")
 
@@ -41,25 +41,25 @@ else:
 
 
 def refuse_pickles(args: TrainingArguments, allowed: bool) -> None:
-    """Refuse a strategy that uploads optimizer and random states, unless the user has said that it may."""
+    """Refuse a strategy that uploads optimizer and random states, unless pickles are allowed."""
     strategy = HubStrategy(args.hub_strategy)
     if args.push_to_hub and strategy in WHOLE_CHECKPOINTS and not allowed:
         raise ValueError(
             f"hub_strategy={strategy.value!r} uploads optimizer and random states, which are pickles: they run code "
-            "where they are loaded. Choose every_save, which uploads the adapter, or say allow_pickles_on_hub=True "
+            "where they are loaded. Choose every_save, which uploads the adapter, or pass allow_pickles_on_hub=True "
             "(--allow_pickles_on_hub in the scripts)."
         )
 
 
 class PublishingMixin(_Base):
-    """Trainer's pushing, without pickles and without a failure that costs anything."""
+    """Trainer's methods for the Hub, without pickles. A failed push is logged, and training goes on."""
 
     push_in_progress: Any = None
     hub_model_id: Any = None
-    _of_the_card: Mapping[str, Any] = MappingProxyType({})  # what `create_model_card` was told
+    _card_options: Mapping[str, Any] = MappingProxyType({})  # arguments of `create_model_card` so far
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
-        """Create the repository before step 1, so that a refusal is known early; it is tried again at every push."""
+        """Create the repository before step 1, so that a refusal is seen early; every push tries it again."""
         if not self.is_world_process_zero():
             return
         name = self.args.hub_model_id or Path(str(self.args.output_dir)).absolute().name
@@ -74,7 +74,7 @@ class PublishingMixin(_Base):
         return token or self.args.hub_token, self.args.hub_private_repo if private is None else private
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        """Trainer's, with a card; and the training arguments as JSON, for a pickle runs code and holds the token."""
+        """As Trainer's; adds a card, and training arguments as JSON, not as a pickle that would hold the token."""
         super()._save(output_dir, state_dict)
         if self.args.should_save:
             folder = Path(str(output_dir or self.args.output_dir))
@@ -86,7 +86,7 @@ class PublishingMixin(_Base):
         write_json(folder / ARGUMENTS_NAME, without_tokens(self.args.to_dict()), default=str)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Trainer's; where it pushes, a failure is reported and nothing else."""
+        """As Trainer's; a push that fails is logged as a warning."""
         try:
             super().save_model(output_dir, _internal_call)
         except HubPushError as error:
@@ -104,14 +104,14 @@ class PublishingMixin(_Base):
         """Save, write the card, and upload output_dir without checkpoints and pickles.
 
         Args:
-            blocking: wait for the upload; else what is returned is a Future.
+            blocking: wait for the upload; otherwise return a Future.
             kwargs: for `create_model_card`.
 
         Returns:
             The commit, or its Future; None on processes other than the first.
 
         Raises:
-            HubPushError: the Hub did not take it; the folder is complete, and the message says how to push it later.
+            HubPushError: the upload failed; the folder is complete, and the message says how to push it later.
         """
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         if self.hub_model_id is None:
@@ -130,7 +130,7 @@ class PublishingMixin(_Base):
             private=private,
             revision=revision or self.args.hub_revision,
             commit_message=commit_message or "End of training",
-            ignore=STAYS,
+            ignore=NOT_PUSHED,
         )
         return push() if blocking else self._in_background([push])[0]
 
@@ -140,10 +140,10 @@ class PublishingMixin(_Base):
         return self.hub_model_id
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Nothing yet: Trainer calls it while the checkpoint is not complete; see `_push_checkpoint`."""
+        """Do nothing: Trainer calls this before the checkpoint is complete; `_push_checkpoint` follows when it is."""
 
     def _push_checkpoint(self, folder: Path) -> None:
-        """Upload a copy of a complete checkpoint's adapter, or of all of it, while training goes on."""
+        """Upload the adapter of a complete checkpoint, or all of the checkpoint, while training goes on."""
         strategy = HubStrategy(self.args.hub_strategy)
         if not self.args.push_to_hub or not self.is_world_process_zero() or strategy == HubStrategy.END:
             return
@@ -152,14 +152,14 @@ class PublishingMixin(_Base):
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         try:
             self._in_background(self._pushes_of(folder, strategy))
-        except Exception as error:  # of a full disk, a broken card: whatever it is, the checkpoint is there
+        except Exception as error:  # of any kind, such as a full disk; the checkpoint is complete
             logger.warning("IncreLoRA: %s could not be prepared for the Hub: %s", folder, error)
 
     def _pushes_of(self, folder: Path, strategy: HubStrategy) -> list[Callable[[], Any]]:
-        """Uploads of a copy, for rotation may delete the original, and the deletion of the copy."""
+        """The uploads of a copy, because rotation may delete the original meanwhile, and the deletion of the copy."""
         whole = strategy in WHOLE_CHECKPOINTS
         parent = Path(tempfile.mkdtemp(prefix="increlora-push-"))
-        copy, only_here = parent / folder.name, (*STAYS, *OF_A_CHECKPOINT_ONLY)
+        copy, only_here = parent / folder.name, (*NOT_PUSHED, *OF_A_CHECKPOINT_ONLY)
         try:
             shutil.copytree(folder, copy, ignore=None if whole else shutil.ignore_patterns(*only_here))
         except BaseException:
@@ -180,7 +180,7 @@ class PublishingMixin(_Base):
         return self.push_in_progress is not None and not self.push_in_progress.is_done()
 
     def _in_background(self, actions: Sequence[Callable[[], Any]]) -> list[Future[Any]]:
-        jobs = [hub.hf_api().run_as_future(action) for action in actions]  # one after the other
+        jobs = [hub.hf_api().run_as_future(action) for action in actions]  # in one thread: one after the other
         if self._is_pushing():
             self.push_in_progress.jobs.extend(jobs)
         else:
@@ -189,7 +189,7 @@ class PublishingMixin(_Base):
         return jobs
 
     def _finish_current_push(self) -> None:
-        """Wait for what is being uploaded, and report what was not."""
+        """Wait for running uploads, and log those that failed."""
         super()._finish_current_push()
         self._report_failures()
 
@@ -215,17 +215,17 @@ class PublishingMixin(_Base):
         dataset_args: str | Sequence[str] | None = None,
         dataset_name: str | None = None,
     ) -> None:
-        """Write README.md into output_dir: what was trained, how it is used, what it scored, where the ranks went.
+        """Write the model card, README.md, into output_dir: use, scores, ranks and settings.
 
         Args:
-            language, license, tags: of the card's metadata.
+            language, license, tags: for the card's metadata.
             model_name: its title; default the repository's name.
-            finetuned_from: the base model, where the adapter does not know it.
+            finetuned_from: the base model, where the adapter does not name it.
             tasks: as the Hub calls them, such as text-classification; default by the model's class.
             dataset_tags, dataset, dataset_args: Hub id, name and configuration of the data.
-            dataset_name: another word for ``dataset``, which some trainers use.
+            dataset_name: another name of the argument ``dataset``, which some trainers use.
 
-        What an earlier call said and this one does not, stays.
+        Arguments of earlier calls stay in use, unless this call replaces them.
         """
         if not self.is_world_process_zero():
             return
@@ -240,16 +240,16 @@ class PublishingMixin(_Base):
             "dataset_name": next(iter(_listed(dataset or dataset_name)), None),
             "dataset_config": next(iter(_listed(dataset_args)), None),
         }
-        self._of_the_card = {**self._of_the_card, **{name: value for name, value in told.items() if value}}
+        self._card_options = {**self._card_options, **{name: value for name, value in told.items() if value}}
         folder = Path(str(self.args.output_dir))
         folder.mkdir(parents=True, exist_ok=True)
         self._write_card(folder)
 
     def _write_card(self, folder: Path) -> None:
         try:
-            text = card_text(describe(self, folder, self.hub_model_id), **self._of_the_card)
+            text = card_text(describe(self, folder, self.hub_model_id), **self._card_options)
             (folder / CARD_NAME).write_text(text, encoding="utf-8")
-        except Exception as error:  # a card is no reason to lose a checkpoint
+        except Exception as error:  # of any kind: it must not cost the checkpoint
             logger.warning("IncreLoRA: the model card of %s could not be written: %s", folder, error)
 
 

@@ -1,4 +1,4 @@
-"""The checkpoint to resume, and one just written, are the same on every process."""
+"""Check that all processes see the same checkpoint: the one to resume, and one that was just written."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ON_EVERY_NODE = (
 
 
 def same_checkpoint(wanted: str | bool, output_dir: str) -> Path:
-    """See `resolve_checkpoint`; raises ValueError where the processes find different ones."""
+    """As `resolve_checkpoint`; also raises ValueError where the processes find different checkpoints."""
     if num_processes() == 1:
         return resolve_checkpoint(wanted, output_dir)
     problem = None
@@ -33,7 +33,7 @@ def same_checkpoint(wanted: str | bool, output_dir: str) -> Path:
 
 
 def require_on_every_node(folder: Path) -> None:
-    """Raise ValueError where a checkpoint that was just written, and will be needed, is not on some process's disk."""
+    """Raise ValueError where some process cannot see a checkpoint that was just written and may be loaded later."""
     barrier()
     found = "there" if (folder / MANIFEST_NAME).is_file() else "missing"
     require_equal({f"{folder.name}, which load_best_model_at_end may need": found}, ON_EVERY_NODE)

@@ -1,4 +1,4 @@
-"""What a model card says of a run, read from its Trainer."""
+"""Read from a Trainer what the model card says of its run."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ AT_BEST = "adapter_parameters_at_best"  # in the log, of the moment when the bes
 
 
 def describe(trainer: Any, folder: Path, repository: str | None) -> RunSummary:
-    """What a card says of an IncreLoraTrainer's run so far, for a card that will stand in ``folder``."""
+    """Summarize the run of an IncreLoraTrainer so far, for a card in ``folder``."""
     growth, model = trainer.increlora, trainer.model
     out = Path(str(trainer.args.output_dir)).absolute()
     config = model.peft_config[model.active_adapter]
@@ -53,9 +53,10 @@ def describe(trainer: Any, folder: Path, repository: str | None) -> RunSummary:
 
 
 def _last_evaluation(log: Sequence[Mapping[str, Any]], best_step: int | None) -> tuple[int, dict[str, float]]:
-    """The step and metrics of the model as it is: after the best one was loaded its own, unless it was evaluated anew.
+    """The step and scores of the model as it is now.
 
-    Several evaluations at one step are several sets; where they use the same names, the first one's count.
+    They are the last ones; or those of the best checkpoint, where that was loaded and not evaluated since.
+    Where several sets were evaluated at one step under the same names, the first set's scores count.
     """
     entries = list(log)
     if best_step is not None:
@@ -72,7 +73,7 @@ def _last_evaluation(log: Sequence[Mapping[str, Any]], best_step: int | None) ->
 
 
 def _scores_of(entry: Mapping[str, Any]) -> dict[str, float]:
-    """The finite numbers of an evaluation, without the prefix."""
+    """The finite scores of an evaluation, without the prefix ``eval_``."""
     numbers = {k.removeprefix("eval_"): v for k, v in entry.items() if k.startswith("eval_")}
     return {
         name: float(value)
