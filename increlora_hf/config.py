@@ -8,8 +8,11 @@ import json
 from collections.abc import Mapping, Set
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, cast, get_type_hints
 
+SCORES = ("paper", "weakest")  # in method/scores.py
+PENALTIES = ("paper", "squared", "directions")  # in method/penalties.py
 SCORE_REDUCTIONS = ("mean", "sqrt")
 RANK_SCALINGS = ("constant", "per_rank")
 UNIT_STD = "unit"
@@ -41,8 +44,18 @@ class IncreLoraConfig:
     interval: int | None = _setting(
         None, "Optimizer steps between rounds (nu). Default: the warm-up steps, else 2.5 % of the run, at least 10."
     )
+    overshoot: int = _setting(
+        0,
+        "Components per layer, on average, that growth adds above r_avg. An interval after the last round, the "
+        "smallest of the model are cut, down to the budget; a layer may lose all.",
+    )
     start: int | None = _setting(None, "Rounds happen only after this optimizer step. Default: interval.")
     growth_fraction: float = _setting(0.4, "Share of the run by which the last round comes when top_h is not given.")
+    score: str = _setting(
+        "paper",
+        "What a layer is chosen by: 'paper' = smoothed sensitivity * uncertainty (equation 8), or 'weakest' = the "
+        "size of its smallest component, which needs no gradient.",
+    )
     beta1: float = _setting(0.85, "EMA factor of the smoothed sensitivity (beta1), equation (6).")
     beta2: float = _setting(0.85, "EMA factor of the uncertainty (beta2), equation (7).")
     score_tolerance: float = _setting(
@@ -65,7 +78,11 @@ class IncreLoraConfig:
         None, "Modules that are trained fully and saved. Default: everything with parameters outside the backbone."
     )
     orth_reg_weight: float = _setting(0.1, "Weight of the orthogonality penalty, equation (4). 0 switches it off.")
-    orth_reg_squared: bool = _setting(False, "Square the norms of the penalty, as the paper writes it.")
+    penalty: str = _setting(
+        "paper",
+        "Form of the penalty: 'paper' = the norm in equation (4), as the authors' code has it, 'squared' = its "
+        "square, as the paper writes it, or 'directions' = the cosines between components, whatever their norms.",
+    )
     advance_learning: bool = _setting(
         True, "Train a reserve ahead of its activation; off: new components start fresh."
     )
@@ -106,10 +123,14 @@ class IncreLoraConfig:
                 raise ValueError(f"{name}={value!r} is not a whole number of at least 1. Give {name}=1 or more.")
         if self.start is not None and (not isinstance(self.start, int) or self.start < 0):
             raise ValueError(f"start={self.start!r} is not an optimizer step. Give start=0 or more.")
-        if self.r_avg < self.init_r:
+        if not isinstance(self.overshoot, int) or self.overshoot < 0:
             raise ValueError(
-                f"r_avg={self.r_avg} is below init_r={self.init_r}: IncreLoRA only adds rank. "
-                "Raise r_avg or lower init_r."
+                f"overshoot={self.overshoot!r} is not a whole number of components. Give 1 or more, or 0 for no cut."
+            )
+        if self.r_avg + self.overshoot < self.init_r:
+            raise ValueError(
+                f"r_avg={self.r_avg} is below init_r={self.init_r} by more than overshoot={self.overshoot}, and "
+                "growth only adds rank. Raise r_avg or lower init_r."
             )
 
     def _check_ranges(self) -> None:
@@ -137,11 +158,21 @@ class IncreLoraConfig:
             )
 
     def _check_choices(self) -> None:
-        for name, choices in (("score_reduction", SCORE_REDUCTIONS), ("rank_scaling", RANK_SCALINGS)):
+        for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}={getattr(self, name)!r} is unknown. Choose one of {', '.join(choices)}.")
         if self.init_std != UNIT_STD and not (isinstance(self.init_std, int | float) and self.init_std > 0):
             raise ValueError(f"init_std={self.init_std!r} is neither a number above 0 nor {UNIT_STD!r}.")
+
+    @classmethod
+    def paper(cls, **settings: Any) -> IncreLoraConfig:
+        """The paper's method, exactly, with its published constants; ``settings`` replace or add to `PAPER`."""
+        return cls(**{**PAPER, **settings})
+
+    @property
+    def needs_sensitivity(self) -> bool:
+        """Whether layers are chosen by the sensitivity (5) of their updates, which takes scored steps."""
+        return self.score == "paper"
 
     @property
     def fixed_ranks(self) -> dict[str, int] | None:
@@ -177,6 +208,34 @@ class IncreLoraConfig:
         return cls.from_dict(json.loads(text))
 
 
+_CHOICES = {
+    "score": SCORES,
+    "score_reduction": SCORE_REDUCTIONS,
+    "penalty": PENALTIES,
+    "rank_scaling": RANK_SCALINGS,
+}
+PAPER: Mapping[str, Any] = MappingProxyType(
+    {
+        "score": "paper",
+        "score_reduction": "mean",
+        "beta1": 0.85,
+        "beta2": 0.85,
+        "penalty": "paper",
+        "orth_reg_weight": 0.1,
+        "overshoot": 0,
+        "reserve_lambda": 1e-5,
+        "advance_learning": True,
+        "restart_warmup": True,
+        "growth_fraction": 0.4,
+        "init_r": 1,
+        "init_std": 0.02,
+        "rank_scaling": "constant",
+        "lam_lr_multiplier": 1.0,
+    }
+)  # every setting that changes what is computed; task settings (rates, rounds, alpha) are in configs/
+PRESETS: Mapping[str, Mapping[str, Any]] = {"paper": PAPER}
+
+
 def _read_rank_pattern(path: Path) -> Any:
     """The ranks in a JSON file: a plain mapping, or any document with one under ``rank_pattern``."""
     if not path.is_file():
@@ -207,25 +266,36 @@ class _Flags:
 
     def to_config(self) -> IncreLoraConfig:
         """The `IncreLoraConfig` that the flags describe; raises ValueError as that does."""
-        values = {f.name: getattr(self, FLAG_PREFIX + f.name) for f in fields(IncreLoraConfig)}
-        if values["init_std"] != UNIT_STD:
+        values = {name.removeprefix(FLAG_PREFIX): value for name, value in vars(self).items() if value is not None}
+        preset = values.pop("preset", None)
+        if preset is not None and preset not in PRESETS:
+            raise ValueError(f"preset={preset!r} is unknown. Choose one of {', '.join(PRESETS)}, or leave it out.")
+        if values.get("init_std", UNIT_STD) != UNIT_STD:
             with contextlib.suppress(ValueError):  # IncreLoraConfig names the value and what it may be
                 values["init_std"] = float(values["init_std"])
-        return IncreLoraConfig(**values)
+        return IncreLoraConfig(**{**PRESETS.get(preset, {}), **values})
 
 
-def _flag(setting: dataclasses.Field[Any], hints: Mapping[str, Any]) -> tuple[str, Any, Any]:
-    """The (name, type, field) of one generated flag."""
-    flag_type = setting.metadata["flag_type"] or hints[setting.name]
-    default = str(setting.default) if flag_type is str else setting.default
-    text = setting.metadata["help"].replace("%", "%%")  # argparse formats it
-    return FLAG_PREFIX + setting.name, flag_type, field(default=default, metadata={"help": text})
+def _flag(name: str, kind: Any, default: Any, text: str) -> tuple[str, Any, Any]:
+    """The (name, type, field) of one generated flag. A flag that is not given is None, so that a preset can fill it.
+
+    Switches keep their defaults, for HfArgumentParser's ``--no_`` forms; presets leave them as they are.
+    """
+    text = text.replace("%", "%%")  # argparse formats it
+    if default is not None and kind is not bool:
+        default, text = None, f"{text} (default: {default})%(default).0s"  # argparse appends its own only without it
+    return FLAG_PREFIX + name, kind, field(default=default, metadata={"help": text})
 
 
 def _make_arguments() -> Any:
     hints = get_type_hints(IncreLoraConfig)
+    flags = [
+        _flag(f.name, f.metadata["flag_type"] or hints[f.name], f.default, f.metadata["help"])
+        for f in fields(IncreLoraConfig)
+    ]
+    about_presets = "Settings to start from, which other flags replace: 'paper' = the paper's method, exactly."
     made = dataclasses.make_dataclass(
-        "IncreLoraArguments", [_flag(f, hints) for f in fields(IncreLoraConfig)], bases=(_Flags,)
+        "IncreLoraArguments", [_flag("preset", str | None, None, about_presets), *flags], bases=(_Flags,)
     )
     made.__module__ = __name__  # so that it pickles by reference
     made.__doc__ = "The settings of `IncreLoraConfig` as ``--increlora_<name>`` flags for `HfArgumentParser`."

@@ -30,11 +30,11 @@ def _no_constant(name: str) -> None:
     raise ValueError(f"the constant {name}")
 
 
-def check_format(path: Path, document: Mapping[str, Any], supported: int) -> None:
-    """Refuse a document whose ``format_version`` is missing or later than ``supported``."""
+def check_format(path: Path, document: Mapping[str, Any], supported: int, oldest: int = 1) -> None:
+    """Refuse a document whose ``format_version`` is missing, later than ``supported`` or earlier than ``oldest``."""
     version = document.get("format_version")
-    if not isinstance(version, int) or isinstance(version, bool) or not 1 <= version <= supported:
-        raise AdapterFormatError(path, "format_version", f"1 to {supported}", repr(version))
+    if not isinstance(version, int) or isinstance(version, bool) or not oldest <= version <= supported:
+        raise AdapterFormatError(path, "format_version", f"{oldest} to {supported}", repr(version))
 
 
 def write_json(

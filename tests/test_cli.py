@@ -115,7 +115,7 @@ def test_plan_takes_every_setting_as_a_flag(increlora: Run) -> None:
 
 @pytest.mark.parametrize(
     "flags",
-    [["--advance_learning", "false"], ["--init_std", "unit"], ["--orth_reg_squared"], ["--task", "causal-lm"]],
+    [["--advance_learning", "false"], ["--init_std", "unit"], ["--penalty", "squared"], ["--task", "causal-lm"]],
     ids=" ".join,
 )
 def test_flags_have_the_types_of_the_settings(increlora: Run, model: Path, flags: list[str]) -> None:

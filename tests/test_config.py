@@ -2,13 +2,15 @@
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 from transformers import HfArgumentParser
 
-from increlora_hf import IncreLoraArguments, IncreLoraConfig
+from increlora_hf import IncreLoraArguments, IncreLoraConfig, config
+from increlora_hf.method import penalties, scores
 
 
 @pytest.mark.parametrize(
@@ -25,6 +27,10 @@ from increlora_hf import IncreLoraArguments, IncreLoraConfig
         ({"beta2": 0.0}, r"beta2=0.0 is outside \(0, 1\)"),
         ({"growth_fraction": 0}, "growth_fraction=0"),
         ({"score_tolerance": 1}, "score_tolerance=1"),
+        ({"score": "best"}, "score='best' is unknown. Choose one of paper, weakest"),
+        ({"penalty": "none"}, "penalty='none' is unknown. Choose one of paper, squared, directions"),
+        ({"overshoot": -1}, "overshoot=-1"),
+        ({"overshoot": 0.5}, "overshoot=0.5"),
         ({"score_reduction": "max"}, "score_reduction='max' is unknown. Choose one of mean, sqrt"),
         ({"rank_scaling": "none"}, "rank_scaling='none' is unknown"),
         ({"lora_alpha": 0}, "lora_alpha=0"),
@@ -74,7 +80,7 @@ def test_config_is_frozen_and_keyword_only() -> None:
 
 def test_every_setting_has_a_flag_and_a_help_text() -> None:
     flags = {f.name for f in dataclasses.fields(IncreLoraArguments)}
-    assert flags == {f"increlora_{f.name}" for f in dataclasses.fields(IncreLoraConfig)}
+    assert flags == {"increlora_preset", *(f"increlora_{f.name}" for f in dataclasses.fields(IncreLoraConfig))}
     assert all(f.metadata["help"] for f in dataclasses.fields(IncreLoraConfig))
 
 
@@ -89,11 +95,12 @@ def test_flags_without_values_are_the_defaults() -> None:
 
 def test_flags_parse_every_kind_of_value(tmp_path: Path) -> None:
     (tmp_path / "history.json").write_text(json.dumps({"rank_pattern": {"x.query": 3}, "rounds": []}))
-    config = parse(
+    parsed = parse(
         "--increlora_r_avg=4",
         "--increlora_beta1=0.9",
         "--increlora_advance_learning=false",
-        "--increlora_orth_reg_squared",
+        "--increlora_penalty=squared",
+        "--no_increlora_restart_warmup",
         "--increlora_init_std=unit",
         "--increlora_target_modules",
         "query",
@@ -101,17 +108,51 @@ def test_flags_parse_every_kind_of_value(tmp_path: Path) -> None:
         "--increlora_rank_scaling=per_rank",
         f"--increlora_rank_pattern={tmp_path / 'history.json'}",
     )
-    assert config == IncreLoraConfig(
+    assert parsed == IncreLoraConfig(
         r_avg=4,
         beta1=0.9,
         advance_learning=False,
-        orth_reg_squared=True,
+        penalty="squared",
+        restart_warmup=False,
         init_std="unit",
         target_modules=["query", "value"],
         rank_scaling="per_rank",
         rank_pattern={"x.query": 3},
     )
     assert parse("--increlora_init_std=0.1").init_std == 0.1
+
+
+def test_names_of_settings_and_of_functions_agree() -> None:
+    assert tuple(scores.SCORES) == config.SCORES
+    assert tuple(penalties.PENALTIES) == config.PENALTIES
+
+
+def test_paper_preset_gives_the_published_constants() -> None:
+    paper = IncreLoraConfig.paper()
+    assert (paper.score, paper.penalty, paper.overshoot, paper.reserve_lambda) == ("paper", "paper", 0, 1e-5)
+    assert (paper.lam_lr_multiplier, paper.init_std, paper.orth_reg_weight, paper.beta1) == (1.0, 0.02, 0.1, 0.85)
+    assert IncreLoraConfig.paper(r_avg=8, beta1=0.5) == dataclasses.replace(paper, r_avg=8, beta1=0.5)
+    assert parse("--increlora_preset=paper") == paper
+    assert parse("--increlora_preset", "paper", "--increlora_r_avg", "8") == IncreLoraConfig.paper(r_avg=8)
+    with pytest.raises(ValueError, match=r"preset='papers' is unknown\. Choose one of paper"):
+        parse("--increlora_preset=papers")
+
+
+def test_flag_beside_a_preset_wins_even_where_it_is_the_default() -> None:
+    default = IncreLoraConfig().lam_lr_multiplier
+    assert default != IncreLoraConfig.paper().lam_lr_multiplier
+    assert parse("--increlora_preset=paper", f"--increlora_lam_lr_multiplier={default}").lam_lr_multiplier == default
+    assert not parse("--increlora_preset=paper", "--no_increlora_restart_warmup").restart_warmup
+
+
+def test_help_names_every_default(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        HfArgumentParser(IncreLoraArguments).parse_args(["--help"])
+    text = " ".join(capsys.readouterr().out.partition("options:")[2].split())
+    for setting in dataclasses.fields(IncreLoraConfig):
+        if setting.default is not None:
+            part = text[text.index(f"--increlora_{setting.name} ") :]
+            assert re.search(r"\(default: ([^)]*)\)", part)[1] == str(setting.default), setting.name
 
 
 def test_bad_flag_is_refused_as_the_setting_is() -> None:

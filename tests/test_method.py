@@ -9,14 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.nn import Parameter
 
 import increlora_hf
 from increlora_hf.growth.schedule import restart_curves
 from increlora_hf.method import reference
 from increlora_hf.method.allocation import Plan, choose, gains
 from increlora_hf.method.importance import ImportanceTracker
-from increlora_hf.method.orthogonality import orthogonality
 from increlora_hf.method.sensitivity import sensitivity
 
 PACKAGE = Path(increlora_hf.__file__).parent
@@ -26,13 +24,6 @@ LINK = re.compile(r"\[`([\w.]+)`\]\(([\w./]+\.py)\)")
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-@pytest.mark.parametrize("squared", [False, True], ids=["norm", "squared"])
-def test_penalty_is_the_naive_one(squared: bool) -> None:
-    matrices = [Parameter(random(r, d, seed=r)) for r, d in ((1, 4), (2, 4), (3, 6), (4, 4))]
-    expected = reference.penalty(list(matrices), squared)
-    torch.testing.assert_close(orthogonality(matrices, squared=squared), expected, rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sqrt"])

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from increlora_hf import GrowthRun, IncreLoraConfig, IncreLoraTrainer, attach
-from increlora_hf.method.orthogonality import orthogonality
+from increlora_hf.method.penalties import orthogonality
 
 QUICK = IncreLoraConfig(r_avg=2, top_h=3, interval=4, start=4)
 STATIC = IncreLoraConfig(r_avg=1, lam_lr_multiplier=1.0, orth_reg_weight=0.0)  # nothing grows

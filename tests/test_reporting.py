@@ -204,7 +204,7 @@ def test_line_is_not_written_into_the_progress_bar(tmp_path: Path, capsys: pytes
 @pytest.mark.parametrize("layers", [1, 12, 80])
 def test_line_has_a_block_for_each_row_and_fits_a_terminal(layers: int) -> None:
     ranks = {f"layers.{i}.{name}": i + 1 for i in range(layers) for name in "qkv"}
-    growth: Any = SimpleNamespace(total_rank=sum(ranks.values()), target_total_rank=10_000, rank_pattern=ranks)
+    growth: Any = SimpleNamespace(total_rank=sum(ranks.values()), peak_total_rank=10_000, rank_pattern=ranks)
     line = round_line(growth, 123_456)
     blocks = line.rpartition(" ")[2]
     assert len(line) <= 80

@@ -223,7 +223,7 @@ def test_logs_carry_total_rank_and_orthogonality(tmp_path: Path) -> None:
     assert history(trainer, "increlora/total_rank") == [12, 15, 18, 24, 24, 24]
     losses = history(trainer, "increlora/orth_loss")
     assert losses[-1] < losses[0]
-    from increlora_hf.method.orthogonality import orthogonality
+    from increlora_hf.method.penalties import orthogonality
 
     assert losses[-1] == pytest.approx(orthogonality(trainer.increlora.factors()).item())
 

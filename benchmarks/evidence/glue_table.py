@@ -101,7 +101,7 @@ def studies(rank: int) -> dict[str, dict[str, Flags]]:
             "rank_scaling per_rank": tuner("increlora", rank) | {"increlora_rank_scaling": "per_rank"},
             "init_std unit": tuner("increlora", rank) | {"increlora_init_std": "unit"},
             "lam_lr_multiplier 1": tuner("increlora", rank) | {"increlora_lam_lr_multiplier": 1},
-            "orth_reg_squared": tuner("increlora", rank) | {"increlora_orth_reg_squared": True},
+            "penalty squared": tuner("increlora", rank) | {"increlora_penalty": "squared"},
             "orth_reg_weight 0": tuner("increlora", rank) | {"increlora_orth_reg_weight": 0},
             "growth_fraction 0.2": tuner("increlora", rank) | {"increlora_growth_fraction": 0.2},
             "growth_fraction 0.7": tuner("increlora", rank) | {"increlora_growth_fraction": 0.7},

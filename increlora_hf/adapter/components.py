@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -13,6 +13,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from ..config import DEFAULT_SEED, UNIT_STD, IncreLoraConfig
+from ..method.scores import component_sizes
 from .factors import ADAPTER, GrowingA, GrowingB
 from .fused import fuse
 from .names import exact_pattern
@@ -75,6 +76,17 @@ class AdaptedLayer:
         self.B.activate(count)
         self.drop_reserve()
 
+    def component_sizes(self) -> Tensor:
+        """‖s λ_i b_i a_iᵀ‖_F of every active component, shape (r,)."""
+        rows_a, rows_b = self.A.rows(with_reserve=False), self.B.rows(with_reserve=False)
+        return component_sizes(rows_a, rows_b, self.A.active_lam, self.scale).detach()
+
+    def remove(self, places: Sequence[int]) -> None:
+        """Remove these active components."""
+        kept = [i for i in range(self.rank) if i not in places]
+        self.A.keep(kept)
+        self.B.keep(kept)
+
     def drop_reserve(self) -> None:
         """Remove the reserve."""
         for factor in (self.A, self.B):
@@ -104,9 +116,14 @@ def budget(config: IncreLoraConfig, ranks: Mapping[str, int]) -> int:
     return sum(ranks.values()) if config.fixed_ranks is not None else len(ranks) * config.r_avg
 
 
+def peak(config: IncreLoraConfig, ranks: Mapping[str, int]) -> int:
+    """Return the total rank n · (r_avg + overshoot) that growth ends at, before the cut down to the `budget`."""
+    return budget(config, ranks) + (0 if config.fixed_ranks is not None else len(ranks) * config.overshoot)
+
+
 def start_components(layers: Mapping[str, AdaptedLayer], ranks: Mapping[str, int], config: IncreLoraConfig) -> None:
     """Put fresh growing factors into the layers, with λ = 0; add a reserve where ranks will grow."""
-    grows = sum(ranks.values()) < budget(config, ranks)
+    grows = sum(ranks.values()) < peak(config, ranks)
     for layer in layers.values():
         module: Any = layer.module
         like = next(module.lora_A[ADAPTER].parameters())  # of PEFT's factor, or of the growing one that was there
@@ -133,11 +150,13 @@ def record_ranks(peft_model: PeftModel, config: IncreLoraConfig) -> None:
         alphas[layer.name] = config.lora_alpha if per_rank else config.lora_alpha / config.r_avg * layer.rank
         layer.module.r[ADAPTER] = layer.rank
         layer.module.lora_alpha[ADAPTER] = plain_alpha(alphas[layer.name])
-        layer.module.scaling[ADAPTER] = config.lora_alpha / (layer.rank if per_rank else config.r_avg)
+        layer.module.scaling[ADAPTER] = config.lora_alpha / (max(layer.rank, 1) if per_rank else config.r_avg)
     largest = max(layers, key=lambda layer: layer.rank)
     saved = cast(LoraConfig, peft_model.peft_config[ADAPTER])
     saved.r, saved.lora_alpha = largest.rank, plain_alpha(alphas[largest.name])  # type: ignore[assignment]
-    others = [layer for layer in layers if layer.rank != largest.rank]
+    if not all(layer.rank for layer in layers):  # PEFT knows no rank 0: these layers are not adapted any more
+        saved.target_modules = {layer.name for layer in layers if layer.rank}  # type: ignore[assignment]
+    others = [layer for layer in layers if layer.rank not in (0, largest.rank)]
     saved.rank_pattern = {exact_pattern(layer.name): layer.rank for layer in others}
     saved.alpha_pattern = {
         exact_pattern(layer.name): plain_alpha(alphas[layer.name])

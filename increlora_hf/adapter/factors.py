@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -40,6 +41,11 @@ class _GrowingFactor(nn.Module):
         if count < len(self.components):
             self.components = Parameter(self.components.detach()[:count].clone())
 
+    def keep(self, rows: Sequence[int]) -> None:
+        """Keep these active components, in this order; there must be no reserve."""
+        self.components = Parameter(self.components.detach()[list(rows)])
+        self.rank = len(rows)
+
     def rows(self, *, with_reserve: bool) -> Tensor:
         """The components as rows, shape (r, features); the reserve's last."""
         return self.components if with_reserve or not self.reserve else self.components[: self.rank]
@@ -53,12 +59,15 @@ class _GrowingFactor(nn.Module):
         raise NotImplementedError
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        weight = self.weight if keep_vars else self.weight.detach()
-        destination[prefix + "weight"] = weight.contiguous()
+        if self.rank:  # an adapter file does not name layers of rank 0
+            weight = self.weight if keep_vars else self.weight.detach()
+            destination[prefix + "weight"] = weight.contiguous()
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         _metadata, _strict, missing, _unexpected, errors = args
         weight = state_dict.get(prefix + "weight")
+        if weight is None and self.rank == 0:
+            return
         if weight is None:
             missing.append(prefix + "weight")
         elif weight.shape != self.weight.shape:
@@ -89,6 +98,11 @@ class GrowingA(_GrowingFactor):
         old = self.active_lam.detach()
         self.active_lam = Parameter(torch.cat([old, old.new_full((count,), lam)]))
         self.rank += count
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Keep these active components with their λ."""
+        super().keep(rows)
+        self.active_lam = Parameter(self.active_lam.detach()[list(rows)])
 
     def lam(self, *, with_reserve: bool) -> Tensor:
         """λ, shape (r,); the reserve's constant last."""

@@ -40,7 +40,10 @@ class FusedUpdate(LoraVariant):
     @staticmethod
     def forward(module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
         """result + s · (dropout(x) Aᵀ) diag(λ) B."""
-        return add_update(result, module.lora_dropout[active_adapter](x), factors_of(module))
+        factors = factors_of(module)
+        if not len(factors.A):  # cut to rank 0
+            return result
+        return add_update(result, module.lora_dropout[active_adapter](x), factors)
 
     @staticmethod
     def merge_safe(module: Any, active_adapter: str, orig_weight: Tensor) -> Tensor:
@@ -66,7 +69,10 @@ class FusedLinear(Linear):
         if args or kwargs or self.disable_adapters or self.merged or not self._is_plain():
             return super().forward(x, *args, **kwargs)
         base: Any = self.base_layer
-        return linear_with_update(x, base.weight, base.bias, factors_of(self))
+        factors = factors_of(self)
+        if not len(factors.A):  # cut to rank 0
+            return base(x)
+        return linear_with_update(x, base.weight, base.bias, factors)
 
     def _is_plain(self) -> bool:
         """Return whether there is one adapter, no dropout, and a base that is frozen, whole and without hooks."""

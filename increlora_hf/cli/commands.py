@@ -37,11 +37,12 @@ def _planned(planned: Document) -> str:
     plan, moments = planned["plan"], [planned[key] for key in ("start", "end_fewest", "end_most", "peak")]
     steps = f"every {plan['interval']:,} steps from {plan['first_step']:,} to {plan['last_step']:,}"
     rounds = f"{plan['rounds']}, of {plan['top_h']} layers each, {steps} of {plan['total_steps']:,}"
+    cut = f", cut to {plan['target_total_rank']:,} at {plan['cut_step']:,}" if plan["cut_step"] else ""
     facts = {
         "model": f"{planned['model']}, {_millions(planned['parameters'])} parameters",
         "layers": f"{len(planned['layers'])}, such as {planned['layers'][0]}",
         "heads": ", ".join([*planned["heads"], f"{_millions(planned['head_parameters'])} parameters"]),
-        "rank": f"{plan['initial_total_rank']:,} to {plan['target_total_rank']:,}",
+        "rank": f"{plan['initial_total_rank']:,} to {plan['peak_total_rank']:,}{cut}",
         "rounds": rounds if plan["rounds"] else "none, the ranks are fixed",
     }
     if planned["frozen_experts"]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from ..adapter.components import budget
+from ..adapter.components import budget, peak
 from ..adapter.targets import features, fused_experts, head_modules, resolve_targets
 from ..config import IncreLoraConfig
 from ..growth.growth import plan_for
@@ -49,25 +49,30 @@ def plan_model(model: nn.Module, config: IncreLoraConfig, *, max_steps: int, war
     """
     lora_config, names = resolve_targets(model, config, config.adapted_ranks)
     ranks = config.adapted_ranks or dict.fromkeys(names, config.init_r)
-    totals = (sum(ranks.values()), budget(config, ranks))
+    totals = (sum(ranks.values()), peak(config, ranks), budget(config, ranks))
     plan = plan_for(config, num_layers=len(names), ranks=totals, total_steps=max_steps, warmup_steps=warmup_steps)
     heads = list(lora_config.modules_to_save or [])
     head = _num_parameters(head_modules(model, heads).values())
 
     widths = [sum(features(model.get_submodule(name))) for name in names]  # in + out
     start = sum(ranks[name] * (width + 1) for name, width in zip(names, widths, strict=True))
+    costs = [width + 1 for width in widths]  # λ, A and B of a component
     reserve = config.increment * sum(widths) if config.advance_learning and plan.rounds else 0
 
     def after(rounds: int, reserve: int) -> list[Moment]:
         """With growth in the smallest layers, and in the largest."""
         gained = min(totals[1] - totals[0], rounds * plan.top_h * plan.increment)
-        added = added_parameters([width + 1 for width in widths], gained, rounds * plan.increment)
+        added = added_parameters(costs, gained, rounds * plan.increment)
         rank = totals[0] + gained
         return [Moment.of(active=start + more, total_rank=rank, reserve=reserve, head=head) for more in added]
 
-    begin, ends = after(0, reserve)[0], after(plan.rounds, 0)
+    begin, grown = after(0, reserve)[0], after(plan.rounds, 0)
     before_last = after(max(plan.rounds - 1, 0), reserve)[1]
-    peak = max([begin, before_last, *ends], key=lambda moment: moment.optimizer_bytes)
+    ends = grown
+    if plan.cut_step:  # it may leave any components
+        bounds = added_parameters(costs, totals[2], max(ranks.values()) + plan.rounds * plan.increment)
+        ends = [Moment.of(active=active, total_rank=totals[2], reserve=0, head=head) for active in bounds]
+    largest = max([begin, before_last, *grown], key=lambda moment: moment.optimizer_bytes)
     return {
         "model": type(model).__name__,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
@@ -75,11 +80,11 @@ def plan_model(model: nn.Module, config: IncreLoraConfig, *, max_steps: int, war
         "heads": heads,
         "head_parameters": head,
         "frozen_experts": fused_experts(model),
-        "plan": {**asdict(plan), "rounds": plan.rounds, "first_step": plan.first_step, "last_step": plan.last_step},
+        "plan": plan.to_dict(),
         "start": asdict(begin),
         "end_fewest": asdict(ends[0]),
         "end_most": asdict(ends[1]),
-        "peak": asdict(peak),
+        "peak": asdict(largest),
     }
 
 

@@ -19,7 +19,7 @@ from .tensors import read_tensors
 
 STATE_JSON = "increlora_state.json"
 STATE_TENSORS = "increlora_state.safetensors"
-STATE_FORMAT = 1
+STATE_FORMAT = 2
 
 
 def write_state(folder: Path, model: PeftModel) -> None:
@@ -34,7 +34,7 @@ def read_state(folder: Path) -> dict[str, Any]:
     """The state of a checkpoint, for `GrowthRun.load_state_dict`, every field checked; raises AdapterFormatError."""
     path = folder / STATE_JSON
     document = read_json_object(path)
-    check_format(path, document, STATE_FORMAT)
+    check_format(path, document, STATE_FORMAT, oldest=STATE_FORMAT)
     try:
         config = IncreLoraConfig.from_dict(_typed(path, document, "config", dict))
     except (TypeError, ValueError) as error:
@@ -57,7 +57,7 @@ def read_state(folder: Path) -> dict[str, Any]:
         "rounds": rounds,
         "smoothed": _numbers(path, document, "smoothed", len(initial)),
         "uncertainty": _numbers(path, document, "uncertainty", len(initial)),
-        "rank_pattern": _ranks(path, document, "rank_pattern"),
+        "rank_pattern": _ranks(path, document, "rank_pattern", lowest=0),
     }
 
 
@@ -68,11 +68,11 @@ def _typed(path: Path, document: Mapping[str, Any], key: str, kind: type) -> Any
     return value
 
 
-def _ranks(path: Path, document: Mapping[str, Any], key: str) -> dict[str, int]:
+def _ranks(path: Path, document: Mapping[str, Any], key: str, lowest: int = 1) -> dict[str, int]:
     ranks = _typed(path, document, key, dict)
     for name, rank in ranks.items():
-        if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
-            raise AdapterFormatError(path, f"{key}[{name!r}]", "a rank of at least 1", repr(rank))
+        if not isinstance(rank, int) or isinstance(rank, bool) or rank < lowest:
+            raise AdapterFormatError(path, f"{key}[{name!r}]", f"a rank of at least {lowest}", repr(rank))
     return ranks
 
 
@@ -91,11 +91,16 @@ def _check_round(path: Path, index: int, record: Any, layers: Mapping[str, int])
     steps = (record["step"], record["birth_step"])
     if not all(isinstance(step, int) and not isinstance(step, bool) and step >= 0 for step in steps):
         raise AdapterFormatError(path, key, "steps of at least 0", repr(steps))
-    chosen, scores = record["layers"], record["scores"]
-    if not isinstance(chosen, list) or not chosen or len(set(map(str, chosen))) != len(chosen):
+    chosen, scores, removed = record["layers"], record["scores"], record["removed"]
+    if not isinstance(chosen, list) or bool(chosen) == bool(removed) or len(set(map(str, chosen))) != len(chosen):
         raise AdapterFormatError(path, f"{key}.layers", "distinct layer names", repr(chosen)[:80])
     unknown = [name for name in chosen if name not in layers]
     if unknown:
         raise AdapterFormatError(path, f"{key}.layers", "layers of the adapter", repr(unknown[0]))
     if not isinstance(scores, dict) or scores.keys() != layers.keys():
         raise AdapterFormatError(path, f"{key}.scores", "a score for each layer", repr(scores)[:80])
+    if not isinstance(removed, dict) or not all(
+        name in layers and isinstance(places, list) and all(isinstance(place, int) and place >= 0 for place in places)
+        for name, places in removed.items()
+    ):
+        raise AdapterFormatError(path, f"{key}.removed", "places of components by layer", repr(removed)[:80])

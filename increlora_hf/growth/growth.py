@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, cast
 
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from torch import Tensor
 from torch.nn import Parameter
 
@@ -16,16 +16,20 @@ from ..adapter.components import (
     adapted_layers,
     budget,
     component_generator,
+    peak,
     record_ranks,
     start_components,
 )
+from ..adapter.factors import ADAPTER
 from ..config import IncreLoraConfig
 from ..errors import AdapterFormatError
-from ..method.allocation import Plan, choose, gains, make_plan, scored_window
+from ..method.allocation import Plan, choose, gains, make_plan, scored_window, smallest
 from ..method.importance import ImportanceTracker
+from ..method.scores import SCORES, Evidence
 from .tensors import check_tensors, training_tensors
 
-HISTORY_FORMAT = 1
+HISTORY_FORMAT = 2
+PARAMETERS_OF_LAYER = 3  # A, λ and B
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,8 +38,9 @@ class Round:
 
     step: int  # optimizer steps completed when it happened
     birth_step: int  # scheduler step at which its parameter group was born
-    layers: list[str]  # chosen, best first
-    scores: dict[str, float]  # S of all layers
+    layers: list[str]  # chosen, best first; none in the cut
+    scores: dict[str, float]  # of all layers
+    removed: dict[str, list[int]] = field(default_factory=dict)  # layer -> places of components that were cut
 
 
 class Growth:
@@ -63,6 +68,8 @@ class Growth:
         self.initial_ranks = self.rank_pattern
         self.run_start_rank = self.total_rank  # Σ r_k when the current training began
         self._model = model
+        self._peft_config = cast(LoraConfig, model.peft_config[ADAPTER])
+        self._targets = self._peft_config.target_modules
         self._lams_at_start = [layer.A.active_lam.detach().clone() for layer in self.layers.values()]
         self._told = False  # that growth was forgotten
 
@@ -82,9 +89,15 @@ class Growth:
         return budget(self.config, self.initial_ranks)
 
     @property
+    def peak_total_rank(self) -> int:
+        """The total rank n · (r_avg + overshoot) that growth ends at; after the cut it is the budget."""
+        is_cut = any(record.removed for record in self.rounds)
+        return self.target_total_rank if is_cut else peak(self.config, self.initial_ranks)
+
+    @property
     def remaining(self) -> int:
-        """Components that the budget still has."""
-        return self.target_total_rank - self.total_rank
+        """Components that growth still adds."""
+        return self.peak_total_rank - self.total_rank
 
     def begin_run(self, total_steps: int, warmup_steps: int, start_rank: int | None = None) -> Plan:
         """Plan a training of this length, which starts from the ranks as they are now.
@@ -101,7 +114,7 @@ class Growth:
         self.plan = plan_for(
             self.config,
             num_layers=len(self.layers),
-            ranks=(start_rank, self.target_total_rank),
+            ranks=(start_rank, self.peak_total_rank, self.target_total_rank),
             total_steps=total_steps,
             warmup_steps=warmup_steps,
         )
@@ -123,26 +136,37 @@ class Growth:
         start_components(self.layers, self.initial_ranks, self.config)
         self.rounds = []
         self.tracker = ImportanceTracker(len(self.layers), self.config.beta1, self.config.beta2)
+        self._peft_config.target_modules = self._targets
         record_ranks(self._model, self.config)
 
     def scores(self) -> dict[str, float]:
-        """S of every layer."""
-        return dict(zip(self.layers, self.tracker.scores().tolist(), strict=True))
+        """The score of every layer."""
+        evidence = Evidence(self.tracker, [layer.component_sizes().cpu() for layer in self.layers.values()])
+        return dict(zip(self.layers, SCORES[self.config.score](evidence).tolist(), strict=True))
 
-    def grow(self, step: int, birth_step: int) -> None:
-        """Hold a round: choose layers by their scores, and grow them."""
+    def decide(self, step: int, birth_step: int) -> Round:
+        """The round that is due after this step: the layers with the highest scores grow, or the cut."""
         assert self.plan is not None
-        scores = self.scores()
-        chosen = choose(scores, remaining=self.remaining, top_h=self.plan.top_h, increment=self.config.increment)
-        self.apply(Round(step=step, birth_step=birth_step, layers=chosen, scores=scores))
+        scores, chosen, removed = self.scores(), [], {}
+        if step == self.plan.cut_step:
+            sizes = {name: layer.component_sizes().tolist() for name, layer in self.layers.items()}
+            removed = smallest(sizes, self.total_rank - self.target_total_rank)
+        else:
+            chosen = choose(scores, remaining=self.remaining, top_h=self.plan.top_h, increment=self.config.increment)
+        return Round(step=step, birth_step=birth_step, layers=chosen, scores=scores, removed=removed)
 
     def apply(self, record: Round) -> None:
-        """Grow the layers of one round, decided now or recorded earlier.
+        """Hold a round, decided now or recorded earlier; `removed_rows` says what it cuts from the middle.
 
-        Rows are appended to the factors or cut from their ends, never both in one round: a reserve is cut only where
-        the budget is met.
+        Apart from these, rows are appended to the factors or cut from their ends, never both in one round.
         """
         config = self.config
+        if record.removed:
+            self.rounds.append(record)
+            for name, places in record.removed.items():
+                self.layers[name].remove(places)
+            record_ranks(self._model, config)
+            return
         gained = gains(record.layers, remaining=self.remaining, increment=config.increment)
         self.rounds.append(record)
         for name, count in gained.items():
@@ -166,6 +190,10 @@ class Growth:
         """All λ, A and B, reserves included."""
         layers = self.layers.values()
         return [p for layer in layers for p in (*layer.A.parameters(), *layer.B.parameters())]
+
+    def removed_rows(self, record: Round) -> list[list[int]]:
+        """For each of `parameters` the rows that a round cuts out of it."""
+        return [record.removed.get(name, []) for name in self.layers for _ in range(PARAMETERS_OF_LAYER)]
 
     def num_parameters(self) -> int:
         """Adapter parameters that are saved: active components only."""
@@ -209,7 +237,7 @@ class Growth:
         state: Mapping[str, Any],
         tensors: Mapping[str, Tensor],
         *,
-        follow: Callable[[int], None] = lambda birth_step: None,
+        follow: Callable[[Round], None] = lambda record: None,
         source: str = "the state",
     ) -> None:
         """Bring a model that is at its first ranks, or after some of the saved rounds, to a saved state, bit for bit.
@@ -217,7 +245,7 @@ class Growth:
         Args:
             state: of `state_dict`.
             tensors: of `training_tensors` at the same moment.
-            follow: is told of each replayed round, with its birth step, for an optimizer to follow.
+            follow: is told of each replayed round, for an optimizer to follow.
             source: where the state comes from, for errors.
 
         Raises:
@@ -239,12 +267,13 @@ class Growth:
         self.tracker.load_state_dict(state)
 
     def replay(
-        self, state: Mapping[str, Any], count: int, follow: Callable[[int], None] = lambda birth_step: None
+        self, state: Mapping[str, Any], count: int, follow: Callable[[Round], None] = lambda record: None
     ) -> None:
         """Hold the first ``count`` recorded rounds again; values of tensors are not restored."""
-        for record in state["rounds"][len(self.rounds) : count]:
-            self.apply(Round(**record))
-            follow(record["birth_step"])
+        for values in state["rounds"][len(self.rounds) : count]:
+            record = Round(**values)
+            self.apply(record)
+            follow(record)
 
     def require_same_settings(self, state: Mapping[str, Any], source: str) -> None:
         """Raise ValueError, listing each difference with both values, where settings, layers or first ranks differ."""
@@ -275,19 +304,26 @@ def _refuse_differences(source: str, differences: list[str]) -> None:
 
 
 def plan_for(
-    config: IncreLoraConfig, *, num_layers: int, ranks: tuple[int, int], total_steps: int, warmup_steps: int
+    config: IncreLoraConfig,
+    *,
+    num_layers: int,
+    ranks: tuple[int, int, int],
+    total_steps: int,
+    warmup_steps: int,
 ) -> Plan:
-    """The schedule from the first total rank to the last; raises ValueError as `make_plan` does."""
+    """The schedule for total ranks at the start, at the peak and at the end; raises ValueError as `make_plan` does."""
+    window = scored_window(config.beta1, config.beta2, config.score_tolerance, total_steps)
     return make_plan(
         num_layers=num_layers,
         total_steps=total_steps,
         warmup_steps=warmup_steps,
         initial_total_rank=ranks[0],
-        target_total_rank=ranks[1],
+        peak_total_rank=ranks[1],
+        target_total_rank=ranks[2],
         increment=config.increment,
         top_h=config.top_h,
         interval=config.interval,
         start=config.start,
         growth_fraction=config.growth_fraction,
-        window=scored_window(config.beta1, config.beta2, config.score_tolerance, total_steps),
+        window=window if config.needs_sensitivity else 0,
     )

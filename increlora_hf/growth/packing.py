@@ -10,6 +10,7 @@ values back when it ends.
 from __future__ import annotations
 
 import inspect
+from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -63,8 +64,9 @@ class _Table:
 class Packing:
     """Steps the growing factors of one optimizer as strips, and follows their growth.
 
-    Between steps ``optimizer.param_groups`` holds the factors themselves, each in the group of its first rows; groups
-    of later births are empty then. The optimizer's state belongs to the strips, and is saved and loaded as theirs.
+    Between steps ``optimizer.param_groups`` holds the factors themselves, each in the group where it was at the
+    start; groups of later births are empty then. The optimizer's state belongs to the strips, and is saved and loaded
+    as theirs.
     """
 
     def __init__(
@@ -92,6 +94,7 @@ class Packing:
             _separate(optimizer, apart, multiplier)
         self._optimizer = optimizer
         self._factors = list(factors)
+        self._home: dict[int, int] = {}  # place of a factor -> that of its group
         self.before_gather = before_gather
         self._together = _is_elementwise(optimizer)
         self._strips: list[_Strip] = []
@@ -102,6 +105,7 @@ class Packing:
         for index, group in enumerate(optimizer.param_groups):
             own = [places[id(p)] for p in group["params"] if id(p) in places]
             for i in own:
+                self._home[i] = index
                 optimizer.state.pop(factors[i], None)
             self._new_strips([_Rows(i, 0, len(factors[i])) for i in own], index)
         self._settings_at_start = [_settings(group) for group in optimizer.param_groups]
@@ -219,21 +223,32 @@ class Packing:
 
     # ---- Growth --------------------------------------------------------------------------------------------------
 
-    def follow(self, factors: Sequence[Parameter], birth_step: int) -> None:
+    def follow(
+        self, factors: Sequence[Parameter], birth_step: int, removed: Sequence[Sequence[int]] | None = None
+    ) -> None:
         """Take in the factors after growth: rows that were appended are born now, rows cut from the end are gone.
 
-        New rows get groups like those of their factor's first row, with ``birth_step`` and, until the scheduler's
-        next step, learning rate 0. What the optimizer keeps of its own course in a group (a count, a sum) starts anew.
+        New rows get groups like their factor's first one, with ``birth_step`` and, until the scheduler's next step,
+        learning rate 0. What the optimizer keeps of its own course in a group (a count, a sum) starts anew.
+
+        Args:
+            factors: as they are now, in the same order.
+            birth_step: of the rows that were appended.
+            removed: rows that were cut from anywhere in each factor, before others were appended.
         """
+        gone = [set(rows) for rows in removed] if removed else [set[int]() for _ in factors]
+        kept = [
+            [row for row in range(len(old)) if row not in rows][: len(new)]
+            for old, new, rows in zip(self._factors, factors, gone, strict=True)
+        ]
         with self._strips_in_groups():
-            before = [len(factor) for factor in self._factors]
             self._factors = list(factors)
             for strip in list(self._strips):
-                self._cut(strip)
+                self._cut(strip, kept)
             born: dict[int, list[_Rows]] = defaultdict(list)
-            for i, (factor, rows) in enumerate(zip(factors, before, strict=True)):
-                if len(factor) > rows:
-                    born[self._group_of(i)].append(_Rows(i, rows, len(factor) - rows))
+            for i, (factor, rows_kept) in enumerate(zip(factors, kept, strict=True)):
+                if len(factor) > len(rows_kept):
+                    born[self._home[i]].append(_Rows(i, len(rows_kept), len(factor) - len(rows_kept)))
             for place, rows_of_group in born.items():
                 strips = self._new_strips(rows_of_group, len(self._optimizer.param_groups))
                 settings = {**self._settings_of(place), "lr": 0.0, "birth_step": birth_step}
@@ -252,9 +267,6 @@ class Packing:
         at_start = self._settings_at_start[place]
         return settings | {key: at_start[key] for key in self._running if key in at_start}
 
-    def _group_of(self, factor: int) -> int:
-        return next(s.group for s in self._strips if any(r.factor == factor and r.start == 0 for r in s.rows))
-
     def _new_strips(self, rows: Sequence[_Rows], group: int) -> list[_Strip]:
         alike: dict[Hashable, list[_Rows]] = defaultdict(list)
         for one in rows:
@@ -271,7 +283,7 @@ class Packing:
         like = self._factors[rows[0].factor]
         return Parameter(like.new_empty(sum(one.length for one in rows), *like.shape[1:]))
 
-    def _cut(self, strip: _Strip) -> None:
+    def _cut(self, strip: _Strip, kept_rows: Sequence[Sequence[int]]) -> None:
         """Drop the rows that their factors no longer have, with their part of the optimizer's state.
 
         A state in factors or quantised blocks has no part of a row's own: it starts anew.
@@ -280,14 +292,15 @@ class Packing:
         left: list[_Rows] = []
         offset = 0
         for one in strip.rows:
-            length = max(0, min(one.length, len(self._factors[one.factor]) - one.start))
-            kept += range(offset, offset + length)
-            left += [one._replace(length=length)] if length else []
+            rows = kept_rows[one.factor]  # ascending
+            first, last = bisect_left(rows, one.start), bisect_left(rows, one.start + one.length)
+            kept += [offset + row - one.start for row in rows[first:last]]
+            left += [_Rows(one.factor, first, last - first)] if last > first else []
             offset += one.length
+        strip.rows = left
         if len(kept) == offset:
             return
         state = self._optimizer.state
-        strip.rows = left
         if not left:
             state.pop(strip.parameter, None)
             self._strips = [other for other in self._strips if other is not strip]
@@ -316,8 +329,8 @@ class Packing:
         self._factors_by_group: dict[int, list[Parameter]] = defaultdict(list)
         for strip in self._strips:
             self._strips_by_group[strip.group].append(strip.parameter)
-            firsts = (self._factors[rows.factor] for rows in strip.rows if rows.start == 0)
-            self._factors_by_group[strip.group].extend(firsts)
+        for place, group in self._home.items():
+            self._factors_by_group[group].append(self._factors[place])
 
     @torch.no_grad()
     def _table(self, strips: list[_Strip]) -> _Table:

@@ -18,7 +18,7 @@ from transformers.trainer_utils import SchedulerType
 
 from ..adapter.probes import SensitivityProbes
 from ..distributed import average_gradients, broadcast_object, broadcast_tensors, is_sharded, num_processes
-from ..method.orthogonality import add_orthogonality_gradient
+from ..method.penalties import add_orthogonality_gradient
 from .attach import is_attached
 from .growth import Growth, Round
 from .packing import Packing
@@ -170,7 +170,7 @@ class GrowthRun:
         if not self._is_penalised and config.orth_reg_weight > 0:
             sign = -1 if self.optimizer.param_groups[0].get("maximize") else 1
             weight = sign * config.orth_reg_weight * self._loss_scale()
-            add_orthogonality_gradient(self.growth.factors(), weight, squared=config.orth_reg_squared)
+            add_orthogonality_gradient(self.growth.factors(), weight, config.penalty)
         self._is_penalised = True
         if not self._is_averaged and num_processes() > 1:
             sensitivities = [] if self._sensitivities is None else [self._sensitivities]
@@ -207,8 +207,9 @@ class GrowthRun:
             require_same_replicas(growth, self._model)
             growth.tracker = broadcast_object(growth.tracker)
             birth_step = self.lr_scheduler.last_epoch + 1 if growth.config.restart_warmup else 0
-            growth.grow(self.step, birth_step)
-            self._follow(birth_step)
+            record = broadcast_object(growth.decide(self.step, birth_step))
+            growth.apply(record)
+            self._follow(record)
             self._recompile()
         self._begin_update()
         self._watch()
@@ -252,8 +253,8 @@ class GrowthRun:
         if self._compiled:
             torch.compiler.reset()
 
-    def _follow(self, birth_step: int) -> None:
-        self._packing.follow(self.growth.parameters(), birth_step)
+    def _follow(self, record: Round) -> None:
+        self._packing.follow(self.growth.parameters(), record.birth_step, self.growth.removed_rows(record))
 
     def _loss_scale(self) -> float:
         """The factor that the gradients carry now."""

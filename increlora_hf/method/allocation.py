@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 DEFAULT_INTERVAL_FRACTION = 0.025  # of the run, where it has no warm-up
@@ -21,13 +21,14 @@ class Plan:
     top_h: int
     increment: int
     initial_total_rank: int
-    target_total_rank: int  # r^final
-    window: int  # scored steps before each round
+    peak_total_rank: int  # where growth ends
+    target_total_rank: int  # r^final, after the cut
+    window: int  # scored steps before each round; 0 where the score needs no gradient
 
     @property
     def rounds(self) -> int:
-        """Number of rounds until the budget is met."""
-        return _rounds_needed(self.target_total_rank - self.initial_total_rank, self.top_h, self.increment)
+        """Number of rounds of growth."""
+        return _rounds_needed(self.peak_total_rank - self.initial_total_rank, self.top_h, self.increment)
 
     @property
     def first_step(self) -> int:
@@ -45,9 +46,18 @@ class Plan:
         first = self.interval * (self.start // self.interval + 1)
         return range(first, first + self.rounds * self.interval, self.interval)
 
+    @property
+    def cut_step(self) -> int:
+        """Step at which the model's smallest components go, down to the budget; 0 where nothing is cut.
+
+        An interval after the last round, or one step before the run's last.
+        """
+        is_cut = self.peak_total_rank > self.target_total_rank
+        return min(self.last_step + self.interval, self.total_steps - 1) if is_cut else 0
+
     def is_due(self, step: int) -> bool:
-        """Whether a round happens after this step."""
-        return step in self.round_steps
+        """Whether a round happens after this step: growth, or the cut."""
+        return step in self.round_steps or step == self.cut_step
 
     def is_scored(self, step: int) -> bool:
         """Whether this step's sensitivities count: the last ``window`` steps up to and including a round's."""
@@ -58,7 +68,7 @@ class Plan:
 
     def to_dict(self) -> dict[str, int]:
         """All numbers, derived ones too, as plain values."""
-        derived = ("rounds", "first_step", "last_step")
+        derived = ("rounds", "first_step", "last_step", "cut_step")
         return {**asdict(self), **{name: getattr(self, name) for name in derived}}
 
 
@@ -75,6 +85,7 @@ def make_plan(
     total_steps: int,
     warmup_steps: int,
     initial_total_rank: int,
+    peak_total_rank: int,
     target_total_rank: int,
     increment: int = 1,
     top_h: int | None = None,
@@ -91,7 +102,7 @@ def make_plan(
     """
     interval = interval or warmup_steps or max(MIN_DEFAULT_INTERVAL, round(DEFAULT_INTERVAL_FRACTION * total_steps))
     start = interval if start is None else start
-    needed = target_total_rank - initial_total_rank
+    needed = peak_total_rank - initial_total_rank
     if top_h is None:
         available = int(growth_fraction * total_steps) // interval - start // interval
         top_h = min(num_layers, math.ceil(needed / (available * increment))) if available > 0 else num_layers
@@ -103,10 +114,11 @@ def make_plan(
         top_h=max(1, min(top_h, num_layers)),
         increment=increment,
         initial_total_rank=initial_total_rank,
+        peak_total_rank=peak_total_rank,
         target_total_rank=target_total_rank,
         window=window,
     )
-    if plan.last_step >= total_steps:
+    if plan.last_step > _last_possible(plan):
         raise ValueError(_unreachable(plan))
     return plan
 
@@ -115,9 +127,14 @@ def _rounds_needed(components: int, top_h: int, increment: int) -> int:
     return math.ceil(components / (top_h * increment))
 
 
+def _last_possible(plan: Plan) -> int:
+    """The last step for a round of growth: what it adds has to train, and before a cut as well as after."""
+    return plan.total_steps - (2 if plan.cut_step else 1)
+
+
 def _unreachable(plan: Plan) -> str:
-    needed = plan.target_total_rank - plan.initial_total_rank
-    last = plan.total_steps - 1  # a round after the final update would add components that never train
+    needed = plan.peak_total_rank - plan.initial_total_rank
+    last = _last_possible(plan)
     remedies = []
     for interval in range(min(plan.interval - 1, last), 0, -1):
         if interval * (min(plan.start, interval) // interval + plan.rounds) <= last:
@@ -126,13 +143,15 @@ def _unreachable(plan: Plan) -> str:
     available = last // plan.interval - plan.start // plan.interval
     if available > 0 and math.ceil(needed / (available * plan.increment)) <= plan.num_layers:
         remedies.append(f"top_h={math.ceil(needed / (available * plan.increment))}")
-    remedies.append(f"more than {plan.last_step:,} training steps")
+    remedies.append(f"more than {plan.last_step + plan.total_steps - last - 1:,} training steps")
     remedies.append("a smaller r_avg")
+    goal = "peak" if plan.cut_step else "budget"
     return (
-        f"The budget of total rank {plan.target_total_rank} cannot be met in {plan.total_steps:,} steps: from "
+        f"The {goal} of total rank {plan.peak_total_rank} cannot be met in {plan.total_steps:,} steps: from "
         f"{plan.initial_total_rank} it takes {plan.rounds} rounds of top_h={plan.top_h} layers x "
         f"increment={plan.increment}, every interval={plan.interval} steps after start={plan.start}, so that the last "
-        f"round would come at step {plan.last_step:,}, and a round needs at least one step after it. "
+        f"round would come at step {plan.last_step:,}, and a round needs at least {plan.total_steps - last} "
+        f"step{'s' * (plan.total_steps - last > 1)} after it. "
         f"Nearest valid settings: {', or '.join(remedies)}."
     )
 
@@ -153,3 +172,20 @@ def gains(layers: Iterable[str], *, remaining: int, increment: int) -> dict[str,
         gained[name] = min(increment, remaining)
         remaining -= gained[name]
     return gained
+
+
+def smallest(sizes: Mapping[str, Sequence[float]], count: int) -> dict[str, list[int]]:
+    """Layer ↦ places of its components among the ``count`` smallest of the model; ties go to the first in the model.
+
+    Args:
+        sizes: the size of every component, by layer, in the order of the model.
+    """
+    ordered = sorted(
+        (size, place, name, i)
+        for place, (name, of_layer) in enumerate(sizes.items())
+        for i, size in enumerate(of_layer)
+    )
+    found: dict[str, list[int]] = {}
+    for _, _, name, i in ordered[:count]:
+        found.setdefault(name, []).append(i)
+    return {name: sorted(places) for name, places in found.items()}

@@ -45,18 +45,23 @@ def delta_weight(components: Iterable[Component], s: float) -> Tensor:
     return s * sum((c.lam * torch.outer(c.b, c.a) for c in components), start=torch.zeros(()))
 
 
-def penalty(matrices: Sequence[Tensor], squared: bool = False) -> Tensor:
-    """Mean over the matrices X of ‖X Xᵀ − I‖_F, or of its square, a scalar; equation (4).
+def penalty(matrices: Sequence[Tensor], form: str = "paper") -> Tensor:
+    """Mean over the matrices X of ‖X Xᵀ − I‖_F, a scalar; equation (4). Matrices without rows are left out.
 
     Args:
         matrices: all A, shape (r, in), and Bᵀ, shape (r, out): 2n matrices, the reserve's rows included.
+        form: "squared": of ‖X Xᵀ − I‖_F². "directions": of ‖C‖_F, C_ij = cos(x_i, x_j) where i ≠ j, and 0 else.
     """
+    held = [matrix for matrix in matrices if len(matrix)]
     total = torch.zeros((), dtype=torch.float64)
-    for matrix in matrices:
-        deviation = matrix @ matrix.T - torch.eye(len(matrix), dtype=matrix.dtype)  # (r, r)
+    for matrix in held:
+        rows = matrix / matrix.norm(dim=1, keepdim=True) if form == "directions" else matrix
+        deviation = rows @ rows.T - torch.eye(len(rows), dtype=rows.dtype)  # (r, r)
+        if form == "directions":
+            deviation = deviation.tril(-1) + deviation.triu(1)
         squares = sum((entry**2 for entry in deviation.flatten()), start=torch.zeros(()))
-        total = total + (squares if squared else torch.sqrt(squares))
-    return total / len(matrices)
+        total = total + (squares if form == "squared" or squares == 0 else torch.sqrt(squares))
+    return total / len(held)
 
 
 def sensitivity(delta: Tensor, gradient: Tensor, reduction: str = "mean") -> float:
@@ -74,6 +79,11 @@ def average(smoothed: float, uncertainty: float, new: float, beta1: float, beta2
 def score(smoothed: float, uncertainty: float) -> float:
     """S_t = Ī_t · U_t; equation (8)."""
     return smoothed * uncertainty
+
+
+def component_size(component: Component, s: float) -> float:
+    """‖s λ b aᵀ‖_F."""
+    return torch.linalg.matrix_norm(s * component.lam * torch.outer(component.b, component.a)).item()
 
 
 def is_due(t: int, *, start: int, interval: int, remaining: int) -> bool:
@@ -94,6 +104,12 @@ def choose(scores: Sequence[float], *, remaining: int, top_h: int, increment: in
             gained[k] = count
         remaining -= count
     return gained
+
+
+def smallest(sizes: Sequence[Sequence[float]], count: int) -> list[tuple[int, int]]:
+    """The ``count`` smallest components of the model, as (layer, place); ties go to the one that comes first."""
+    every = [(k, i) for k, of_layer in enumerate(sizes) for i in range(len(of_layer))]
+    return sorted(every, key=lambda one: sizes[one[0]][one[1]])[:count]
 
 
 def restarted(curve: Curve, t: int, birth: int, warmup: int, total: int) -> float:
@@ -129,14 +145,16 @@ class NaiveSettings:
     increment: int = 1
     interval: int = 4  # ν
     start: int = 4
+    score: str = "paper"
     beta1: float = 0.85
     beta2: float = 0.85
     score_reduction: str = "mean"
     rank_scaling: str = "constant"
     lora_alpha: float = 16.0  # α
     orth_reg_weight: float = 0.1
-    orth_reg_squared: bool = False
+    penalty: str = "paper"
     advance_learning: bool = True
+    overshoot: int = 0
     restart_warmup: bool = True
     reserve_lambda: float = 1e-5
     lam_lr_multiplier: float = 10.0
@@ -159,7 +177,7 @@ class NaiveLinear(nn.Module):
     def scale(self) -> float:
         """s = α / r_avg, the same for all layers at all times; with rank_scaling="per_rank" s_k = α / r_k."""
         s = self.settings
-        return s.lora_alpha / (s.r_avg if s.rank_scaling == "constant" else self.rank())
+        return s.lora_alpha / (s.r_avg if s.rank_scaling == "constant" else max(self.rank(), 1))
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) ↦ (..., out)."""
@@ -187,7 +205,8 @@ class NaiveIncreLora:
         heads: what is trained fully, by name.
         smoothed, uncertainty: Ī and U of every layer.
         sensitivities: I of every layer, one list per step.
-        rounds: the steps of the rounds, with the names of the layers that grew, best first.
+        rounds: the steps of the rounds, with the names of the layers that grew, best first; none where one cuts.
+        is_cut: whether the components above the budget are gone.
         lrs: the learning rates in use, ascending, one list per step.
     """
 
@@ -229,6 +248,7 @@ class NaiveIncreLora:
         self.uncertainty = [0.0] * len(names)
         self.sensitivities: list[list[float]] = []
         self.rounds: list[tuple[int, list[str]]] = []
+        self.is_cut = settings.overshoot == 0
         self.lrs: list[list[float]] = []
         self._moments: dict[int, tuple[Any, Any, int]] = {}  # AdamW's, by id of the tensor
 
@@ -238,11 +258,15 @@ class NaiveIncreLora:
         assert isinstance(base, nn.Linear)
         layer = NaiveLinear(base, s)
         self.model.set_submodule(name, layer)
-        reserve = s.increment if s.advance_learning and s.r_avg > s.init_r else 0
-        first, ahead = self.draw(k, 0, [s.init_r, reserve])
+        first, ahead = self.draw(k, 0, [s.init_r, self._reserve()])
         layer.components = [self._component(ab, 0.0, True, 0) for ab in first]  # λ = 0, so that ΔW = 0
         layer.components += [self._component(ab, s.reserve_lambda, False, 0) for ab in ahead]
         return layer
+
+    def _reserve(self) -> int:
+        """Components of one layer's reserve."""
+        s = self.settings
+        return s.increment if s.advance_learning and s.r_avg + s.overshoot > s.init_r else 0
 
     def _component(self, ab: tuple[Tensor, Tensor], lam: float, active: bool, birth: int) -> Component:
         a, b = (vector.clone().requires_grad_() for vector in ab)
@@ -260,15 +284,18 @@ class NaiveIncreLora:
             loss_sum += loss.item()
             for k, layer in enumerate(self.layers):  # (5), with the gradient of this micro-batch's own mean loss
                 assert layer.delta is not None
-                assert layer.delta.grad is not None
+                if layer.delta.grad is None:  # it has been cut to rank 0
+                    continue
                 own_gradient = layer.delta.grad * count
                 found[k] += sensitivity(layer.delta, own_gradient, self.settings.score_reduction) / count
         if self.settings.orth_reg_weight:  # (4), once per step, in neither L nor I
-            (self.settings.orth_reg_weight * penalty(self._matrices(), self.settings.orth_reg_squared)).backward()
+            (self.settings.orth_reg_weight * penalty(self._matrices(), self.settings.penalty)).backward()
         self._adamw(t)
         self._average(found)
         if is_due(t, start=self.settings.start, interval=self.settings.interval, remaining=self.remaining()):
             self._grow(t)
+        elif not self.is_cut and self.remaining() == 0 and self._cut_is_due(t):
+            self._cut(t)
         return loss_sum / count
 
     def trainables(self) -> list[Trainable]:
@@ -288,8 +315,9 @@ class NaiveIncreLora:
         return self.lr * one.lr_factor * restarted(self.curve, t - 1, birth, self.warmup, self.total_steps)
 
     def remaining(self) -> int:
-        """Components that the budget r^final = n · r_avg still has."""
-        return self.settings.r_avg * len(self.layers) - self.total_rank()
+        """Components that growth still adds: up to n · (r_avg + overshoot), and after the cut none."""
+        average = self.settings.r_avg + (0 if self.is_cut else self.settings.overshoot)
+        return average * len(self.layers) - self.total_rank()
 
     def total_rank(self) -> int:
         """Σ_k r_k."""
@@ -304,7 +332,8 @@ class NaiveIncreLora:
 
     def _matrices(self) -> list[Tensor]:
         """A and Bᵀ of every layer, shapes (r, in) and (r, out)."""
-        pairs = [([c.a for c in layer.components], [c.b for c in layer.components]) for layer in self.layers]
+        used = [layer for layer in self.layers if layer.components]
+        pairs = [([c.a for c in layer.components], [c.b for c in layer.components]) for layer in used]
         return [torch.stack(rows) for pair in pairs for rows in pair]
 
     def _adamw(self, t: int) -> None:
@@ -340,7 +369,7 @@ class NaiveIncreLora:
         Where the budget is met, all reserves are removed.
         """
         s, number = self.settings, len(self.rounds) + 1
-        scores = [score(i, u) for i, u in zip(self.smoothed, self.uncertainty, strict=True)]
+        scores = [self._score(k) for k in range(len(self.layers))]
         gained = choose(scores, remaining=self.remaining(), top_h=s.top_h, increment=s.increment)
         self.rounds.append((t, [self.names[k] for k in gained]))
         for k, count in gained.items():
@@ -357,6 +386,26 @@ class NaiveIncreLora:
             for k in gained:
                 (fresh,) = self.draw(k, number, [s.increment])
                 self.layers[k].components += [self._component(ab, s.reserve_lambda, False, t) for ab in fresh]
+
+    def _score(self, k: int) -> float:
+        """Of layer k: S, or the size of its smallest component."""
+        layer = self.layers[k]
+        if self.settings.score == "weakest":
+            return min(component_size(c, layer.scale()) for c in layer.components if c.active)
+        return score(self.smoothed[k], self.uncertainty[k])
+
+    def _cut_is_due(self, t: int) -> bool:
+        """Whether the smallest components go after step t: an interval after the last round, or one step before T."""
+        return t == min(self.rounds[-1][0] + self.settings.interval, self.total_steps - 1)
+
+    def _cut(self, t: int) -> None:
+        """The round after step t that removes the smallest components of the model; a layer may lose all its own."""
+        sizes = [[component_size(c, layer.scale()) for c in layer.components] for layer in self.layers]
+        gone = smallest(sizes, self.total_rank() - self.settings.r_avg * len(self.layers))
+        for k, layer in enumerate(self.layers):
+            layer.components = [c for i, c in enumerate(layer.components) if (k, i) not in gone]
+        self.rounds.append((t, []))
+        self.is_cut = True
 
     @staticmethod
     def _activate(layer: NaiveLinear, count: int, t: int) -> None:

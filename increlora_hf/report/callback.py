@@ -59,7 +59,8 @@ class GrowthReportCallback(TrainerCallback):
         self._reported = len(growth.rounds)
         if not state.is_world_process_zero:
             return
-        ranks = {RANK_OF + name: growth.rank_pattern[name] for name in growth.rounds[-1].layers}
+        changed = [*growth.rounds[-1].layers, *growth.rounds[-1].removed]
+        ranks = {RANK_OF + name: growth.rank_pattern[name] for name in changed}
         for callback in self._handler.callbacks:
             if isinstance(callback, INTEGRATIONS):  # not `Trainer.log`: that writes the state and postpones due logs
                 with _errors_as_warnings():

@@ -105,7 +105,7 @@ def orthogonality_curve(history: History, log: Log) -> Figure | None:
 
 def score_history(history: History) -> Figure | None:
     """The scores S of the layers that grew; the legend names those chosen most often. None where nothing grew."""
-    rounds = [record for record, _ in _own_rounds(history)]
+    rounds = [record for record, _ in _own_rounds(history) if record["layers"]]
     if not rounds:
         return None
     times = Counter(name for record in rounds for name in record["layers"])
@@ -174,14 +174,14 @@ def _own_rounds(history: History) -> list[tuple[Mapping[str, Any], int]]:
     """The rounds of the planned run, each with the total rank after it; not those of an earlier run."""
     if "initial_ranks" not in history:  # of an adapter that IncreLoRA did not train
         return []
-    plan, budget, increment = history["plan"], history["target_total_rank"], history["config"]["increment"]
-    total, found = sum(history["initial_ranks"].values()), []
+    plan, config, layers = history["plan"], history["config"], history["initial_ranks"]
+    peak = history["target_total_rank"] + config.get("overshoot", 0) * len(layers)
+    total, found = sum(layers.values()), []
     for record in history["rounds"]:
-        before, total = (
-            total,
-            total + sum(gains(record["layers"], remaining=budget - total, increment=increment).values()),
-        )
-        if plan is not None and before >= plan["initial_total_rank"]:
+        is_own = plan is not None and total >= plan["initial_total_rank"]
+        total += sum(gains(record["layers"], remaining=peak - total, increment=config["increment"]).values())
+        total -= sum(map(len, record.get("removed", {}).values()))
+        if is_own:
             found.append((record, total))
     return found
 

@@ -28,11 +28,12 @@ def plan_line(growth: Growth, other_trainable: int) -> str:
         ranks = f"{plan.target_total_rank}, fixed"
         return f"IncreLoRA: {len(layers)} layers, total rank {ranks}; trainable {_millions(now)} M{head}"
     low, high = _final_parameters(growth)
+    cut = f"cut to {plan.target_total_rank} at step {plan.cut_step:,}; " if plan.cut_step else ""
     return (
-        f"IncreLoRA: {len(layers)} layers, rank {plan.initial_total_rank} → {plan.target_total_rank} in {plan.rounds} "
+        f"IncreLoRA: {len(layers)} layers, rank {plan.initial_total_rank} → {plan.peak_total_rank} in {plan.rounds} "
         f"rounds of {plan.top_h} every {plan.interval:,} steps from step {plan.first_step:,}, last at "
         f"{plan.last_step:,} of {plan.total_steps:,} ({plan.last_step / plan.total_steps:.0%}); "
-        f"trainable {_millions(now)} M → {_millions(low)}-{_millions(high)} M{head}"
+        f"{cut}trainable {_millions(now)} M → {_millions(low)}-{_millions(high)} M{head}"
     )
 
 
@@ -44,9 +45,10 @@ def _final_parameters(growth: Growth) -> tuple[int, int]:
     """The fewest and the most adapter parameters that are possible at the end of growth."""
     plan, layers = growth.plan, growth.layers.values()
     assert plan is not None
-    low, high = added_parameters(
-        [layer.num_parameters(1) for layer in layers], growth.remaining, plan.rounds * plan.increment
-    )
+    costs, gained = [layer.num_parameters(1) for layer in layers], plan.rounds * plan.increment
+    if plan.cut_step:  # the cut may leave any of them
+        return added_parameters(costs, plan.target_total_rank, max(growth.rank_pattern.values()) + gained)
+    low, high = added_parameters(costs, growth.remaining, gained)
     start = growth.num_parameters()
     return start + low, start + high
 
@@ -74,7 +76,7 @@ def _fill(costs: Iterable[int], components: int, most_per_layer: int) -> int:
 
 def round_line(growth: Growth, step: int) -> str:
     """The total rank after a round, and a block for the total of each row of the rank table; at most 80 columns."""
-    line = f"IncreLoRA: step {step:,}, rank {growth.total_rank}/{growth.target_total_rank} "
+    line = f"IncreLoRA: step {step:,}, rank {growth.total_rank}/{growth.peak_total_rank} "
     rows, _, cells = rank_grid(growth.rank_pattern)
     totals = dict.fromkeys(rows, 0)
     for (row, _), rank in cells.items():
@@ -83,11 +85,11 @@ def round_line(growth: Growth, step: int) -> str:
 
 
 def sparkline(values: Sequence[float], width: int) -> str:
-    """Positive values as at most ``width`` blocks on a scale from 0; where they are more, neighbours are averaged."""
+    """Values from 0 up as at most ``width`` blocks on a scale from 0; where they are more, neighbours are averaged."""
     count = min(len(values), width)
     bounds = [i * len(values) // count for i in range(count + 1)]
     means = [sum(values[begin:end]) / (end - begin) for begin, end in pairwise(bounds)]
-    return "".join(BLOCKS[math.ceil(len(BLOCKS) * mean / max(means)) - 1] for mean in means)
+    return "".join(BLOCKS[max(0, math.ceil(len(BLOCKS) * mean / max(means)) - 1)] for mean in means)
 
 
 def rank_grid(ranks: Mapping[str, int]) -> tuple[list[str], list[str], dict[tuple[str, str], int]]:

@@ -25,7 +25,7 @@ from ..growth.attach import attach, is_attached
 from ..growth.growth import Growth
 from ..growth.run import GrowthRun
 from ..growth.tensors import frozen_batch_norms
-from ..method.orthogonality import orthogonality
+from ..method.penalties import orthogonality
 from ..report.callback import GrowthReportCallback
 from ..report.text import ORTH_LOSS, TOTAL_RANK, plan_line, rank_table
 from .loss_accounting import ItemCountsMixin
@@ -287,8 +287,8 @@ class IncreLoraTrainerMixin(ItemCountsMixin, PublishingMixin):
         if "loss" in logs:
             logs[TOTAL_RANK] = self.increlora.total_rank
             with torch.no_grad():
-                squared = self.increlora.config.orth_reg_squared
-                logs[ORTH_LOSS] = orthogonality(self.increlora.factors(), squared=squared).item()
+                growth = self.increlora
+                logs[ORTH_LOSS] = orthogonality(growth.factors(), growth.config.penalty).item()
         super().log(logs, *args, **kwargs)
 
     def _show_total_rank(self) -> None:
