@@ -1,0 +1,403 @@
+"""A task whose ranks are known: who finds them, and what the found ranks are worth.
+
+python benchmarks/evidence/planted_ranks.py run --results R.jsonl --contenders lora paper overshoot=2,score=weakest
+python benchmarks/evidence/planted_ranks.py report --results R.jsonl --output docs/planted-ranks.md
+
+A teacher is a small random model with an update of rank r_k added to each linear layer: orthonormal factors, every
+singular value half of the weight's spectral norm, Σ r_k = 2 n. A student of the same weights gets adapters of that
+budget and learns the teacher's last hidden state (mean squared error) on random tokens, with AdamW and a linear
+schedule. The loss is the mean of the last 30 steps. Every run is a line of the results, and is not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import hashlib
+import itertools
+import json
+import math
+import statistics
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from importlib.metadata import version
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from glue_report import lines, paired
+from peft import AdaLoraConfig, LoraConfig, get_peft_model
+from torch import Tensor, nn
+from torch.optim import AdamW
+from transformers import BertConfig, BertModel, LlamaConfig, LlamaModel, get_linear_schedule_with_warmup
+
+from increlora_hf import GrowthRun, IncreLoraConfig, attach
+
+R_AVG, ALPHA, VOCABULARY = 2, 16, 300
+BATCH, LENGTH, WARMUP, LAST = 16, 16, 20, 30
+SHAPES = ("encoder", "causal")
+DRAWINGS = ("exponential", "sparse")
+STOCK = ("lora", "oracle", "adalora")  # beside them "paper", "default", and settings such as overshoot=2,score=weakest
+ADALORA_START = 3  # AdaLoRA's own ratio of first to last rank, 1.5
+PACKAGES = ("torch", "transformers", "peft", "increlora-hf")
+
+
+class Run(NamedTuple):
+    """One line to be."""
+
+    shape: str
+    drawing: str
+    seed: int
+    contender: str
+    learning_rate: float
+    steps: int
+
+    @property
+    def key(self) -> str:
+        """The same for the same run."""
+        return hashlib.sha256(json.dumps(self).encode()).hexdigest()[:16]
+
+
+# ---- The task ------------------------------------------------------------------------------------------------------
+
+
+def student(shape: str, seed: int) -> nn.Module:
+    """A random model: linear weights from N(0, 1 / in), embeddings from N(0, 1), no dropout."""
+    torch.manual_seed(seed)
+    model: nn.Module
+    if shape == "encoder":
+        config = BertConfig(
+            hidden_size=64,
+            num_hidden_layers=6,
+            num_attention_heads=4,
+            intermediate_size=256,
+            vocab_size=VOCABULARY,
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
+        )
+        model = BertModel(config, add_pooling_layer=False)
+    else:
+        model = LlamaModel(
+            LlamaConfig(
+                hidden_size=128,
+                num_hidden_layers=4,
+                num_attention_heads=4,
+                intermediate_size=256,
+                vocab_size=VOCABULARY,
+                use_cache=False,
+            )
+        )
+    for layer in linear_layers(model).values():
+        nn.init.normal_(layer.weight, std=layer.in_features**-0.5)
+    nn.init.normal_(model.get_input_embeddings().weight, std=1.0)  # type: ignore[operator]
+    return model
+
+
+def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
+    """The layers that are adapted, by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+
+
+def draw_ranks(count: int, drawing: str, generator: torch.Generator) -> list[int]:
+    """Ranks that sum to 2 · count, in proportion to exponential variables, or even on a third of the layers alone."""
+    if drawing == "sparse":
+        weights = torch.zeros(count)
+        weights[torch.randperm(count, generator=generator)[: count // 3]] = 1.0
+    else:
+        weights = -torch.log(torch.rand(count, generator=generator))
+    shares = weights / weights.sum() * R_AVG * count
+    ranks = torch.floor(shares).int()
+    for i in torch.argsort(ranks - shares)[: R_AVG * count - int(ranks.sum())]:  # the largest remainders
+        ranks[i] += 1
+    return ranks.tolist()
+
+
+@torch.no_grad()
+def plant(model: nn.Module, drawing: str, seed: int) -> dict[str, int]:
+    """Make a teacher of the model in place; the ranks of its updates by layer."""
+    generator = torch.Generator().manual_seed(seed + 777)
+    layers = linear_layers(model)
+    ranks = draw_ranks(len(layers), drawing, generator)
+    for layer, rank in zip(layers.values(), ranks, strict=True):
+        if rank:
+            left = torch.linalg.qr(torch.randn(layer.out_features, rank, generator=generator))[0]  # (out, r)
+            right = torch.linalg.qr(torch.randn(layer.in_features, rank, generator=generator))[0]  # (in, r)
+            layer.weight += 0.5 * torch.linalg.matrix_norm(layer.weight, 2) * left @ right.T
+    return dict(zip(layers, ranks, strict=True))
+
+
+def batches(teacher: nn.Module, seed: int, steps: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Random tokens and the teacher's last hidden state."""
+    generator = torch.Generator().manual_seed(seed + 1)
+    for _ in range(steps):
+        tokens = torch.randint(0, VOCABULARY, (BATCH, LENGTH), generator=generator)
+        with torch.no_grad():
+            target = teacher(input_ids=tokens).last_hidden_state
+        yield tokens, target
+
+
+# ---- The contenders ------------------------------------------------------------------------------------------------
+
+
+def execute(run: Run) -> dict[str, Any]:
+    """Train one student; the line for the results."""
+    torch.set_num_threads(1)
+    started = time.time()
+    base = student(run.shape, run.seed)
+    teacher = copy.deepcopy(base).eval()
+    planted = plant(teacher, run.drawing, run.seed)
+    data = batches(teacher, run.seed, run.steps)
+    losses, found = (train_stock if run.contender in STOCK else train_ours)(base, run, planted, data)
+    line = {"key": run.key, **run._asdict(), "error": None, "versions": {name: version(name) for name in PACKAGES}}
+    return line | {
+        "loss": statistics.mean(losses[-LAST:]),
+        "found": found,
+        "planted": planted,
+        "seconds": round(time.time() - started, 1),
+    }
+
+
+def loss_of(model: nn.Module, tokens: Tensor, target: Tensor) -> Tensor:
+    """The mean squared error of the last hidden state."""
+    return (model(input_ids=tokens).last_hidden_state - target).square().mean()
+
+
+def train_stock(
+    base: nn.Module, run: Run, planted: Mapping[str, int], data: Iterator[tuple[Tensor, Tensor]]
+) -> tuple[list[float], dict[str, int]]:
+    """PEFT's LoRA of even ranks, of the planted ranks ("oracle"), or AdaLoRA."""
+    is_oracle, is_adalora = run.contender == "oracle", run.contender == "adalora"
+    names = [name for name, rank in planted.items() if rank or not is_oracle]
+    if is_adalora:
+        config: Any = AdaLoraConfig(
+            init_r=ADALORA_START,
+            target_r=R_AVG,
+            lora_alpha=ALPHA // R_AVG * ADALORA_START,
+            target_modules=names,
+            tinit=WARMUP,
+            tfinal=run.steps * 3 // 5,  # steps after its last allocation
+            deltaT=10,
+            total_step=run.steps,
+            orth_reg_weight=0.1,
+        )
+    else:
+        ranks = {f"^{name.replace('.', '[.]')}": planted[name] for name in names} if is_oracle else {}
+        alphas = {pattern: ALPHA / R_AVG * rank for pattern, rank in ranks.items()}
+        config = LoraConfig(r=R_AVG, lora_alpha=ALPHA, target_modules=names, rank_pattern=ranks, alpha_pattern=alphas)
+    model = get_peft_model(base, config)  # type: ignore[arg-type]
+    optimizer = AdamW([p for p in model.parameters() if p.requires_grad], lr=run.learning_rate, weight_decay=0.0)
+    schedule = get_linear_schedule_with_warmup(optimizer, WARMUP, run.steps)
+    losses = []
+    model.train()
+    for step, (tokens, target) in enumerate(data, start=1):
+        loss = loss_of(model, tokens, target)
+        loss.backward()
+        optimizer.step()
+        if is_adalora:
+            model.base_model.update_and_allocate(step)
+        schedule.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    if not is_adalora:
+        return losses, {name: planted[name] if is_oracle else R_AVG for name in names}
+    kept = model.peft_config["default"].rank_pattern  # type: ignore[attr-defined]
+    return losses, {name: next(sum(v) for k, v in kept.items() if k.startswith(f"{name}.")) for name in names}
+
+
+def settings_of(contender: str, seed: int) -> IncreLoraConfig:
+    """IncreLoRA's settings: "default", "paper", or either followed by settings, such as paper,score=weakest."""
+    first, *others = contender.split(",")
+    preset = {"paper": IncreLoraConfig.paper, "default": IncreLoraConfig}.get(first)
+    pairs = [pair.split("=", 1) for pair in (others if preset else [first, *others])]
+    values = {name: json.loads(value) if value[0] in "-.0123456789tfn" else value for name, value in pairs}
+    return (preset or IncreLoraConfig)(**{"r_avg": R_AVG, "lora_alpha": ALPHA, "seed": seed, **values})
+
+
+def train_ours(
+    base: nn.Module, run: Run, planted: Mapping[str, int], data: Iterator[tuple[Tensor, Tensor]]
+) -> tuple[list[float], dict[str, int]]:
+    """IncreLoRA; its rounds come every `WARMUP` steps, as the defaults have it."""
+    model = attach(base, settings_of(run.contender, run.seed))
+    optimizer = AdamW([p for p in model.parameters() if p.requires_grad], lr=run.learning_rate, weight_decay=0.0)
+    growing = GrowthRun(model, optimizer, total_steps=run.steps, warmup_steps=WARMUP)
+    losses = []
+    model.train()
+    for tokens, target in data:
+        loss = loss_of(model, tokens, target)
+        loss.backward()
+        optimizer.step()
+        growing.after_step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses, model.increlora.rank_pattern
+
+
+# ---- The report ----------------------------------------------------------------------------------------------------
+
+
+def correlation(line: Mapping[str, Any]) -> float:
+    """Of found and planted ranks; NaN where either is even."""
+    planted = list(line["planted"].values())
+    found = [line["found"].get(name, 0) for name in line["planted"]]
+    return float(np.corrcoef(found, planted)[0, 1]) if len(set(found)) > 1 else math.nan
+
+
+def overlap(line: Mapping[str, Any]) -> int:
+    """Σ min(found, planted)."""
+    return sum(min(line["found"].get(name, 0), rank) for name, rank in line["planted"].items())
+
+
+def best_rate(of_contender: Sequence[Mapping[str, Any]]) -> float:
+    """The learning rate with the lowest mean loss over the seeds that all rates have."""
+    by_rate: dict[float, dict[int, float]] = defaultdict(dict)
+    for line in of_contender:
+        by_rate[line["learning_rate"]][line["seed"]] = line["loss"]
+    seeds = set.intersection(*(set(found) for found in by_rate.values()))
+    return min(by_rate, key=lambda rate: statistics.mean([by_rate[rate][seed] for seed in seeds] or [math.inf]))
+
+
+def at_best_rate(
+    found: Sequence[Mapping[str, Any]], cell: tuple[str, str, int], contender: str
+) -> dict[int, Mapping[str, Any]]:
+    """Seed -> the line of a contender at its best rate, in one cell of shape, drawing and steps."""
+    own = [r for r in found if (r["shape"], r["drawing"], r["steps"]) == cell and r["contender"] == contender]
+    rate = best_rate(own) if own else None
+    return {line["seed"]: line for line in own if line["learning_rate"] == rate}
+
+
+def table(found: Sequence[Mapping[str, Any]], cell: tuple[str, str, int]) -> str:
+    """Loss, ratio to LoRA's and to AdaLoRA's, correlation and overlap of every contender."""
+    contenders = list(dict.fromkeys(line["contender"] for line in found))
+    best = {contender: at_best_rate(found, cell, contender) for contender in contenders}
+    text = [
+        "| | rate | loss by seed | ÷ LoRA | ÷ AdaLoRA | correlation | overlap | layers at 0 | largest |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for contender, by_seed in best.items():
+        if not by_seed:
+            continue
+        own = list(by_seed.values())
+        losses = {seed: line["loss"] for seed, line in by_seed.items()}
+        ratios = [
+            ratio(losses, {s: r["loss"] for s, r in best.get(rival, {}).items()}) for rival in ("lora", "adalora")
+        ]
+        found_ranks = [[line["found"].get(name, 0) for name in line["planted"]] for line in own]
+        numbers = [correlation(line) for line in own]
+        known = "" if any(map(math.isnan, numbers)) else f"{statistics.mean(numbers):.2f}"
+        text.append(
+            f"| {contender} | {own[0]['learning_rate']:g} | {' '.join(f'{loss:.4f}' for loss in losses.values())} | "
+            f"{' | '.join(ratios)} | {known} | {statistics.mean(map(overlap, own)):.0f} | "
+            f"{statistics.mean(ranks.count(0) for ranks in found_ranks):.0f} | {max(map(max, found_ranks))} |"
+        )
+    return "\n".join(text)
+
+
+def ratio(ours: Mapping[int, float], theirs: Mapping[int, float]) -> str:
+    """The mean over common seeds of ours ÷ theirs, with a 95 % bootstrap interval over the seeds."""
+    ratios = {seed: ours[seed] / theirs[seed] for seed in ours.keys() & theirs.keys()}
+    return paired(ratios, dict.fromkeys(ratios, 0.0)).replace("+", "")
+
+
+def report(settings: argparse.Namespace) -> None:
+    """A table for each shape, drawing and length, into the document between its two marks, or onto the screen."""
+    found = [line for line in lines(settings.results) if line["error"] is None]
+    parts = []
+    for cell in dict.fromkeys((line["shape"], line["drawing"], line["steps"]) for line in found):
+        shape, drawing, steps = cell
+        parts.append(f"### {shape}, {drawing} ranks, {steps:,} steps\n\n{table(found, cell)}\n")
+        if settings.figures is not None:
+            draw(found, cell, settings)
+    text = "\n".join(parts)
+    if settings.output is None:
+        sys.stdout.write(text)
+        return
+    begin, end = "<!-- tables -->\n", "<!-- end of tables -->"
+    document = settings.output.read_text()
+    settings.output.write_text(f"{document.split(begin)[0]}{begin}\n{text}\n{end}{document.split(end)[1]}")
+
+
+def draw(found: Sequence[Mapping[str, Any]], cell: tuple[str, str, int], settings: argparse.Namespace) -> None:
+    """Planted ranks beside found ones, of one seed: a row for each contender that finds ranks."""
+    from matplotlib import pyplot
+
+    seed = min(line["seed"] for line in found)
+    best = {name: at_best_rate(found, cell, name).get(seed) for name in settings.shown}
+    shown = {name: line for name, line in best.items() if line is not None}
+    if not shown:
+        return
+    planted = next(iter(shown.values()))["planted"]
+    figure, panels = pyplot.subplots(
+        len(shown), 1, figsize=(8, 1.6 * len(shown) + 0.6), sharex=True, layout="constrained", squeeze=False
+    )
+    places = np.arange(len(planted))
+    for axes, (name, line) in zip(panels[:, 0], shown.items(), strict=True):
+        axes.bar(places, list(planted.values()), width=0.9, color="0.82", label="planted")
+        axes.bar(places, [line["found"].get(layer, 0) for layer in planted], width=0.45, color="C0", label="found")
+        number = correlation(line)
+        axes.set_title(f"{name}: loss {line['loss']:.4f}, correlation {number:.2f}", fontsize="medium", loc="left")
+        axes.set_ylabel("rank")
+    panels[0, 0].legend(loc="upper right", ncols=2)
+    panels[-1, 0].set_xlabel("linear layer, in the order of the model")
+    settings.figures.mkdir(parents=True, exist_ok=True)
+    figure.savefig(settings.figures / f"planted-{cell[0]}-{cell[1]}.png", dpi=120)
+    pyplot.close(figure)
+
+
+def run_all(settings: argparse.Namespace) -> None:
+    """Run what is not in the results yet, some at a time."""
+    grid = itertools.product(
+        settings.shapes, settings.drawings, settings.seeds, settings.contenders, settings.learning_rates
+    )
+    done = {line["key"] for line in lines(settings.results)}
+    runs = [run for run in (Run(*cell, settings.steps) for cell in grid) if run.key not in done]
+    for run in runs:
+        if run.contender not in STOCK:
+            settings_of(run.contender, run.seed)  # a mistake in a name is found before the first run
+    settings.results.parent.mkdir(parents=True, exist_ok=True)
+    with get_context("spawn").Pool(settings.jobs) as pool, settings.results.open("a") as file:
+        for line in pool.imap_unordered(execute, runs):
+            file.write(json.dumps(line) + "\n")
+            file.flush()
+            sys.stdout.write(
+                f"{line['shape']} | {line['drawing']} | seed {line['seed']} | {line['contender']} | "
+                f"{line['learning_rate']:g}: {line['loss']:.4f}, correlation {correlation(line):.2f}, "
+                f"{line['seconds']:.0f} s\n"
+            )
+            sys.stdout.flush()
+
+
+def main() -> None:
+    """Run or report."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    running = commands.add_parser("run", help="run what is not in the results yet")
+    running.add_argument("--results", type=Path, required=True)
+    running.add_argument("--shapes", nargs="+", choices=SHAPES, default=["encoder"])
+    running.add_argument("--drawings", nargs="+", choices=DRAWINGS, default=["exponential"])
+    running.add_argument("--seeds", nargs="+", type=int, default=[1, 2])
+    running.add_argument(
+        "--contenders",
+        nargs="+",
+        default=[*STOCK, "paper", "default"],
+        help="lora, oracle, adalora, paper, default, or settings: overshoot=2,score=weakest",
+    )
+    running.add_argument("--learning_rates", nargs="+", type=float, default=[1e-2])
+    running.add_argument("--steps", type=int, default=400)
+    running.add_argument("--jobs", type=int, default=1, help="runs at a time, one thread each")
+    reporting = commands.add_parser("report", help="print tables, or put them into a document")
+    reporting.add_argument("--results", type=Path, required=True)
+    reporting.add_argument("--figures", type=Path, help="folder for pictures; needs matplotlib")
+    reporting.add_argument("--shown", nargs="+", default=["adalora", "paper", "default"], help="in the pictures")
+    reporting.add_argument(
+        "--output", type=Path, help="a document with the marks <!-- tables --> and <!-- end of tables -->"
+    )
+    settings = parser.parse_args()
+    (report if settings.command == "report" else run_all)(settings)
+
+
+if __name__ == "__main__":
+    main()

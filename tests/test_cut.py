@@ -1,0 +1,178 @@
+"""Growth past the budget, and the cut down to it: what goes, what stays, and what is saved."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import arguments, tiny_bert, token_rows
+from peft import PeftModel
+
+from increlora_hf import GrowthRun, IncreLoraConfig, IncreLoraTrainer, attach, load_adapter
+from increlora_hf.method.allocation import make_plan, smallest
+from increlora_hf.method.reference import smallest as naively_smallest
+
+STEPS = 20
+BATCH = {name: torch.tensor(values) for name, values in token_rows()[:8].items()}
+CUT = IncreLoraConfig(
+    r_avg=1, overshoot=2, score="weakest", advance_learning=False, interval=3, start=3, top_h=12, orth_reg_weight=0.0
+)  # 12 layers: to 36 components at step 9, cut to 12 at step 12
+
+
+def trained(tmp_path: Path, config: IncreLoraConfig = CUT, **settings: Any) -> IncreLoraTrainer:
+    args = arguments(tmp_path, max_steps=STEPS, learning_rate=3e-2, **settings)
+    trainer = IncreLoraTrainer(tiny_bert(), args, train_dataset=token_rows(), increlora_config=config)
+    trainer.train()
+    return trainer
+
+
+def test_growth_goes_past_the_budget_and_is_cut_to_it_exactly(tmp_path: Path) -> None:
+    growth = trained(tmp_path).increlora
+    plan = growth.plan
+    assert (plan.peak_total_rank, plan.target_total_rank, plan.cut_step) == (36, 12, 12)
+    assert [record.step for record in growth.rounds] == [6, 9, 12]
+    assert sum(map(len, growth.rounds[-1].removed.values())) == 24
+    assert growth.total_rank == growth.target_total_rank == 12
+    assert growth.remaining == 0
+    assert 0 in growth.rank_pattern.values()
+
+
+def test_what_is_cut_is_the_smallest_and_the_rest_keeps_its_bits() -> None:
+    model = attach(tiny_bert(), CUT)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-2)
+    run = GrowthRun(model, optimizer, total_steps=STEPS, warmup_steps=2)
+    layers = model.increlora.layers
+    for step in range(1, 13):
+        model(**BATCH).loss.backward()
+        optimizer.step()
+        if step == 12:
+            before = {
+                name: (
+                    layer.component_sizes().tolist(),
+                    layer.A.components.detach().clone(),
+                    layer.A.active_lam.tolist(),
+                )
+                for name, layer in layers.items()
+            }
+        run.after_step()
+        optimizer.zero_grad()
+    gone = naively_smallest([sizes for sizes, _, _ in before.values()], 24)
+    for k, (name, layer) in enumerate(layers.items()):
+        sizes, rows, lams = before[name]
+        kept = [i for i in range(len(sizes)) if (k, i) not in gone]
+        assert layer.rank == len(kept)
+        assert torch.equal(layer.A.components, rows[kept])
+        assert layer.A.active_lam.tolist() == [lams[i] for i in kept]
+        assert len(layer.B.components) == len(kept)
+
+
+def test_ties_go_in_the_order_of_the_model() -> None:
+    sizes = {"b": [1.0, 0.0], "a": [0.0, 2.0, 0.0]}
+    assert smallest(sizes, 2) == {"b": [1], "a": [0]}
+    assert smallest(sizes, 4) == {"b": [0, 1], "a": [0, 2]}
+    assert smallest(sizes, 0) == {}
+
+
+@pytest.mark.parametrize("rank_scaling", ["constant", "per_rank"])
+def test_saved_adapter_is_an_ordinary_one_without_the_layers_of_rank_0(rank_scaling: str, tmp_path: Path) -> None:
+    settings = {**CUT.to_dict(), "rank_scaling": rank_scaling}
+    trainer = trained(tmp_path / "run", IncreLoraConfig(**settings))
+    trainer.save_model(str(tmp_path / "adapter"))
+    ranks = trainer.increlora.rank_pattern
+    expected = trainer.model.eval()(**BATCH).logits
+    stock = PeftModel.from_pretrained(tiny_bert(), str(tmp_path / "adapter")).eval()
+    strict = load_adapter(tiny_bert(), tmp_path / "adapter").eval()
+    for loaded in (stock, strict):
+        torch.testing.assert_close(loaded(**BATCH).logits, expected)
+        adapted = [name for name, module in loaded.get_base_model().named_modules() if hasattr(module, "lora_A")]
+        assert adapted == [name for name, rank in ranks.items() if rank]
+    torch.testing.assert_close(stock.merge_and_unload()(**BATCH).logits, expected)
+    torch.testing.assert_close(trainer.model.merge_and_unload().eval()(**BATCH).logits, expected)
+
+
+def test_growth_goes_on_from_an_adapter_that_was_cut(tmp_path: Path) -> None:
+    trainer = trained(tmp_path / "run")
+    trainer.save_model(str(tmp_path / "adapter"))
+    stock = PeftModel.from_pretrained(tiny_bert(), str(tmp_path / "adapter"), is_trainable=True)
+    model = attach(stock, IncreLoraConfig(r_avg=4, overshoot=1))
+    assert model.increlora.total_rank == 12
+    assert len(model.increlora.layers) == sum(rank > 0 for rank in trainer.increlora.rank_pattern.values())
+
+
+def test_second_training_after_the_cut_keeps_the_ranks(tmp_path: Path) -> None:
+    trainer = trained(tmp_path)
+    ranks = trainer.increlora.rank_pattern
+    trainer.train()
+    assert trainer.increlora.rank_pattern == ranks
+    assert trainer.increlora.plan.cut_step == 0
+
+
+def test_training_that_ended_before_the_cut_is_cut_in_the_next(tmp_path: Path) -> None:
+    model = attach(tiny_bert(), CUT)
+    for steps in (10, 5):
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        run = GrowthRun(model, optimizer, total_steps=20)
+        for _ in range(steps):
+            model(**BATCH).loss.backward()
+            optimizer.step()
+            run.after_step()
+            optimizer.zero_grad()
+    assert model.increlora.total_rank == 12
+
+
+def test_best_model_from_before_the_cut_comes_back_whole(tmp_path: Path) -> None:
+    class Earlier(IncreLoraTrainer):
+        def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+            metrics = super().evaluate(*args, **kwargs)
+            metrics["eval_early"] = -float(self.state.global_step)
+            return metrics
+
+    args = arguments(
+        tmp_path,
+        max_steps=STEPS,
+        eval_strategy="steps",
+        eval_steps=10,
+        save_strategy="steps",
+        save_steps=10,
+        load_best_model_at_end=True,
+        metric_for_best_model="loss",
+    )
+    trainer = Earlier(tiny_bert(), args, train_dataset=token_rows(), eval_dataset=token_rows(), increlora_config=CUT)
+    trainer.args.metric_for_best_model = "early"
+    trainer.args.greater_is_better = True
+    trainer.train()
+    assert trainer.increlora.total_rank == 36  # of step 10
+    trainer.train()
+    assert trainer.increlora.total_rank == 12
+
+
+@pytest.mark.parametrize(
+    "kind", [torch.optim.SGD, torch.optim.Adam, torch.optim.Adafactor, torch.optim.RMSprop, torch.optim.NAdam]
+)
+def test_every_kind_of_optimizer_goes_on_after_the_cut(kind: type[torch.optim.Optimizer]) -> None:
+    model = attach(tiny_bert(), CUT)
+    optimizer = kind(model.parameters(), lr=1e-2)
+    run = GrowthRun(model, optimizer, total_steps=STEPS, warmup_steps=2)
+    for _ in range(STEPS):
+        model(**BATCH).loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        before = [layer.A.active_lam.detach().clone() for layer in model.increlora.layers.values()]
+        optimizer.step()
+        after = [layer.A.active_lam for layer in model.increlora.layers.values()]
+        run.after_step()
+        optimizer.zero_grad()
+    assert model.increlora.total_rank == 12
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    assert held == {id(p) for p in model.parameters()}
+    assert any(len(a) and not torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+def test_a_plan_without_room_for_the_cut_is_refused() -> None:
+    settings = {"num_layers": 4, "warmup_steps": 0, "initial_total_rank": 4, "top_h": 4, "interval": 5, "window": 0}
+    plan = make_plan(**settings, total_steps=12, peak_total_rank=8, target_total_rank=4)
+    assert (plan.last_step, plan.cut_step) == (10, 11)
+    with pytest.raises(
+        ValueError, match=r"peak of total rank 8 .* in 11 steps.*at least 2 steps after it.*than 11 tr"
+    ):
+        make_plan(**settings, total_steps=11, peak_total_rank=8, target_total_rank=4)
+    assert make_plan(**settings, total_steps=11, peak_total_rank=8, target_total_rank=8).cut_step == 0
