@@ -36,7 +36,9 @@ class IncreLoraConfig:
     """
 
     r_avg: int = _setting(2, "Average rank per adapted layer at the end of growth (r^avg); the budget is n * r_avg.")
-    init_r: int = _setting(1, "Rank of every layer at the start.")
+    init_r: int | None = _setting(
+        None, "Rank of every layer at the start. Default: 1, or with an overshoot r_avg + overshoot // 2."
+    )
     top_h: int | None = _setting(
         None, "Layers that grow in one round (h). Default: such that growth ends at growth_fraction of the run."
     )
@@ -127,7 +129,7 @@ class IncreLoraConfig:
             raise ValueError(
                 f"overshoot={self.overshoot!r} is not a whole number of components. Give 1 or more, or 0 for no cut."
             )
-        if self.r_avg + self.overshoot < self.init_r:
+        if self.r_avg + self.overshoot < self.first_rank:
             raise ValueError(
                 f"r_avg={self.r_avg} is below init_r={self.init_r} by more than overshoot={self.overshoot}, and "
                 "growth only adds rank. Raise r_avg or lower init_r."
@@ -168,6 +170,13 @@ class IncreLoraConfig:
     def paper(cls, **settings: Any) -> IncreLoraConfig:
         """The paper's method, exactly, with its published constants; ``settings`` replace or add to `PAPER`."""
         return cls(**{**PAPER, **settings})
+
+    @property
+    def first_rank(self) -> int:
+        """``init_r``, filled in: with an overshoot growth starts half way above the budget."""
+        if self.init_r is not None:
+            return self.init_r
+        return self.r_avg + self.overshoot // 2 if self.overshoot else 1
 
     @property
     def needs_sensitivity(self) -> bool:

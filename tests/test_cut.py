@@ -15,7 +15,15 @@ from increlora_hf.method.reference import smallest as naively_smallest
 STEPS = 20
 BATCH = {name: torch.tensor(values) for name, values in token_rows()[:8].items()}
 CUT = IncreLoraConfig(
-    r_avg=1, overshoot=2, score="weakest", advance_learning=False, interval=3, start=3, top_h=12, orth_reg_weight=0.0
+    r_avg=1,
+    init_r=1,
+    overshoot=2,
+    score="weakest",
+    advance_learning=False,
+    interval=3,
+    start=3,
+    top_h=12,
+    orth_reg_weight=0.0,
 )  # 12 layers: to 36 components at step 9, cut to 12 at step 12
 
 

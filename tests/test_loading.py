@@ -296,7 +296,7 @@ CHECKPOINT_MUTATIONS: dict[str, tuple[Mutation, str]] = {
     "state-missing": (removed(STATE), "expected a JSON file, found nothing"),
     "state-broken": (text("{", STATE), "expected JSON"),
     "state-list": (text("[]", STATE), "expected an object"),
-    "state-future": (state(put("format_version", 7)), "format_version: expected 1 to 1, found 7"),
+    "state-future": (state(put("format_version", 7)), "format_version: expected 2 to 2, found 7"),
     "state-no-version": (state(lambda held: held.pop("format_version")), "found None"),
     "config-unknown": (state(lambda held: held["config"].update(surplus=1)), "Unknown IncreLoRA setting surplus"),
     "config-bad": (state(lambda held: held["config"].update(beta1=3)), "beta1=3"),

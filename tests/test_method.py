@@ -13,8 +13,9 @@ import torch
 import increlora_hf
 from increlora_hf.growth.schedule import restart_curves
 from increlora_hf.method import reference
-from increlora_hf.method.allocation import Plan, choose, gains
+from increlora_hf.method.allocation import Plan, choose, gains, smallest
 from increlora_hf.method.importance import ImportanceTracker
+from increlora_hf.method.scores import SCORES, Evidence, component_sizes
 from increlora_hf.method.sensitivity import sensitivity
 
 PACKAGE = Path(increlora_hf.__file__).parent
@@ -56,10 +57,27 @@ def test_a_round_gives_the_naive_layers_as_many_components(
     assert list(gains(chosen, **budget).items()) == [(names[k], count) for k, count in expected.items()]
 
 
+def test_component_sizes_and_the_weakest_are_the_naive_ones() -> None:
+    rows_a, rows_b, lams = random(4, 5, seed=1), random(4, 3, seed=2), random(4, seed=3)
+    sizes = component_sizes(rows_a, rows_b, lams, 8.0)
+    components = [reference.Component(*parts, True, 0, 0) for parts in zip(rows_a, rows_b, lams, strict=True)]
+    expected = [reference.component_size(component, 8.0) for component in components]
+    assert sizes.tolist() == pytest.approx(expected, rel=1e-12)
+    evidence = Evidence(ImportanceTracker(3, 0.85, 0.85), [sizes, sizes[:1], sizes[:0]])
+    assert SCORES["weakest"](evidence).tolist() == pytest.approx([min(expected), expected[0], 0.0])
+
+
+@pytest.mark.parametrize("count", [0, 1, 4, 7])
+def test_the_smallest_are_the_naive_ones(count: int) -> None:
+    sizes = [[0.3, 0.1], [], [0.1, 0.2, 0.1], [5.0, 0.0]]
+    found = smallest({str(k): of_layer for k, of_layer in enumerate(sizes)}, count)
+    assert {(int(name), i) for name, places in found.items() for i in places} == {*reference.smallest(sizes, count)}
+
+
 def test_plan_has_the_naive_rounds() -> None:
     plan = Plan(
         num_layers=6, total_steps=60, interval=7, start=10, top_h=2, increment=1, initial_total_rank=6,
-        target_total_rank=11, window=1,
+        peak_total_rank=11, target_total_rank=11, window=1,
     )  # fmt: skip
     remaining, expected = 5, []
     for t in range(1, 61):

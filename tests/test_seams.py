@@ -58,7 +58,7 @@ MODULE = "torch.nn.Module."
 SEAMS = [
     Seam("distributed.py", "torch.distributed.distributed_c10d._set_pg_timeout", "(timeout, group=None)",
          "gives gloo's collectives Trainer's ddp_timeout after the group was made"),
-    Seam("method/orthogonality.py", "torch._foreach_add_", PRESENT, "adds all gradients of the penalty in one call"),
+    Seam("method/penalties.py", "torch._foreach_add_", PRESENT, "adds all gradients of the penalty in one call"),
     Seam("adapter/lowrank.py", "torch._C._current_graph_task_id", PRESENT,
          "tells a forward call from activation checkpointing's second one, inside a backward pass"),
     Seam("adapter/factors.py", MODULE + "_save_to_state_dict", "(self, destination, prefix, keep_vars)",

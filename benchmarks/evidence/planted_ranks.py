@@ -21,7 +21,7 @@ import statistics
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
@@ -65,10 +65,10 @@ class Run(NamedTuple):
 # ---- The task ------------------------------------------------------------------------------------------------------
 
 
-def student(shape: str, seed: int) -> nn.Module:
+def student(shape: str, seed: int) -> Any:
     """A random model: linear weights from N(0, 1 / in), embeddings from N(0, 1), no dropout."""
     torch.manual_seed(seed)
-    model: nn.Module
+    model: Any
     if shape == "encoder":
         config = BertConfig(
             hidden_size=64,
@@ -93,7 +93,7 @@ def student(shape: str, seed: int) -> nn.Module:
         )
     for layer in linear_layers(model).values():
         nn.init.normal_(layer.weight, std=layer.in_features**-0.5)
-    nn.init.normal_(model.get_input_embeddings().weight, std=1.0)  # type: ignore[operator]
+    nn.init.normal_(model.get_input_embeddings().weight, std=1.0)
     return model
 
 
@@ -167,7 +167,7 @@ def loss_of(model: nn.Module, tokens: Tensor, target: Tensor) -> Tensor:
 
 
 def train_stock(
-    base: nn.Module, run: Run, planted: Mapping[str, int], data: Iterator[tuple[Tensor, Tensor]]
+    base: Any, run: Run, planted: Mapping[str, int], data: Iterator[tuple[Tensor, Tensor]]
 ) -> tuple[list[float], dict[str, int]]:
     """PEFT's LoRA of even ranks, of the planted ranks ("oracle"), or AdaLoRA."""
     is_oracle, is_adalora = run.contender == "oracle", run.contender == "adalora"
@@ -188,7 +188,7 @@ def train_stock(
         ranks = {f"^{name.replace('.', '[.]')}": planted[name] for name in names} if is_oracle else {}
         alphas = {pattern: ALPHA / R_AVG * rank for pattern, rank in ranks.items()}
         config = LoraConfig(r=R_AVG, lora_alpha=ALPHA, target_modules=names, rank_pattern=ranks, alpha_pattern=alphas)
-    model = get_peft_model(base, config)  # type: ignore[arg-type]
+    model: Any = get_peft_model(base, config)
     optimizer = AdamW([p for p in model.parameters() if p.requires_grad], lr=run.learning_rate, weight_decay=0.0)
     schedule = get_linear_schedule_with_warmup(optimizer, WARMUP, run.steps)
     losses = []
@@ -204,21 +204,24 @@ def train_stock(
         losses.append(loss.item())
     if not is_adalora:
         return losses, {name: planted[name] if is_oracle else R_AVG for name in names}
-    kept = model.peft_config["default"].rank_pattern  # type: ignore[attr-defined]
+    kept = model.peft_config["default"].rank_pattern
     return losses, {name: next(sum(v) for k, v in kept.items() if k.startswith(f"{name}.")) for name in names}
 
 
 def settings_of(contender: str, seed: int) -> IncreLoraConfig:
     """IncreLoRA's settings: "default", "paper", or either followed by settings, such as paper,score=weakest."""
     first, *others = contender.split(",")
-    preset = {"paper": IncreLoraConfig.paper, "default": IncreLoraConfig}.get(first)
+    presets: dict[str, Callable[..., IncreLoraConfig]] = {"paper": IncreLoraConfig.paper, "default": IncreLoraConfig}
+    preset = presets.get(first)
     pairs = [pair.split("=", 1) for pair in (others if preset else [first, *others])]
-    values = {name: json.loads(value) if value[0] in "-.0123456789tfn" else value for name, value in pairs}
+    values: dict[str, Any] = {
+        name: json.loads(value) if value[0] in "-.0123456789tfn" else value for name, value in pairs
+    }
     return (preset or IncreLoraConfig)(**{"r_avg": R_AVG, "lora_alpha": ALPHA, "seed": seed, **values})
 
 
 def train_ours(
-    base: nn.Module, run: Run, planted: Mapping[str, int], data: Iterator[tuple[Tensor, Tensor]]
+    base: Any, run: Run, planted: Mapping[str, int], data: Iterator[tuple[Tensor, Tensor]]
 ) -> tuple[list[float], dict[str, int]]:
     """IncreLoRA; its rounds come every `WARMUP` steps, as the defaults have it."""
     model = attach(base, settings_of(run.contender, run.seed))

@@ -40,7 +40,7 @@ def inject(model: nn.Module, config: IncreLoraConfig, ranks: Mapping[str, int] |
             "fully in target_modules."
         )
     handles = {name: AdaptedLayer(name, index, module) for index, (name, module) in enumerate(layers.items())}
-    start_components(handles, {name: ranks[name] if ranks else config.init_r for name in handles}, config)
+    start_components(handles, {name: ranks[name] if ranks else config.first_rank for name in handles}, config)
     record_ranks(peft_model, config)
     return peft_model
 

@@ -42,7 +42,7 @@ def resolve_targets(
     if ranks is not None:
         targets = list(ranks)
     lora_config = LoraConfig(
-        r=config.init_r,
+        r=config.first_rank,
         lora_alpha=plain_alpha(config.lora_alpha),  # type: ignore[arg-type]
         lora_dropout=config.lora_dropout,
         target_modules=targets,

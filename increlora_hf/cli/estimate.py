@@ -48,7 +48,7 @@ def plan_model(model: nn.Module, config: IncreLoraConfig, *, max_steps: int, war
         ValueError: the settings do not fit the model, or the run is too short for them.
     """
     lora_config, names = resolve_targets(model, config, config.adapted_ranks)
-    ranks = config.adapted_ranks or dict.fromkeys(names, config.init_r)
+    ranks = config.adapted_ranks or dict.fromkeys(names, config.first_rank)
     totals = (sum(ranks.values()), peak(config, ranks), budget(config, ranks))
     plan = plan_for(config, num_layers=len(names), ranks=totals, total_steps=max_steps, warmup_steps=warmup_steps)
     heads = list(lora_config.modules_to_save or [])

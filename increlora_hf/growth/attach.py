@@ -82,7 +82,7 @@ def _save_with_history(model: Any, save_directory: str, *args: Any, **kwargs: An
             "optimizer. IncreLoraConfig(r_avg=%d) asks for ranks that do not grow.",
             growth.total_rank,
             growth.target_total_rank,
-            growth.config.init_r,
+            growth.config.first_rank,
         )
     type(model).save_pretrained(model, save_directory, *args, **kwargs)
     if kwargs.get("is_main_process", True):

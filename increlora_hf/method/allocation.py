@@ -57,7 +57,7 @@ class Plan:
 
     def is_due(self, step: int) -> bool:
         """Whether a round happens after this step: growth, or the cut."""
-        return step in self.round_steps or step == self.cut_step
+        return step in self.round_steps or 0 < step == self.cut_step
 
     def is_scored(self, step: int) -> bool:
         """Whether this step's sensitivities count: the last ``window`` steps up to and including a round's."""
@@ -85,8 +85,8 @@ def make_plan(
     total_steps: int,
     warmup_steps: int,
     initial_total_rank: int,
-    peak_total_rank: int,
     target_total_rank: int,
+    peak_total_rank: int | None = None,
     increment: int = 1,
     top_h: int | None = None,
     interval: int | None = None,
@@ -94,7 +94,7 @@ def make_plan(
     growth_fraction: float = 0.4,
     window: int,
 ) -> Plan:
-    """The schedule for one run, defaults filled in.
+    """The schedule for one run, defaults filled in; without a peak, growth ends at the target.
 
     Raises:
         ValueError: the budget cannot be met before the run's last step. The message names the step that the last
@@ -102,6 +102,7 @@ def make_plan(
     """
     interval = interval or warmup_steps or max(MIN_DEFAULT_INTERVAL, round(DEFAULT_INTERVAL_FRACTION * total_steps))
     start = interval if start is None else start
+    peak_total_rank = target_total_rank if peak_total_rank is None else peak_total_rank
     needed = peak_total_rank - initial_total_rank
     if top_h is None:
         available = int(growth_fraction * total_steps) // interval - start // interval
