@@ -25,7 +25,7 @@ OURS = "overshoot=1,score=weakest,advance_learning=false"
 @pytest.mark.parametrize("shape, layers", [("encoder", 36), ("causal", 28)])
 @pytest.mark.parametrize("drawing", planted_ranks.DRAWINGS)
 def test_teacher_is_the_student_plus_updates_of_the_planted_ranks(shape: str, layers: int, drawing: str) -> None:
-    base = student(shape, 1)
+    base = student(shape, 1, planted_ranks.SHAPES[shape])
     teacher = copy.deepcopy(base)
     planted = plant(teacher, drawing, 1)
     assert len(planted) == layers
@@ -43,7 +43,7 @@ def test_teacher_is_the_student_plus_updates_of_the_planted_ranks(shape: str, la
 
 @pytest.mark.parametrize("contender", ["oracle", "adalora", OURS])
 def test_every_contender_trains_to_the_budget(contender: str) -> None:
-    line = execute(Run("encoder", "sparse", 1, contender, 1e-2, 90))
+    line = execute(Run("encoder", "sparse", 1, contender, 1e-2, 90, 64))
     assert math.isfinite(line["loss"])
     assert sum(line["planted"].values()) == 72
     assert sum(line["found"].values()) == 72
@@ -64,7 +64,7 @@ def test_contenders_are_presets_and_settings() -> None:
 def line(contender: str, seed: int, loss: float, found: list[int], rate: float = 1e-2) -> dict[str, Any]:
     names = [f"layer.{i}" for i in range(4)]
     return {
-        **Run("encoder", "sparse", seed, contender, rate, 400)._asdict(),
+        **Run("encoder", "sparse", seed, contender, rate, 400, 64)._asdict(),
         "key": f"{contender}{seed}{rate}",
         "error": None,
         "loss": loss,
@@ -90,7 +90,7 @@ def test_report_has_ratios_at_each_contenders_best_rate(tmp_path: Path, capsys: 
     options = {"results": results, "output": document, "figures": tmp_path / "figures", "shown": ["default"]}
     planted_ranks.report(argparse.Namespace(**options))
     text = document.read_text()
-    assert text.startswith("before\n<!-- tables -->\n\n### encoder, sparse ranks, 400 steps")
+    assert text.startswith("before\n<!-- tables -->\n\n### encoder of width 64, sparse ranks, 400 steps")
     assert "old" not in text
     assert "| lora | 0.01 | 0.4000 0.2000 | 1.00 [1.00, 1.00] | — |  | 5 | 0 | 2 |" in text
     assert "| default | 0.01 | 0.1000 0.1000 | 0.38 [0.25, 0.50] | — | 0.97 | 8 | 0 | 4 |" in text
@@ -98,7 +98,7 @@ def test_report_has_ratios_at_each_contenders_best_rate(tmp_path: Path, capsys: 
 
 
 def test_what_is_done_is_not_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    done = Run("encoder", "exponential", 1, "lora", 1e-2, 400)
+    done = Run("encoder", "exponential", 1, "lora", 1e-2, 400, 64)
     results = tmp_path / "results.jsonl"
     results.write_text(json.dumps({"key": done.key, **done._asdict()}) + "\n")
     argv = ["planted_ranks.py", "run", "--results", str(results), "--seeds", "1", "--contenders", "lora"]

@@ -22,6 +22,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
@@ -39,11 +40,14 @@ from increlora_hf import GrowthRun, IncreLoraConfig, attach
 
 R_AVG, ALPHA, VOCABULARY = 2, 16, 300
 BATCH, LENGTH, WARMUP, LAST = 16, 16, 20, 30
-SHAPES = ("encoder", "causal")
+SHAPES = {"encoder": 64, "causal": 128}  # and their widths
 DRAWINGS = ("exponential", "sparse")
 STOCK = ("lora", "oracle", "adalora")  # beside them "paper", "default", and settings such as overshoot=2,score=weakest
 ADALORA_START = 3  # AdaLoRA's own ratio of first to last rank, 1.5
 PACKAGES = ("torch", "transformers", "peft", "increlora-hf")
+
+
+Cell = tuple[str, str, int, int]
 
 
 class Run(NamedTuple):
@@ -55,6 +59,7 @@ class Run(NamedTuple):
     contender: str
     learning_rate: float
     steps: int
+    width: int
 
     @property
     def key(self) -> str:
@@ -65,16 +70,16 @@ class Run(NamedTuple):
 # ---- The task ------------------------------------------------------------------------------------------------------
 
 
-def student(shape: str, seed: int) -> Any:
-    """A random model: linear weights from N(0, 1 / in), embeddings from N(0, 1), no dropout."""
+def student(shape: str, seed: int, width: int) -> Any:
+    """A random model of this width: linear weights from N(0, 1 / in), embeddings from N(0, 1), no dropout."""
     torch.manual_seed(seed)
     model: Any
     if shape == "encoder":
         config = BertConfig(
-            hidden_size=64,
+            hidden_size=width,
             num_hidden_layers=6,
             num_attention_heads=4,
-            intermediate_size=256,
+            intermediate_size=4 * width,
             vocab_size=VOCABULARY,
             hidden_dropout_prob=0.0,
             attention_probs_dropout_prob=0.0,
@@ -83,10 +88,10 @@ def student(shape: str, seed: int) -> Any:
     else:
         model = LlamaModel(
             LlamaConfig(
-                hidden_size=128,
+                hidden_size=width,
                 num_hidden_layers=4,
                 num_attention_heads=4,
-                intermediate_size=256,
+                intermediate_size=2 * width,
                 vocab_size=VOCABULARY,
                 use_cache=False,
             )
@@ -130,11 +135,11 @@ def plant(model: nn.Module, drawing: str, seed: int) -> dict[str, int]:
     return dict(zip(layers, ranks, strict=True))
 
 
-def batches(teacher: nn.Module, seed: int, steps: int) -> Iterator[tuple[Tensor, Tensor]]:
+def batches(teacher: Any, seed: int, steps: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Random tokens and the teacher's last hidden state."""
     generator = torch.Generator().manual_seed(seed + 1)
     for _ in range(steps):
-        tokens = torch.randint(0, VOCABULARY, (BATCH, LENGTH), generator=generator)
+        tokens = torch.randint(0, VOCABULARY, (BATCH, LENGTH), generator=generator).to(teacher.device)
         with torch.no_grad():
             target = teacher(input_ids=tokens).last_hidden_state
         yield tokens, target
@@ -143,14 +148,15 @@ def batches(teacher: nn.Module, seed: int, steps: int) -> Iterator[tuple[Tensor,
 # ---- The contenders ------------------------------------------------------------------------------------------------
 
 
-def execute(run: Run) -> dict[str, Any]:
+def execute(run: Run, device: str = "cpu") -> dict[str, Any]:
     """Train one student; the line for the results."""
     torch.set_num_threads(1)
     started = time.time()
-    base = student(run.shape, run.seed)
+    base = student(run.shape, run.seed, run.width)
     teacher = copy.deepcopy(base).eval()
     planted = plant(teacher, run.drawing, run.seed)
-    data = batches(teacher, run.seed, run.steps)
+    base.to(device)
+    data = batches(teacher.to(device), run.seed, run.steps)
     losses, found = (train_stock if run.contender in STOCK else train_ours)(base, run, planted, data)
     line = {"key": run.key, **run._asdict(), "error": None, "versions": {name: version(name) for name in PACKAGES}}
     return line | {
@@ -263,16 +269,19 @@ def best_rate(of_contender: Sequence[Mapping[str, Any]]) -> float:
     return min(by_rate, key=lambda rate: statistics.mean([by_rate[rate][seed] for seed in seeds] or [math.inf]))
 
 
-def at_best_rate(
-    found: Sequence[Mapping[str, Any]], cell: tuple[str, str, int], contender: str
-) -> dict[int, Mapping[str, Any]]:
-    """Seed -> the line of a contender at its best rate, in one cell of shape, drawing and steps."""
-    own = [r for r in found if (r["shape"], r["drawing"], r["steps"]) == cell and r["contender"] == contender]
+def cell_of(line: Mapping[str, Any]) -> Cell:
+    """Shape, drawing, steps and width: what has a table of its own."""
+    return line["shape"], line["drawing"], line["steps"], line["width"]
+
+
+def at_best_rate(found: Sequence[Mapping[str, Any]], cell: Cell, contender: str) -> dict[int, Mapping[str, Any]]:
+    """Seed -> the line of a contender at its best rate, in one cell."""
+    own = [line for line in found if cell_of(line) == cell and line["contender"] == contender]
     rate = best_rate(own) if own else None
     return {line["seed"]: line for line in own if line["learning_rate"] == rate}
 
 
-def table(found: Sequence[Mapping[str, Any]], cell: tuple[str, str, int]) -> str:
+def table(found: Sequence[Mapping[str, Any]], cell: Cell) -> str:
     """Loss, ratio to LoRA's and to AdaLoRA's, correlation and overlap of every contender."""
     contenders = list(dict.fromkeys(line["contender"] for line in found))
     best = {contender: at_best_rate(found, cell, contender) for contender in contenders}
@@ -309,9 +318,9 @@ def report(settings: argparse.Namespace) -> None:
     """A table for each shape, drawing and length, into the document between its two marks, or onto the screen."""
     found = [line for line in lines(settings.results) if line["error"] is None]
     parts = []
-    for cell in dict.fromkeys((line["shape"], line["drawing"], line["steps"]) for line in found):
-        shape, drawing, steps = cell
-        parts.append(f"### {shape}, {drawing} ranks, {steps:,} steps\n\n{table(found, cell)}\n")
+    for cell in dict.fromkeys(map(cell_of, found)):
+        shape, drawing, steps, width = cell
+        parts.append(f"### {shape} of width {width}, {drawing} ranks, {steps:,} steps\n\n{table(found, cell)}\n")
         if settings.figures is not None:
             draw(found, cell, settings)
     text = "\n".join(parts)
@@ -323,7 +332,7 @@ def report(settings: argparse.Namespace) -> None:
     settings.output.write_text(f"{document.split(begin)[0]}{begin}\n{text}\n{end}{document.split(end)[1]}")
 
 
-def draw(found: Sequence[Mapping[str, Any]], cell: tuple[str, str, int], settings: argparse.Namespace) -> None:
+def draw(found: Sequence[Mapping[str, Any]], cell: Cell, settings: argparse.Namespace) -> None:
     """Planted ranks beside found ones, of one seed: a row for each contender that finds ranks."""
     from matplotlib import pyplot
 
@@ -356,13 +365,14 @@ def run_all(settings: argparse.Namespace) -> None:
         settings.shapes, settings.drawings, settings.seeds, settings.contenders, settings.learning_rates
     )
     done = {line["key"] for line in lines(settings.results)}
-    runs = [run for run in (Run(*cell, settings.steps) for cell in grid) if run.key not in done]
+    every = (Run(*cell, settings.steps, settings.width or SHAPES[cell[0]]) for cell in grid)
+    runs = [run for run in every if run.key not in done]
     for run in runs:
         if run.contender not in STOCK:
             settings_of(run.contender, run.seed)  # a mistake in a name is found before the first run
     settings.results.parent.mkdir(parents=True, exist_ok=True)
     with get_context("spawn").Pool(settings.jobs) as pool, settings.results.open("a") as file:
-        for line in pool.imap_unordered(execute, runs):
+        for line in pool.imap_unordered(partial(execute, device=settings.device), runs):
             file.write(json.dumps(line) + "\n")
             file.flush()
             sys.stdout.write(
@@ -390,6 +400,8 @@ def main() -> None:
     )
     running.add_argument("--learning_rates", nargs="+", type=float, default=[1e-2])
     running.add_argument("--steps", type=int, default=400)
+    running.add_argument("--width", type=int, help="of the models; default: 64, and 128 of the causal one")
+    running.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     running.add_argument("--jobs", type=int, default=1, help="runs at a time, one thread each")
     reporting = commands.add_parser("report", help="print tables, or put them into a document")
     reporting.add_argument("--results", type=Path, required=True)

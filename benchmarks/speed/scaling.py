@@ -9,11 +9,13 @@ same average rank are timed in turns, and the optimizer's own share, because eve
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import models
@@ -52,6 +54,8 @@ def points(sweeps: list[str]) -> Iterator[Point]:
     if "layers" in sweeps:
         for blocks in (6, 24, 67):
             yield Point("layers", LINEAR_PER_BLOCK * blocks, lambda b=blocks: deep_encoder(b), 4, 3)
+    if "smoke" in sweeps:
+        yield Point("r_avg", 2, models.tiny, 2, 1)
     if "rounds" in sweeps:
         yield from (Point("rounds", rounds, models.minilm, 16, rounds) for rounds in (1, 5, 15, 60))
 
@@ -125,8 +129,8 @@ def ratio(first: Contender, second: Contender, args: argparse.Namespace, sync: A
     return statistics.median(a / b for a, b in pairs), statistics.median(b for _, b in pairs)
 
 
-def measure(point: Point, args: argparse.Namespace, folder: str, sync: Any) -> str:
-    """A row of the table."""
+def measure(point: Point, args: argparse.Namespace, folder: str, sync: Any) -> dict[str, Any]:
+    """The figures of one row."""
     ours, a_round = grown(point, args, folder, sync)
     lora = build("PEFT LoRA", point.model().to(args.device), folder, steps(point), point.r_avg, settings(args))
     to_lora, lora_step = ratio(ours, lora, args, sync)
@@ -134,11 +138,17 @@ def measure(point: Point, args: argparse.Namespace, folder: str, sync: Any) -> s
     tensors = len(ours.trainer.optimizer.state)  # that it steps
     optimizers = optimizer_ms(ours, sync), optimizer_ms(lora, sync)
     growth = ours.trainer.increlora
-    return (
-        f"| {point.sweep} = {point.value} | {len(growth.layers)} | {point.r_avg} | {len(growth.rounds)} "
-        f"| {to_lora:.3f} | {a_round / (to_lora * lora_step):.2f} | {tensors} in {len(groups)} "
-        f"| {optimizers[0]:.1f} | {optimizers[1]:.1f} |\n"
-    )
+    return {
+        "point": f"{point.sweep} = {point.value}",
+        "layers": len(growth.layers),
+        "r_avg": point.r_avg,
+        "rounds": len(growth.rounds),
+        "step ÷ PEFT LoRA": round(to_lora, 3),
+        "a round ÷ a step": round(a_round / (to_lora * lora_step), 2),
+        "tensors in groups": f"{tensors} in {len(groups)}",
+        "optimizer, ms": round(optimizers[0], 1),
+        "PEFT LoRA's": round(optimizers[1], 1),
+    }
 
 
 def flat(args: argparse.Namespace, folder: str, sync: Any) -> str:
@@ -160,6 +170,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="of autocast")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--length", type=int, default=64)
+    parser.add_argument("--json", type=Path, help="also write the rows there")
     args = parser.parse_args()
     write = sys.stdout.write
 
@@ -167,14 +178,16 @@ def main() -> None:
         if args.device == "cuda":
             torch.cuda.synchronize()
 
-    write(
-        "| point | layers | r_avg | rounds | step ÷ PEFT LoRA | a round ÷ a step | tensors in groups | optimizer, ms |"
-    )
-    write(" PEFT LoRA's |\n|---|---|---|---|---|---|---|---|---|\n")
+    rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         for point in points(args.sweeps):
-            write(measure(point, args, folder, sync))
+            rows.append(measure(point, args, folder, sync))
+            if len(rows) == 1:
+                write(f"| {' | '.join(rows[0])} |\n{'|---' * len(rows[0])}|\n")
+            write(f"| {' | '.join(map(str, rows[-1].values()))} |\n")
             sys.stdout.flush()
+            if args.json:
+                args.json.write_text(json.dumps(rows, indent=2))
         if "flat" in args.sweeps:
             write("\n" + flat(args, folder, sync))
 

@@ -33,7 +33,9 @@ PROGRESS = 20  # turns
 def parse() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="minilm", help="minilm, deberta-v3-base, llama, a folder or a Hub name")
+    parser.add_argument(
+        "--model", default="minilm", help="minilm, deberta-v3-base, llama, llama-1b, tiny, a folder or a Hub name"
+    )
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"], help="of autocast")
     parser.add_argument("--batch", type=int, default=16)
@@ -42,12 +44,14 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--interval", type=int, default=100)
     parser.add_argument("--top_h", type=int, help="default: as many as let growth end at 40 %% of the run")
+    parser.add_argument("--increment", type=int, default=1)
     parser.add_argument(
         "--score_tolerance", type=float, default=1e-4, help="larger: fewer steps before a round scored"
     )
     parser.add_argument("--only", nargs="+", choices=list(CONTENDERS), help="these, beside PEFT LoRA")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--no_memory", action="store_true")
+    parser.add_argument("--json", type=Path, help="also write all figures there")
     parser.add_argument("--memory_of", choices=list(CONTENDERS), help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -56,7 +60,7 @@ def make(name: str, model: Any, folder: str, args: argparse.Namespace) -> Conten
     """One contender under these settings."""
     settings: dict[str, Any] = {"use_cpu": args.device == "cpu", "torch_compile": args.compile}
     settings |= {"bfloat16": {"bf16": True}, "float16": {"fp16": True}}.get(args.dtype, {})
-    growth = {"interval": args.interval, "start": args.interval, "top_h": args.top_h}
+    growth = {"interval": args.interval, "start": args.interval, "top_h": args.top_h, "increment": args.increment}
     more = {**growth, "score_tolerance": args.score_tolerance} if name == OURS else {}
     return build(name, model, folder, args.steps, args.r_avg, settings, **more)
 
@@ -168,8 +172,13 @@ def main() -> None:
     write("\n| whole run of | ÷ PEFT LoRA |\n|---|---|\n")
     for name, ratio in whole_runs(times):
         write(f"| {name} | {ratio:.3f} |\n")
-    if not args.no_memory:
-        found = memory(list(times))
+    found = {} if args.no_memory else memory(list(times))
+    if args.json:
+        steps = {what: {"ratio": ratio, "seconds": median} for what, ratio, median in summary(times, phases)}
+        given = {name: value for name, value in vars(args).items() if name != "json"}
+        figures = {"steps": steps, "whole_runs": dict(whole_runs(times)), "memory": found, "where": where}
+        args.json.write_text(json.dumps({**figures, "torch": torch.__version__, "arguments": given}, indent=2))
+    if found:
         reference = found[REFERENCE]
         write(
             "\n| memory of | peak, MiB | ÷ PEFT LoRA | grown in training, MiB | ÷ PEFT LoRA |\n|---|---|---|---|---|\n"
