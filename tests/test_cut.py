@@ -128,7 +128,9 @@ def test_training_that_ended_before_the_cut_is_cut_in_the_next(tmp_path: Path) -
     assert model.increlora.total_rank == 12
 
 
-def test_best_model_from_before_the_cut_comes_back_whole(tmp_path: Path) -> None:
+def test_best_model_from_before_the_cut_comes_back_whole_and_is_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     class Earlier(IncreLoraTrainer):
         def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
             metrics = super().evaluate(*args, **kwargs)
@@ -150,8 +152,11 @@ def test_best_model_from_before_the_cut_comes_back_whole(tmp_path: Path) -> None
     trainer.args.greater_is_better = True
     trainer.train()
     assert trainer.increlora.total_rank == 36  # of step 10
+    assert "final ranks, total 36, 24 above the budget: the model is of a step before the cut" in caplog.text
+    caplog.clear()
     trainer.train()
-    assert trainer.increlora.total_rank == 12
+    assert trainer.increlora.total_rank == 36 - 24
+    assert "above the budget" not in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -6,10 +6,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from glue_fixtures import save_tiny_model, sentence_pairs, write_parquet
-from safetensors.numpy import save_file
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks" / "evidence"))
@@ -157,17 +155,20 @@ def test_penalty_of_a_run_is_read_from_its_training_log(tmp_path: Path) -> None:
 
 
 def test_counts_of_the_best_evaluation_leave_out_what_grew_later(tmp_path: Path) -> None:
-    rounds = [{"step": 4, "layers": ["wide", "tall"]}, {"step": 8, "layers": ["wide", "tall"]}]
-    history = {
-        **{"config": {"increment": 2}, "initial_ranks": {"wide": 1, "tall": 1}, "rounds": rounds},
-        **{"total_rank": 9, "rank_pattern": {"wide": 5, "tall": 4}},  # of 10: the last layer grew by one
-    }
-    (tmp_path / "increlora_history.json").write_text(json.dumps(history))
-    shapes = {"wide.lora_A": (5, 20), "wide.lora_B": (10, 5), "tall.lora_A": (4, 10), "tall.lora_B": (30, 4)}
-    tensors = {f"base_model.model.{name}.weight": np.zeros(shape, np.float32) for name, shape in shapes.items()}
-    save_file(tensors, tmp_path / "adapter_model.safetensors")
     wide, tall = 20 + 10 + 1, 10 + 30 + 1
+    rounds: list[dict[str, Any]] = [{"step": step, "layers": ["wide", "tall"], "removed": {}} for step in (4, 8)]
+    history = {
+        **{"config": {"increment": 2, "overshoot": 0}, "initial_ranks": {"wide": 1, "tall": 1}, "rounds": rounds},
+        **{"component_parameters": {"wide": wide, "tall": tall}, "target_total_rank": 9},  # the last layer grew by one
+    }
+    (tmp_path / "increlora_history.json").write_text(json.dumps({**history, "rank_pattern": {"wide": 5, "tall": 4}}))
     assert glue_table.gained(tmp_path) == [(4, 2 * wide + 2 * tall), (8, 2 * wide + tall)]
+    cut = {"config": {"increment": 2, "overshoot": 2}, "target_total_rank": 5}  # on average
+    rounds.append({"step": 9, "layers": [], "removed": {"wide": [0, 1, 4], "tall": [1]}})
+    (tmp_path / "cut").mkdir()
+    (tmp_path / "cut" / "increlora_history.json").write_text(json.dumps({**history, **cut}))
+    assert glue_table.gained(tmp_path / "cut")[1:] == [(8, 2 * wide + tall), (9, -3 * wide - tall)]
+    rounds.pop()
     (tmp_path / "all_results.json").write_text(json.dumps({"trainable_parameters": 1000}))
     log = [{"step": step, "eval_accuracy": value} for step, value in ((3, 0.1), (4, 0.9), (8, 0.9), (9, 0.5))]
     (tmp_path / "trainer_state.json").write_text(json.dumps({"log_history": log}))

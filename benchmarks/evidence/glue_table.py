@@ -29,13 +29,20 @@ from typing import Any, NamedTuple
 import numpy as np
 from datasets import Dataset, load_dataset
 from glue_report import TUNING, is_squad, lines, report, score
-from safetensors import safe_open
 
+from increlora_hf.method.allocation import gains
 from increlora_hf.tasks.glue.tasks import glue_task
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("torch", "transformers", "peft", "adapters", "increlora-hf")
 BOTTLENECKS = {"houlsby": 8, "pfeiffer": 16}  # widths; on a BERT with about the parameters of LoRA r=2
+CUT: Mapping[str, Any] = {  # what planted_ranks.py found best: growth past the budget, and a cut
+    "increlora_overshoot": 2,
+    "increlora_score": "weakest",
+    "increlora_advance_learning": False,
+    "increlora_orth_reg_weight": 0,
+    "increlora_growth_fraction": 0.6,
+}
 RANKS_OF = "ranks of"  # in place of a flag: this row of the study of methods, same task and seed, gives the ranks
 
 Flags = dict[str, Any]
@@ -78,6 +85,12 @@ def studies(rank: int) -> dict[str, dict[str, Flags]]:
         "methods": {
             **{f"{name} r={rank}": tuner(name, rank) for name in ("increlora", "lora", "adalora")},
             f"increlora r={rank}, lam x 1": tuner("increlora", rank) | {"increlora_lam_lr_multiplier": 1},
+            f"paper r={rank}": tuner("increlora", rank) | {"increlora_preset": "paper"},
+            **{
+                f"cut r={rank}, lam x {factor}": tuner("increlora", rank)
+                | {**CUT, "increlora_lam_lr_multiplier": factor}
+                for factor in (1, 3)
+            },
             f"lora r={4 * rank}": tuner("lora", 4 * rank),
             **{name: tuner(name) for name in ("bitfit", "head", "full")},
             **{name: {"tuner": name, "bottleneck": width * rank // 2} for name, width in BOTTLENECKS.items()},
@@ -89,6 +102,11 @@ def studies(rank: int) -> dict[str, dict[str, Flags]]:
             "lora": tuner("lora", rank),
             "lora, increlora's ranks": tuner("lora", rank) | {RANKS_OF: f"increlora r={rank}"},
             "lora, adalora's ranks": tuner("lora", rank) | {RANKS_OF: f"adalora r={rank}"},
+            **{
+                f"lora, ranks of the cut, lam x {factor}": tuner("lora", rank)
+                | {RANKS_OF: f"cut r={rank}, lam x {factor}"}
+                for factor in (1, 3)
+            },
         },
         "orthogonality": {
             f"{'with' if advance else 'without'} advance learning, penalty {weight}": tuner("increlora", rank)
@@ -188,11 +206,11 @@ def read(out: Path) -> dict[str, Any]:
     """What a run left: metrics, curves, counts, ranks."""
     metrics = json.loads((out / "all_results.json").read_text())
     history = json.loads((out / "trainer_state.json").read_text())["log_history"]
-    gains = gained(out)
+    rounds = gained(out)
     return {
         "metrics": metrics,
         "evaluations": [
-            entry | {"ungrown": sum(count for step, count in gains if step > entry["step"])}
+            entry | {"ungrown": sum(count for step, count in rounds if step > entry["step"])}
             for entry in history
             if any(name.startswith("eval_") for name in entry)
         ],
@@ -206,23 +224,21 @@ def read(out: Path) -> dict[str, Any]:
 
 
 def gained(out: Path) -> list[tuple[int, int]]:
-    """The step of each round of IncreLoRA's, and the parameters in the components that it activated."""
+    """The step of each round of IncreLoRA's, and the parameters that it added to the active ones, or cut."""
     file = out / "increlora_history.json"
     if not file.exists():
         return []
     history = json.loads(file.read_text())
-    left = history["total_rank"] - sum(history["initial_ranks"].values())
-    gains = []
-    with safe_open(out / "adapter_model.safetensors", "np") as saved:
-        for record in history["rounds"]:
-            count = 0
-            for name in record["layers"]:
-                rank = min(history["config"]["increment"], left)
-                left -= rank
-                a, b = (saved.get_slice(f"base_model.model.{name}.lora_{f}.weight").get_shape() for f in "AB")
-                count += rank * (a[1] + b[0] + 1)
-            gains.append((record["step"], count))
-    return gains
+    config, costs = history["config"], history["component_parameters"]
+    peak = history["target_total_rank"] + config["overshoot"] * len(costs)
+    left = peak - sum(history["initial_ranks"].values())
+    found = []
+    for record in history["rounds"]:
+        counts = gains(record["layers"], remaining=left, increment=config["increment"])
+        left -= sum(counts.values())
+        counts |= {name: -len(places) for name, places in record["removed"].items()}
+        found.append((record["step"], sum(count * costs[name] for name, count in counts.items())))
+    return found
 
 
 def ranks(out: Path) -> dict[str, int] | None:

@@ -46,6 +46,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--top_h", type=int, help="default: as many as let growth end at 40 %% of the run")
     parser.add_argument("--increment", type=int, default=1)
     parser.add_argument(
+        "--settings", type=json.loads, default={}, help='more of IncreLoRA\'s, as {"score": "weakest"}'
+    )
+    parser.add_argument(
         "--score_tolerance", type=float, default=1e-4, help="larger: fewer steps before a round scored"
     )
     parser.add_argument("--only", nargs="+", choices=list(CONTENDERS), help="these, beside PEFT LoRA")
@@ -60,7 +63,13 @@ def make(name: str, model: Any, folder: str, args: argparse.Namespace) -> Conten
     """One contender under these settings."""
     settings: dict[str, Any] = {"use_cpu": args.device == "cpu", "torch_compile": args.compile}
     settings |= {"bfloat16": {"bf16": True}, "float16": {"fp16": True}}.get(args.dtype, {})
-    growth = {"interval": args.interval, "start": args.interval, "top_h": args.top_h, "increment": args.increment}
+    growth = {
+        "interval": args.interval,
+        "start": args.interval,
+        "top_h": args.top_h,
+        "increment": args.increment,
+        **args.settings,
+    }
     more = {**growth, "score_tolerance": args.score_tolerance} if name == OURS else {}
     return build(name, model, folder, args.steps, args.r_avg, settings, **more)
 

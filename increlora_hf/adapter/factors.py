@@ -18,7 +18,7 @@ ADAPTER = "default"  # PEFT's own name for the adapter of get_peft_model
 class _GrowingFactor(nn.Module):
     """Components as rows, the reserve's last. PEFT reads ``weight`` and calls the module.
 
-    Rows are only ever appended, or cut from the end; ``components`` is a new Parameter then.
+    Rows are appended, cut from the end, or taken out by `keep`; ``components`` is a new Parameter then.
     """
 
     def __init__(self, features: int, like: Tensor) -> None:

@@ -213,6 +213,7 @@ class Growth:
             "initial_ranks": self.initial_ranks,
             "rounds": [asdict(record) for record in self.rounds],
             "rank_pattern": self.rank_pattern,
+            "component_parameters": {name: layer.num_parameters(1) for name, layer in self.layers.items()},
             "total_rank": self.total_rank,
             "target_total_rank": self.target_total_rank,
         }

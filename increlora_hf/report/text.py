@@ -106,6 +106,13 @@ def rank_grid(ranks: Mapping[str, int]) -> tuple[list[str], list[str], dict[tupl
     return rows, columns, cells  # type: ignore[return-value]
 
 
+def final_ranks(growth: Growth) -> str:
+    """The ranks at the end of a training, and why there are more than the budget where there are."""
+    above = growth.total_rank - growth.target_total_rank
+    reason = f", {above} above the budget: the model is of a step before the cut" if above > 0 else ""
+    return f"final ranks, total {growth.total_rank}{reason}\n{rank_table(growth.rank_pattern)}"
+
+
 def rank_table(ranks: Mapping[str, int]) -> str:
     """The ranks by layer and type of module, as text; the columns are numbered, and named below."""
     rows, columns, cells = rank_grid(ranks)

@@ -27,7 +27,7 @@ from ..growth.run import GrowthRun
 from ..growth.tensors import frozen_batch_norms
 from ..method.penalties import orthogonality
 from ..report.callback import GrowthReportCallback
-from ..report.text import ORTH_LOSS, TOTAL_RANK, plan_line, rank_table
+from ..report.text import ORTH_LOSS, TOTAL_RANK, final_ranks, plan_line
 from .loss_accounting import ItemCountsMixin
 from .publishing import PublishingMixin, refuse_pickles
 from .refusals import refuse_other_parallelism, refuse_unsupported
@@ -295,7 +295,7 @@ class IncreLoraTrainerMixin(ItemCountsMixin, PublishingMixin):
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, ProgressCallback) and callback.training_bar is not None:
                 growth = self.increlora
-                callback.training_bar.set_postfix_str(f"total rank {growth.total_rank}/{growth.target_total_rank}")
+                callback.training_bar.set_postfix_str(f"total rank {growth.total_rank}/{growth.peak_total_rank}")
 
 
 class _GrowthCallback(TrainerCallback):
@@ -315,7 +315,8 @@ class _GrowthCallback(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         growth = self._trainer.increlora
-        logger.info("IncreLoRA: final ranks, total %d\n%s", growth.total_rank, rank_table(growth.rank_pattern))
+        log = logger.warning if growth.total_rank > growth.target_total_rank else logger.info
+        log("IncreLoRA: %s", final_ranks(growth))
 
 
 @contextmanager
