@@ -166,14 +166,17 @@ def report(settings: argparse.Namespace) -> None:
                 parts.append(f"Best of the evaluations:\n\n{table(own, best=True)}\n")
         if settings.figures is not None:
             figures([line for line in found if line["error"] is None], settings.figures / path.stem)
-    text = "\n".join(parts)
-    if settings.output is None:
+    put("\n".join(parts), settings.output)
+
+
+def put(text: str, output: Path | None) -> None:
+    """Write tables into a document between its marks, or onto the screen."""
+    if output is None:
         sys.stdout.write(text)
         return
     begin, end = "<!-- tables -->\n", "<!-- end of tables -->"
-    document = settings.output.read_text()
-    before, after = document.split(begin)[0], document.split(end)[1]
-    settings.output.write_text(f"{before}{begin}\n{text}\n{end}{after}")
+    document = output.read_text()
+    output.write_text(f"{document.split(begin)[0]}{begin}\n{text}\n{end}{document.split(end)[1]}")
 
 
 def figures(found: Sequence[Mapping[str, Any]], folder: Path) -> None:

@@ -30,7 +30,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from glue_report import lines, paired
+from glue_report import lines, paired, put
 from peft import AdaLoraConfig, LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.optim import AdamW
@@ -323,13 +323,7 @@ def report(settings: argparse.Namespace) -> None:
         parts.append(f"### {shape} of width {width}, {drawing} ranks, {steps:,} steps\n\n{table(found, cell)}\n")
         if settings.figures is not None:
             draw(found, cell, settings)
-    text = "\n".join(parts)
-    if settings.output is None:
-        sys.stdout.write(text)
-        return
-    begin, end = "<!-- tables -->\n", "<!-- end of tables -->"
-    document = settings.output.read_text()
-    settings.output.write_text(f"{document.split(begin)[0]}{begin}\n{text}\n{end}{document.split(end)[1]}")
+    put("\n".join(parts), settings.output)
 
 
 def draw(found: Sequence[Mapping[str, Any]], cell: Cell, settings: argparse.Namespace) -> None:
