@@ -229,6 +229,7 @@ PAPER: Mapping[str, Any] = MappingProxyType(
         "score_reduction": "mean",
         "beta1": 0.85,
         "beta2": 0.85,
+        "score_tolerance": 0.0,
         "penalty": "paper",
         "orth_reg_weight": 0.1,
         "overshoot": 0,

@@ -1,16 +1,24 @@
 """Growth past the budget, and the cut down to it: what goes, what stays, and what is saved."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import arguments, tiny_bert, token_rows
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.helpers import rescale_adapter_scale
+from test_resume import assert_same_bits, bits
+from transformers.trainer_utils import IntervalStrategy
 
 from increlora_hf import GrowthRun, IncreLoraConfig, IncreLoraTrainer, attach, load_adapter
+from increlora_hf.cli.main import main
+from increlora_hf.growth.growth import Round
 from increlora_hf.method.allocation import make_plan, smallest
 from increlora_hf.method.reference import smallest as naively_smallest
+from increlora_hf.report.plots import budget_curve, learning_rates, score_history
+from increlora_hf.report.text import plan_line
 
 STEPS = 20
 BATCH = {name: torch.tensor(values) for name, values in token_rows()[:8].items()}
@@ -25,6 +33,13 @@ CUT = IncreLoraConfig(
     top_h=12,
     orth_reg_weight=0.0,
 )  # 12 layers: to 36 components at step 9, cut to 12 at step 12
+
+
+def step(model: Any, optimizer: torch.optim.Optimizer, run: GrowthRun) -> None:
+    model(**BATCH).loss.backward()
+    optimizer.step()
+    run.after_step()
+    optimizer.zero_grad()
 
 
 def trained(tmp_path: Path, config: IncreLoraConfig = CUT, **settings: Any) -> IncreLoraTrainer:
@@ -72,6 +87,85 @@ def test_what_is_cut_is_the_smallest_and_the_rest_keeps_its_bits() -> None:
         assert torch.equal(layer.A.components, rows[kept])
         assert layer.A.active_lam.tolist() == [lams[i] for i in kept]
         assert len(layer.B.components) == len(kept)
+
+
+def test_resuming_a_second_training_after_the_cut_ends_with_the_same_bits(tmp_path: Path) -> None:
+    ends = []
+    for resumes in (False, True):
+        trainer = trained(tmp_path / "first")
+        trainer.args.output_dir = str(tmp_path / "second")
+        trainer.args.save_strategy, trainer.args.save_steps = IntervalStrategy.STEPS, 7
+        trainer.train(resume_from_checkpoint=resumes or None)
+        ends.append(bits(trainer))
+        assert trainer.increlora.rounds_before_run == 3
+    assert_same_bits(ends[1], ends[0])
+    fresh = IncreLoraTrainer(tiny_bert(), trainer.args, train_dataset=token_rows(), increlora_config=CUT)
+    fresh.train(resume_from_checkpoint=str(tmp_path / "second" / "checkpoint-14"))
+    assert_same_bits(bits(fresh), ends[0])
+
+
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.Adafactor])
+def test_new_optimizer_bears_that_all_layers_of_one_width_are_gone(kind: type[torch.optim.Optimizer]) -> None:
+    model = attach(tiny_bert(), CUT)
+    growth = model.increlora
+    growth.begin_run(STEPS, 2)
+    wide = [name for name, layer in growth.layers.items() if 24 in (layer.A.features, layer.B.features)]
+    growth.apply(Round(step=1, birth_step=0, layers=[], scores={}, removed={name: [0] for name in wide}))
+    optimizer = kind(model.parameters(), lr=1e-2)
+    run = GrowthRun(model, optimizer, total_steps=STEPS)
+    step(model, optimizer, run)
+    assert growth.total_rank == 12 - len(wide)
+
+
+def test_peft_may_scale_a_model_with_layers_of_rank_0(tmp_path: Path) -> None:
+    trainer = trained(tmp_path)
+    assert 0 in trainer.increlora.rank_pattern.values()
+    expected = trainer.model.eval()(**BATCH).logits
+    with rescale_adapter_scale(trainer.model, 0.5):
+        assert not torch.equal(trainer.model(**BATCH).logits, expected)
+    torch.testing.assert_close(trainer.model(**BATCH).logits, expected)
+
+
+@pytest.mark.usefixtures("pictures")
+def test_pictures_show_the_cut_and_the_rounds_of_their_own_training_alone(tmp_path: Path) -> None:
+    trainer = trained(tmp_path / "run")
+    trainer.save_model(str(tmp_path / "adapter"))
+    history = trainer.increlora.history()
+    assert sorted(learning_rates(history)) == [0, 6, 9]  # nothing is born in the cut
+    figure = budget_curve(history)
+    assert figure.axes[0].get_title() == "Total rank in 2 rounds, then cut"
+    assert list(figure.axes[0].lines[0].get_ydata())[:5] == [12, 24, 36, 12, 12]
+    assert score_history({**history, "rank_pattern": {}}) is not None  # a saved one has no layers of rank 0
+    assert main(["plot", str(tmp_path / "adapter"), "--output", str(tmp_path / "plots")]) == 0
+    trainer.train()
+    assert budget_curve(trainer.increlora.history()) is None
+
+
+def test_words_for_a_training_that_starts_at_its_peak(tmp_path: Path) -> None:
+    growth = attach(tiny_bert(), replace(CUT, init_r=3)).increlora
+    growth.begin_run(STEPS, 2)
+    assert "rank 36 → 36 in 0 rounds" in plan_line(growth, 0)
+    assert "cut to 12 at step 3" in plan_line(growth, 0)
+    with pytest.raises(ValueError, match=r"peak of total rank 36 cannot be met in 1 steps.*a smaller overshoot"):
+        growth.begin_run(1, 0)
+
+
+def test_forgotten_growth_is_told_above_the_budget_too(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model = attach(tiny_bert(), replace(CUT, init_r=3))
+    with torch.no_grad():
+        next(iter(model.increlora.layers.values())).A.active_lam.add_(1.0)
+    model.save_pretrained(tmp_path)
+    assert "saved at total rank 36 of 12" in caplog.text
+    assert "IncreLoraConfig(r_avg=3, init_r=3)" in caplog.text
+
+
+def test_adapter_above_the_budget_may_grow_to_the_peak() -> None:
+    stock = get_peft_model(tiny_bert(), LoraConfig(r=3, target_modules=["query"], task_type="SEQ_CLS"))
+    growth = attach(stock, IncreLoraConfig(r_avg=2, overshoot=2)).increlora
+    assert (growth.total_rank, growth.peak_total_rank, growth.target_total_rank) == (6, 8, 4)
+    stock = get_peft_model(tiny_bert(), LoraConfig(r=5, target_modules=["query"], task_type="SEQ_CLS"))
+    with pytest.raises(ValueError, match="grow to a total rank of 8, and the model's adapter has 10 already"):
+        attach(stock, IncreLoraConfig(r_avg=2, overshoot=2))
 
 
 def test_ties_go_in_the_order_of_the_model() -> None:

@@ -242,7 +242,7 @@ def test_budget_curve_takes_the_growth_after_the_best_model_from_the_log(trained
 
 def test_rounds_of_an_earlier_training_are_not_drawn(trained: IncreLoraTrainer) -> None:
     history = trained.increlora.history()
-    again = {**history, "plan": {**history["plan"], "initial_total_rank": 22}}
+    again = {**history, "plan": {**history["plan"], "initial_total_rank": 22}, "rounds_before_run": 2}
     figure = budget_curve(again)
     assert figure is not None
     assert figure.axes[0].get_title() == "Total rank in 1 round"

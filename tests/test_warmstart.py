@@ -95,7 +95,7 @@ def test_own_adapter_grows_on_after_a_reload(tmp_path: Path) -> None:
         (
             lambda: lora(r=8),
             {"r_avg": 4},
-            r"r_avg=4 gives 6 layers a budget of 24.*total rank 48 already. Raise r_avg",
+            r"r_avg=4 and overshoot=0 let 6 layers grow to a total rank of 24.*has 48 already. Raise one",
         ),
         (lambda: lora(), {"r_avg": 4, "rank_pattern": {"x": 1}}, "rank_pattern fixes ranks"),
         (lambda: lora(use_dora=True), {"r_avg": 4}, "settings beyond plain LoRA"),

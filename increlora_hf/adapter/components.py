@@ -148,7 +148,7 @@ def record_ranks(peft_model: PeftModel, config: IncreLoraConfig) -> None:
     for layer in layers:
         per_rank = config.rank_scaling == "per_rank"
         alphas[layer.name] = config.lora_alpha if per_rank else config.lora_alpha / config.r_avg * layer.rank
-        layer.module.r[ADAPTER] = layer.rank
+        layer.module.r[ADAPTER] = max(layer.rank, 1)  # PEFT divides by it
         layer.module.lora_alpha[ADAPTER] = plain_alpha(alphas[layer.name])
         layer.module.scaling[ADAPTER] = config.lora_alpha / (max(layer.rank, 1) if per_rank else config.r_avg)
     largest = max(layers, key=lambda layer: layer.rank)

@@ -12,7 +12,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 
 from ..config import IncreLoraConfig
-from .components import adapted_layers
+from .components import adapted_layers, peak
 from .inject import inject
 
 
@@ -29,10 +29,11 @@ def warm_start(peft_model: PeftModel, config: IncreLoraConfig) -> PeftModel:
     ranks = {name: len(singular) for name, (_, singular, _) in factors.items()}
     if config.fixed_ranks is not None:
         raise ValueError("rank_pattern fixes ranks, and the model's adapter has its own. Give one of the two.")
-    if sum(ranks.values()) > len(ranks) * config.r_avg:
+    if sum(ranks.values()) > peak(config, ranks):
         raise ValueError(
-            f"r_avg={config.r_avg} gives {len(ranks)} layers a budget of {len(ranks) * config.r_avg}, and the model's "
-            f"adapter has total rank {sum(ranks.values())} already. Raise r_avg; IncreLoRA only adds rank."
+            f"r_avg={config.r_avg} and overshoot={config.overshoot} let {len(ranks)} layers grow to a total rank of "
+            f"{peak(config, ranks)}, and the model's adapter has {sum(ranks.values())} already. Raise one of them; "
+            "growth only adds rank."
         )
     training = peft_model.training
     grown = inject(peft_model.unload(), replace(config, target_modules=None), ranks).train(training)

@@ -43,7 +43,7 @@ def _planned(planned: Document) -> str:
         "layers": f"{len(planned['layers'])}, such as {planned['layers'][0]}",
         "heads": ", ".join([*planned["heads"], f"{_millions(planned['head_parameters'])} parameters"]),
         "rank": f"{plan['initial_total_rank']:,} to {plan['peak_total_rank']:,}{cut}",
-        "rounds": rounds if plan["rounds"] else "none, the ranks are fixed",
+        "rounds": rounds if plan["rounds"] else "none" if plan["cut_step"] else "none, the ranks are fixed",
     }
     if planned["frozen_experts"]:
         facts["frozen"] = f"the experts' weights: {planned['frozen_experts'][0]}, ..."

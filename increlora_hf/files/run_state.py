@@ -53,6 +53,8 @@ def read_state(folder: Path) -> dict[str, Any]:
         "plan": plan,
         "initial_ranks": initial,
         "run_start_rank": _typed(path, document, "run_start_rank", int),
+        "run_peak_rank": _typed(path, document, "run_peak_rank", int),
+        "rounds_before_run": _typed(path, document, "rounds_before_run", int),
         "rounds_before_optimizer": _typed(path, document, "rounds_before_optimizer", int),
         "rounds": rounds,
         "smoothed": _numbers(path, document, "smoothed", len(initial)),

@@ -93,12 +93,11 @@ class SavedAdapter:
             return None
         rounds = self.history.get("rounds")
         records = rounds if isinstance(rounds, list) else [rounds]
-        steps = [one["step"] for one in records if isinstance(one, dict) and isinstance(one.get("step"), int)]
-        if len(steps) != len(records):
+        if not all(isinstance(one, dict) and isinstance(one.get("step"), int) for one in records):
             raise AdapterFormatError(
                 self.folder / HISTORY_NAME, "rounds", "rounds with their steps", repr(rounds)[:80]
             )
-        return steps
+        return [one["step"] for one in records if isinstance(one, dict) and not one.get("removed")]
 
     @cached_property
     def log_history(self) -> list[Any]:

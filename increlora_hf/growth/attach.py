@@ -79,9 +79,10 @@ def _save_with_history(model: Any, save_directory: str, *args: Any, **kwargs: An
         logger.warning(
             "IncreLoRA: the adapter was trained without growing, and is saved at total rank %d of %d. Train with "
             "IncreLoraTrainer, or make a GrowthRun in your own loop and call its after_step() after every step of the "
-            "optimizer. IncreLoraConfig(r_avg=%d) asks for ranks that do not grow.",
+            "optimizer. IncreLoraConfig(r_avg=%d, init_r=%d) asks for ranks that do not grow.",
             growth.total_rank,
             growth.target_total_rank,
+            growth.config.first_rank,
             growth.config.first_rank,
         )
     type(model).save_pretrained(model, save_directory, *args, **kwargs)

@@ -29,12 +29,13 @@ from ..method.scores import SCORES, Evidence
 from .tensors import check_tensors, training_tensors
 
 HISTORY_FORMAT = 2
+ABSENT = "not there"
 PARAMETERS_OF_LAYER = 3  # A, λ and B
 
 
 @dataclass(frozen=True, kw_only=True)
 class Round:
-    """One round of growth."""
+    """One round: of growth, or the cut."""
 
     step: int  # optimizer steps completed when it happened
     birth_step: int  # scheduler step at which its parameter group was born
@@ -67,6 +68,8 @@ class Growth:
         self.tracker = ImportanceTracker(len(self.layers), config.beta1, config.beta2)
         self.initial_ranks = self.rank_pattern
         self.run_start_rank = self.total_rank  # Σ r_k when the current training began
+        self.run_peak_rank = self.peak_total_rank  # where its growth ends
+        self.rounds_before_run = 0
         self._model = model
         self._peft_config = cast(LoraConfig, model.peft_config[ADAPTER])
         self._targets = self._peft_config.target_modules
@@ -99,32 +102,37 @@ class Growth:
         """Components that growth still adds."""
         return self.peak_total_rank - self.total_rank
 
-    def begin_run(self, total_steps: int, warmup_steps: int, start_rank: int | None = None) -> Plan:
+    def begin_run(self, total_steps: int, warmup_steps: int, state: Mapping[str, Any] | None = None) -> Plan:
         """Plan a training of this length, which starts from the ranks as they are now.
 
         What was born before counts as there from its start.
 
         Args:
-            start_rank: the total rank from which a training started that is resumed.
+            state: of `state_dict`, in a training that is resumed: it started from the ranks that this names.
 
         Raises:
             ValueError: the budget is out of its reach; nothing is changed.
         """
-        start_rank = self.total_rank if start_rank is None else start_rank
+        now = {
+            "run_start_rank": self.total_rank,
+            "run_peak_rank": self.peak_total_rank,
+            "rounds_before_run": len(self.rounds),
+        }
+        begun = now if state is None else {name: state.get(name, value) for name, value in now.items()}
         self.plan = plan_for(
             self.config,
             num_layers=len(self.layers),
-            ranks=(start_rank, self.peak_total_rank, self.target_total_rank),
+            ranks=(begun["run_start_rank"], begun["run_peak_rank"], self.target_total_rank),
             total_steps=total_steps,
             warmup_steps=warmup_steps,
         )
-        self.run_start_rank = start_rank
+        vars(self).update(begun)
         self.rounds = [replace(record, birth_step=0) for record in self.rounds]
         return self.plan
 
     def was_forgotten(self) -> bool:
         """Return whether the model was trained without a run that grows it; True once."""
-        if self._told or self.plan is not None or self.rounds or self.remaining == 0:
+        if self._told or self.plan is not None or self.rounds or self.total_rank == self.target_total_rank:
             return False
         lams = [layer.A.active_lam for layer in self.layers.values()]
         forgotten = not all(map(torch.equal, lams, self._lams_at_start))
@@ -211,6 +219,7 @@ class Growth:
             "plan": None if self.plan is None else self.plan.to_dict(),
             "schedule": self.schedule,
             "initial_ranks": self.initial_ranks,
+            "rounds_before_run": self.rounds_before_run,
             "rounds": [asdict(record) for record in self.rounds],
             "rank_pattern": self.rank_pattern,
             "component_parameters": {name: layer.num_parameters(1) for name, layer in self.layers.items()},
@@ -227,6 +236,8 @@ class Growth:
             "plan": None if self.plan is None else self.plan.to_dict(),
             "initial_ranks": self.initial_ranks,
             "run_start_rank": self.run_start_rank,
+            "run_peak_rank": self.run_peak_rank,
+            "rounds_before_run": self.rounds_before_run,
             "rounds_before_optimizer": self.rounds_before_optimizer,
             "rounds": [asdict(record) for record in self.rounds],
             **self.tracker.state_dict(),
@@ -264,7 +275,7 @@ class Growth:
         with torch.no_grad():
             for name, tensor in live.items():
                 tensor.copy_(tensors[name])
-        self.run_start_rank = state["run_start_rank"]
+        vars(self).update({name: state[name] for name in ("run_start_rank", "run_peak_rank", "rounds_before_run")})
         self.tracker.load_state_dict(state)
 
     def replay(
@@ -279,7 +290,11 @@ class Growth:
     def require_same_settings(self, state: Mapping[str, Any], source: str) -> None:
         """Raise ValueError, listing each difference with both values, where settings, layers or first ranks differ."""
         ours, theirs = self.config.to_dict(), state["config"]
-        differences = [f"{name}: {theirs[name]!r} → {ours[name]!r}" for name in ours if ours[name] != theirs[name]]
+        differences = [
+            f"{name}: {theirs.get(name, ABSENT)!r} → {ours.get(name, ABSENT)!r}"
+            for name in ours | theirs
+            if ours.get(name, ABSENT) != theirs.get(name, ABSENT)
+        ]
         layers = sorted(state["initial_ranks"].keys() ^ self.initial_ranks.keys())
         if layers:
             side = "checkpoint" if layers[0] in state["initial_ranks"] else "model"

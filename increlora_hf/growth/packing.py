@@ -107,7 +107,7 @@ class Packing:
             for i in own:
                 self._home[i] = index
                 optimizer.state.pop(factors[i], None)
-            self._new_strips([_Rows(i, 0, len(factors[i])) for i in own], index)
+            self._new_strips([_Rows(i, 0, len(factors[i])) for i in own if len(factors[i])], index)
         self._settings_at_start = [_settings(group) for group in optimizer.param_groups]
         self._untouched: list[tuple[Tensor, Tensor, Tensor]] = []  # tensor, rows, and the values they keep
         self._lay_out()

@@ -97,8 +97,7 @@ class GrowthRun:
         self._sensitivities: Tensor | None = None  # of the update so far
         self._backward_passes = 0
         self._is_penalised = self._is_averaged = False
-        start_rank = None if state is None else state["run_start_rank"]
-        self.growth.begin_run(total_steps, warmup_steps, start_rank)
+        self.growth.begin_run(total_steps, warmup_steps, state)
         self._packing = self._take_over()
         self.growth.schedule = {
             "name": SchedulerType(schedule).value,
@@ -265,7 +264,8 @@ class GrowthRun:
 
     def _parameters(self) -> list[Parameter]:
         """What the optimizer holds whole on every process."""
-        return [p for group in self.optimizer.param_groups for p in group["params"] if not is_sharded(p)]
+        held = (p for group in self.optimizer.param_groups for p in group["params"])
+        return [p for p in held if p.numel() and not is_sharded(p)]  # a layer that was cut to rank 0 has no elements
 
     # ---- Several processes, and resuming ---------------------------------------------------------------------------
 

@@ -130,7 +130,7 @@ def _summary(run: RunSummary, base: str) -> str:
     if is_hub_id(base):
         shown = f"[{base}](https://huggingface.co/{base})"
     history = run.history
-    rounds = len(history["rounds"])
+    rounds = sum(not record.get("removed") for record in history["rounds"])
     grown = (
         f"Its ranks were not chosen by hand: training with [IncreLoRA]({PAPER}) gave more rank, in {rounds} "
         "rounds, to the layers that mattered most"

@@ -47,13 +47,17 @@ class Plan:
         return range(first, first + self.rounds * self.interval, self.interval)
 
     @property
+    def is_cut(self) -> bool:
+        """Whether growth goes past the budget."""
+        return self.peak_total_rank > self.target_total_rank
+
+    @property
     def cut_step(self) -> int:
         """Step at which the model's smallest components go, down to the budget; 0 where nothing is cut.
 
         An interval after the last round, or one step before the run's last.
         """
-        is_cut = self.peak_total_rank > self.target_total_rank
-        return min(self.last_step + self.interval, self.total_steps - 1) if is_cut else 0
+        return min(self.last_step + self.interval, self.total_steps - 1) if self.is_cut else 0
 
     def is_due(self, step: int) -> bool:
         """Whether a round happens after this step: growth, or the cut."""
@@ -130,7 +134,7 @@ def _rounds_needed(components: int, top_h: int, increment: int) -> int:
 
 def _last_possible(plan: Plan) -> int:
     """The last step for a round of growth: what it adds has to train, and before a cut as well as after."""
-    return plan.total_steps - (2 if plan.cut_step else 1)
+    return plan.total_steps - (2 if plan.is_cut else 1)
 
 
 def _unreachable(plan: Plan) -> str:
@@ -145,8 +149,8 @@ def _unreachable(plan: Plan) -> str:
     if available > 0 and math.ceil(needed / (available * plan.increment)) <= plan.num_layers:
         remedies.append(f"top_h={math.ceil(needed / (available * plan.increment))}")
     remedies.append(f"more than {plan.last_step + plan.total_steps - last - 1:,} training steps")
-    remedies.append("a smaller r_avg")
-    goal = "peak" if plan.cut_step else "budget"
+    remedies.append("a smaller overshoot" if plan.is_cut else "a smaller r_avg")
+    goal = "peak" if plan.is_cut else "budget"
     return (
         f"The {goal} of total rank {plan.peak_total_rank} cannot be met in {plan.total_steps:,} steps: from "
         f"{plan.initial_total_rank} it takes {plan.rounds} rounds of top_h={plan.top_h} layers x "

@@ -59,7 +59,9 @@ def budget_curve(history: History, log: Log = ()) -> Figure | None:
     axes[0].step(steps, [total[step] for step in steps], where="post", color=STYLES[0][0], label="total rank")
     budget = history["target_total_rank"]
     axes[0].axhline(budget, color=STYLES[1][0], linestyle="--", label=f"budget {budget}", zorder=3)
-    axes[0].set(title=f"Total rank in {len(rounds)} round{'s' * (len(rounds) > 1)}", ylabel="total rank")
+    growing = sum(bool(record["layers"]) for record, _ in rounds)
+    cut = ", then cut" if growing < len(rounds) else ""
+    axes[0].set(title=f"Total rank in {growing} round{'s' * (growing != 1)}{cut}", ylabel="total rank")
     axes[0].yaxis.set_major_locator(MaxNLocator(integer=True))
     axes[0].legend(loc="lower right")
     if rates:
@@ -78,7 +80,7 @@ def learning_rates(history: History) -> dict[int, tuple[np.ndarray, np.ndarray]]
         return {}
     curves, total = restart_curves(**schedule), schedule["total_steps"]
     found = {}
-    for birth in sorted({0} | {record["birth_step"] for record, _ in _own_rounds(history)}):
+    for birth in sorted({0} | {record["birth_step"] for record, _ in _own_rounds(history) if record["layers"]}):
         curve, peak = curves(birth), birth + min(schedule["warmup_steps"], max(0, total - birth - 1))
         steps = np.unique([*np.linspace(birth, total, min(POINTS, total - birth + 1), dtype=int), peak])
         found[birth] = steps, schedule["learning_rate"] * np.array([curve(int(step) - birth) for step in steps])
@@ -109,7 +111,7 @@ def score_history(history: History) -> Figure | None:
     if not rounds:
         return None
     times = Counter(name for record in rounds for name in record["layers"])
-    named, names = [name for name, _ in times.most_common(len(STYLES))], _layer_names(history["rank_pattern"])
+    named, names = [name for name, _ in times.most_common(len(STYLES))], _layer_names(history["initial_ranks"])
     steps = [record["step"] for record in rounds]
     figure = Figure(figsize=(WIDTH + 1.5, 4), layout="constrained")
     axes = figure.subplots()
@@ -177,11 +179,10 @@ def _own_rounds(history: History) -> list[tuple[Mapping[str, Any], int]]:
     plan, config, layers = history["plan"], history["config"], history["initial_ranks"]
     peak = history["target_total_rank"] + config.get("overshoot", 0) * len(layers)
     total, found = sum(layers.values()), []
-    for record in history["rounds"]:
-        is_own = plan is not None and total >= plan["initial_total_rank"]
+    for number, record in enumerate(history["rounds"]):
         total += sum(gains(record["layers"], remaining=peak - total, increment=config["increment"]).values())
         total -= sum(map(len, record.get("removed", {}).values()))
-        if is_own:
+        if plan is not None and number >= history.get("rounds_before_run", 0):
             found.append((record, total))
     return found
 

@@ -24,7 +24,7 @@ def plan_line(growth: Growth, other_trainable: int) -> str:
     assert plan is not None
     now = sum(p.numel() for p in growth.parameters())
     head = f" plus head {_millions(other_trainable)} M" if other_trainable else ""
-    if not plan.rounds:
+    if not (plan.rounds or plan.cut_step):
         ranks = f"{plan.target_total_rank}, fixed"
         return f"IncreLoRA: {len(layers)} layers, total rank {ranks}; trainable {_millions(now)} M{head}"
     low, high = _final_parameters(growth)
