@@ -126,6 +126,55 @@ def test_mixin_works_on_another_trainer_class(tmp_path: Path) -> None:
     assert history(trainer, "loss")[0] == pytest.approx(2 * math.log(2), rel=0.05)
 
 
+class KeywordsOnly(Trainer):
+    """As many scripts write it: what else comes goes into ``**kwargs``."""
+
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
+        self.seen = kwargs
+        return super().compute_loss(model, inputs, return_outputs=return_outputs, **kwargs)
+
+
+def test_loss_of_a_trainer_below_gets_what_came_in_by_its_name(tmp_path: Path) -> None:
+    class Mixed(IncreLoraTrainerMixin, KeywordsOnly):
+        pass
+
+    rows = token_rows()
+    trainer = Mixed(tiny_bert(), arguments(tmp_path), train_dataset=rows, eval_dataset=rows, increlora_config=QUICK)
+    trainer.train()
+    assert trainer.seen.keys() == {"num_items_in_batch"}
+    trainer.evaluate()
+    assert trainer.increlora.total_rank == 24
+
+
+def test_loss_of_a_subclass_may_give_the_items_by_position(tmp_path: Path) -> None:
+    class Above(IncreLoraTrainer):
+        def compute_loss(
+            self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+        ) -> Any:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+    losses = []
+    for kind in (Above, IncreLoraTrainer):
+        trainer = kind(tiny_bert(), arguments(tmp_path), train_dataset=token_rows(), increlora_config=QUICK)
+        trainer.train()
+        losses.append(history(trainer, "loss"))
+    assert losses[0] == losses[1]
+
+
+def test_settings_may_be_a_mapping(tmp_path: Path) -> None:
+    trainer = IncreLoraTrainer(
+        tiny_bert(), arguments(tmp_path), train_dataset=token_rows(), increlora_config={"r_avg": 3, "top_h": 4}
+    )
+    assert trainer.increlora.config == IncreLoraConfig(r_avg=3, top_h=4, seed=trainer.args.seed)
+    with pytest.raises(ValueError, match="Unknown IncreLoRA setting rank"):
+        IncreLoraTrainer(tiny_bert(), arguments(tmp_path), increlora_config={"rank": 3})
+
+
+def test_growth_says_its_ranks_in_a_line() -> None:
+    growth = attach(tiny_bert(), QUICK).increlora
+    assert repr(growth) == "Growth(layers=12, ranks=1-1, total_rank=12, target_total_rank=24, rounds=0)"
+
+
 def test_default_arguments_need_not_be_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)  # Trainer makes its default output_dir
     assert IncreLoraTrainer(tiny_bert()).increlora.total_rank == 12

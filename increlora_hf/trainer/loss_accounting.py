@@ -27,17 +27,23 @@ class ItemCountsMixin(_Base):
     _micro_batch: tuple[Any, Any] | None = None  # inputs and ``num_items_in_batch`` of the loss computed last
 
     def compute_loss(
-        self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+        self, model: nn.Module, inputs: Any, return_outputs: bool = False, *items: Any, **kwargs: Any
     ) -> Any:
-        """Compute the loss; find out once whether the model divides it by ``num_items_in_batch``."""
+        """Compute the loss; find out once whether the model divides it by ``num_items_in_batch``.
+
+        That goes on by its name, where it came in: a Trainer class below may take ``**kwargs``.
+        """
+        if items:
+            kwargs["num_items_in_batch"] = items[0]
+        num_items_in_batch = kwargs.get("num_items_in_batch")
         if not self._loss_kwargs_checked and num_items_in_batch is not None:
             self._loss_kwargs_checked = True
             uses_them = broadcast_object(self._loss_uses_num_items(model, inputs, num_items_in_batch))
             self.model_accepts_loss_kwargs &= uses_them
-        if not self.model_accepts_loss_kwargs and self.compute_loss_func is None:
-            num_items_in_batch = None
+        if "num_items_in_batch" in kwargs and not self.model_accepts_loss_kwargs and self.compute_loss_func is None:
+            kwargs["num_items_in_batch"] = num_items_in_batch = None
         self._micro_batch = (inputs, num_items_in_batch) if model.training else None
-        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        return super().compute_loss(model, inputs, return_outputs=return_outputs, **kwargs)
 
     def _loss_uses_num_items(self, model: nn.Module, inputs: Any, num_items: Any) -> bool:
         """Whether doubling ``num_items_in_batch`` halves the loss.
@@ -52,7 +58,7 @@ class ItemCountsMixin(_Base):
         losses: list[Any] = []
         for number in (num_items, 2 * num_items):
             with torch.no_grad(), _borrowed_random_states(), self.compute_loss_context_manager():
-                losses.append(super().compute_loss(model, dict(inputs), False, number))
+                losses.append(super().compute_loss(model, dict(inputs), num_items_in_batch=number))
         for module, mode in modes:
             module.training = mode
         return not torch.allclose(*losses)

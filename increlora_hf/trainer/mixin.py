@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -47,7 +47,8 @@ class IncreLoraTrainerMixin(ItemCountsMixin, PublishingMixin):
 
     Args:
         model: plain or attached, or a name where the Trainer class takes one (TRL's); or give ``model_init``.
-        increlora_config: default `IncreLoraConfig()`; ``seed`` defaults to the training arguments' seed.
+        increlora_config: or its settings as a mapping; default `IncreLoraConfig()`; ``seed`` defaults to the training
+            arguments' seed.
         allow_pickles_on_hub: let ``hub_strategy`` checkpoint and all_checkpoints upload optimizer and random states,
             which are pickles and run code where they are loaded.
 
@@ -59,11 +60,13 @@ class IncreLoraTrainerMixin(ItemCountsMixin, PublishingMixin):
         self,
         model: Any = None,
         *args: Any,
-        increlora_config: IncreLoraConfig | None = None,
+        increlora_config: IncreLoraConfig | Mapping[str, Any] | None = None,
         allow_pickles_on_hub: bool = False,
         **kwargs: Any,
     ) -> None:
         """Take the Trainer's arguments and two more."""
+        if isinstance(increlora_config, Mapping):
+            increlora_config = IncreLoraConfig.from_dict(increlora_config)
         self.increlora_config = increlora_config
         training_args = kwargs.get("args", args[0] if args else None) or TrainingArguments(output_dir="tmp_trainer")
         refuse_unsupported(training_args, kwargs)
