@@ -1,5 +1,6 @@
 """IncreLoraTrainer as a user meets it."""
 
+import json
 import logging
 import math
 import random
@@ -13,7 +14,15 @@ from conftest import arguments, tiny_bert, token_rows
 from datasets import Dataset
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, set_seed
+from transformers import (
+    BertConfig,
+    BertForTokenClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Trainer,
+    TrainerCallback,
+    set_seed,
+)
 
 from increlora_hf import IncreLoraConfig, IncreLoraTrainer, IncreLoraTrainerMixin, attach
 
@@ -159,6 +168,48 @@ def test_loss_of_a_subclass_may_give_the_items_by_position(tmp_path: Path) -> No
         trainer.train()
         losses.append(history(trainer, "loss"))
     assert losses[0] == losses[1]
+
+
+def test_a_loss_that_cannot_tell_does_not_decide_whether_it_divides(tmp_path: Path) -> None:
+    """Labels of -100 alone give NaN, and no items: nothing is said about what the model does with their count."""
+    config = BertConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24, vocab_size=60
+    )
+    rows = {"input_ids": [[1, 2, 3, 4]] * 8, "labels": [[-100] * 4] * 2 + [[0, 1, 1, -100]] * 6}
+    args = arguments(
+        tmp_path,
+        gradient_accumulation_steps=2,
+        per_device_train_batch_size=2,
+        max_steps=4,
+        save_strategy="steps",
+        save_steps=2,
+    )
+    model = BertForTokenClassification(config)
+    trainer = IncreLoraTrainer(
+        model, args, train_dataset=Dataset.from_dict(rows), increlora_config=IncreLoraConfig(r_avg=1)
+    )
+    batch = {name: torch.tensor(values) for name, values in rows.items()}
+    first, last = ({name: values[part] for name, values in batch.items()} for part in (slice(2), slice(2, 8)))
+    trainer.model.train()
+    assert not torch.isfinite(trainer.compute_loss(trainer.model, first, num_items_in_batch=torch.tensor(4)))
+    assert trainer.loss_divides is None
+    one, other = (
+        trainer.compute_loss(trainer.model, dict(last), num_items_in_batch=torch.tensor(count)) for count in (4, 8)
+    )
+    assert trainer.loss_divides is False
+    assert one == other
+    trainer.train()
+    state = json.loads((tmp_path / "checkpoint-2" / "increlora_state.json").read_text())
+    assert state["loss_divides"] is False
+    resumed = IncreLoraTrainer(
+        BertForTokenClassification(config),
+        args,
+        train_dataset=Dataset.from_dict(rows),
+        increlora_config=IncreLoraConfig(r_avg=1),
+    )
+    assert resumed.loss_divides is None
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert resumed.loss_divides is False
 
 
 def test_settings_may_be_a_mapping(tmp_path: Path) -> None:

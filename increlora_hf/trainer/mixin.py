@@ -146,6 +146,7 @@ class IncreLoraTrainerMixin(ItemCountsMixin, PublishingMixin):
             folder = same_checkpoint(resume_from_checkpoint, str(self.args.output_dir))
             self._resuming = read_state(folder)
             self.increlora.require_same_settings(self._resuming, self._resuming["source"])
+            self.take_decision(self._resuming["loss_divides"])
             resumed_step = TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME)).global_step
         try:
             result = super().train(str(folder) if folder else None, *args, **kwargs)
@@ -262,7 +263,7 @@ class IncreLoraTrainerMixin(ItemCountsMixin, PublishingMixin):
                 self.args.save_total_limit = limit
             if self.args.should_save:
                 self._write_arguments(folder)  # again, with the limit in place
-                write_state(folder, self.model)  # type: ignore[arg-type]
+                write_state(folder, self.model, loss_divides=self.loss_divides)  # type: ignore[arg-type]
             barrier()  # the random state of every process is there
         if self.args.load_best_model_at_end:
             require_on_every_node(folder)
