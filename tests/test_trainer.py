@@ -173,7 +173,13 @@ def test_loss_of_a_subclass_may_give_the_items_by_position(tmp_path: Path) -> No
 def test_a_loss_that_cannot_tell_does_not_decide_whether_it_divides(tmp_path: Path) -> None:
     """Labels of -100 alone give NaN, and no items: nothing is said about what the model does with their count."""
     config = BertConfig(
-        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24, vocab_size=60
+        vocab_size=60,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=24,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
     )
     rows = {"input_ids": [[1, 2, 3, 4]] * 8, "labels": [[-100] * 4] * 2 + [[0, 1, 1, -100]] * 6}
     args = arguments(
