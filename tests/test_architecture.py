@@ -21,7 +21,8 @@ LAST = ["cli", "tasks", "sft"]
 RANKS = {place: rank for rank, place in enumerate(ORDER)} | dict.fromkeys(LAST, len(ORDER))
 FOR_WORK_ON_IT = {"demo", "dev", "docs", "test"}  # extras that users do not need
 OPTIONAL = {"ipython", "matplotlib", "pillow", "trl"}  # imported where a user asks for what they do, and not before
-MODULES = [path for path in sorted(PACKAGE.rglob("*.py")) if path != PACKAGE / "__init__.py"]  # that names all others
+ABOVE_ALL = {PACKAGE / "__init__.py", PACKAGE / "__main__.py"}  # the names of the package, and its program
+MODULES = [path for path in sorted(PACKAGE.rglob("*.py")) if path not in ABOVE_ALL]
 
 
 def place(path: Path) -> str:

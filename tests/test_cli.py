@@ -28,7 +28,7 @@ from increlora_hf.report.text import rank_table
 
 USAGE = 2  # argparse's own
 WIDTH = 80
-PROGRAM = [sys.executable, "-c", "import sys; from increlora_hf.cli.main import main; sys.exit(main())"]
+PROGRAM = [sys.executable, "-m", "increlora_hf"]
 
 Run = Callable[..., tuple[int, str, str]]
 

@@ -50,6 +50,20 @@ def parameters(parts: Factors) -> list[Tensor]:
     return [parts.A, parts.B, parts.lam]
 
 
+@pytest.mark.parametrize("shape", [(IN,), (4, IN), (2, 3, IN)], ids=["1-D", "2-D", "3-D"])
+@pytest.mark.parametrize("over_result", [True, False], ids=["over a result", "with the base"])
+def test_an_activation_may_change_the_output_in_place(shape: tuple[int, ...], over_result: bool) -> None:
+    gradients = []
+    for in_place in (True, False):
+        parts, x = factors((2, 1)), draw(*shape, seed=1).requires_grad_()
+        weight = draw(OUT, IN, seed=2)
+        y = add_update(F.linear(x, weight), x, parts) if over_result else linear_with_update(x, weight, None, parts)
+        F.relu(y, inplace=in_place).square().sum().backward()
+        gradients.append([x.grad, *(parameter.grad for parameter in parameters(parts))])
+    for ours, theirs in zip(*gradients, strict=True):
+        assert torch.equal(ours, theirs)
+
+
 @pytest.mark.parametrize("sizes", PARTS.values(), ids=PARTS)
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
 @pytest.mark.parametrize("over_result", [True, False], ids=["over a result", "with the base"])

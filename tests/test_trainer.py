@@ -1,5 +1,6 @@
 """IncreLoraTrainer as a user meets it."""
 
+import json
 import logging
 import math
 import random
@@ -13,7 +14,15 @@ from conftest import arguments, tiny_bert, token_rows
 from datasets import Dataset
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, set_seed
+from transformers import (
+    BertConfig,
+    BertForTokenClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Trainer,
+    TrainerCallback,
+    set_seed,
+)
 
 from increlora_hf import IncreLoraConfig, IncreLoraTrainer, IncreLoraTrainerMixin, attach
 
@@ -124,6 +133,103 @@ def test_mixin_works_on_another_trainer_class(tmp_path: Path) -> None:
     trainer.train()
     assert trainer.increlora.total_rank == 24
     assert history(trainer, "loss")[0] == pytest.approx(2 * math.log(2), rel=0.05)
+
+
+class KeywordsOnly(Trainer):
+    """As many scripts write it: what else comes goes into ``**kwargs``."""
+
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
+        self.seen = kwargs
+        return super().compute_loss(model, inputs, return_outputs=return_outputs, **kwargs)
+
+
+def test_loss_of_a_trainer_below_gets_what_came_in_by_its_name(tmp_path: Path) -> None:
+    class Mixed(IncreLoraTrainerMixin, KeywordsOnly):
+        pass
+
+    rows = token_rows()
+    trainer = Mixed(tiny_bert(), arguments(tmp_path), train_dataset=rows, eval_dataset=rows, increlora_config=QUICK)
+    trainer.train()
+    assert trainer.seen.keys() == {"num_items_in_batch"}
+    trainer.evaluate()
+    assert trainer.increlora.total_rank == 24
+
+
+def test_loss_of_a_subclass_may_give_the_items_by_position(tmp_path: Path) -> None:
+    class Above(IncreLoraTrainer):
+        def compute_loss(
+            self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+        ) -> Any:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+    losses = []
+    for kind in (Above, IncreLoraTrainer):
+        trainer = kind(tiny_bert(), arguments(tmp_path), train_dataset=token_rows(), increlora_config=QUICK)
+        trainer.train()
+        losses.append(history(trainer, "loss"))
+    assert losses[0] == losses[1]
+
+
+def test_a_loss_that_cannot_tell_does_not_decide_whether_it_divides(tmp_path: Path) -> None:
+    """Labels of -100 alone give NaN, and no items: nothing is said about what the model does with their count."""
+    config = BertConfig(
+        vocab_size=60,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=24,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
+    rows = {"input_ids": [[1, 2, 3, 4]] * 8, "labels": [[-100] * 4] * 2 + [[0, 1, 1, -100]] * 6}
+    args = arguments(
+        tmp_path,
+        gradient_accumulation_steps=2,
+        per_device_train_batch_size=2,
+        max_steps=4,
+        save_strategy="steps",
+        save_steps=2,
+    )
+    model = BertForTokenClassification(config)
+    trainer = IncreLoraTrainer(
+        model, args, train_dataset=Dataset.from_dict(rows), increlora_config=IncreLoraConfig(r_avg=1)
+    )
+    batch = {name: torch.tensor(values) for name, values in rows.items()}
+    first, last = ({name: values[part] for name, values in batch.items()} for part in (slice(2), slice(2, 8)))
+    trainer.model.train()
+    assert not torch.isfinite(trainer.compute_loss(trainer.model, first, num_items_in_batch=torch.tensor(4)))
+    assert trainer.loss_divides is None
+    one, other = (
+        trainer.compute_loss(trainer.model, dict(last), num_items_in_batch=torch.tensor(count)) for count in (4, 8)
+    )
+    assert trainer.loss_divides is False
+    assert one == other
+    trainer.train()
+    state = json.loads((tmp_path / "checkpoint-2" / "increlora_state.json").read_text())
+    assert state["loss_divides"] is False
+    resumed = IncreLoraTrainer(
+        BertForTokenClassification(config),
+        args,
+        train_dataset=Dataset.from_dict(rows),
+        increlora_config=IncreLoraConfig(r_avg=1),
+    )
+    assert resumed.loss_divides is None
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert resumed.loss_divides is False
+
+
+def test_settings_may_be_a_mapping(tmp_path: Path) -> None:
+    trainer = IncreLoraTrainer(
+        tiny_bert(), arguments(tmp_path), train_dataset=token_rows(), increlora_config={"r_avg": 3, "top_h": 4}
+    )
+    assert trainer.increlora.config == IncreLoraConfig(r_avg=3, top_h=4, seed=trainer.args.seed)
+    with pytest.raises(ValueError, match="Unknown IncreLoRA setting rank"):
+        IncreLoraTrainer(tiny_bert(), arguments(tmp_path), increlora_config={"rank": 3})
+
+
+def test_growth_says_its_ranks_in_a_line() -> None:
+    growth = attach(tiny_bert(), QUICK).increlora
+    assert repr(growth) == "Growth(layers=12, ranks=1-1, total_rank=12, target_total_rank=24, rounds=0)"
 
 
 def test_default_arguments_need_not_be_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -85,9 +85,12 @@ def _apply(x: Tensor, factors: Factors, result: Tensor | None, weight: Tensor | 
         probe.count_call()
         scalar, matrix = probe.scalar, probe.matrix
     constants = factors.scale, factors.reserve_lambda
-    return _LowRankUpdate.apply(
-        x, result, weight, bias, probe, scalar, matrix, constants, factors.A, factors.B, factors.lam
+    flat = x.reshape(-1, x.shape[-1])  # (T, in)
+    base = None if result is None else result.reshape(-1, result.shape[-1])  # (T, out)
+    y = _LowRankUpdate.apply(
+        flat, base, weight, bias, probe, scalar, matrix, constants, factors.A, factors.B, factors.lam
     )
+    return y.view(*x.shape[:-1], y.shape[-1])  # out here, so that an activation may change it in place
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
@@ -124,7 +127,7 @@ class _LowRankUpdate(torch.autograd.Function):
         dtype = _compute_dtype(x)
         rows_b = scale * rows_b  # (r, out)
         lam = F.pad(active_lam, (0, len(rows_a) - len(active_lam)), value=reserve_lambda)  # (r,)
-        flat = x.reshape(-1, x.shape[-1]).to(dtype)  # (T, in)
+        flat = x.to(dtype)  # (T, in)
         h = flat @ rows_a.to(dtype).T  # (T, r)
         lam_b = (lam[:, None] * rows_b).to(dtype)  # (r, out)
         if weight is not None:
@@ -132,19 +135,18 @@ class _LowRankUpdate(torch.autograd.Function):
             y = base.addmm_(h, lam_b)
         else:
             assert result is not None
-            base = result.reshape(-1, result.shape[-1])
-            y = torch.addmm(base, h, lam_b) if base.dtype == dtype else base + h @ lam_b
+            y = torch.addmm(result, h, lam_b) if result.dtype == dtype else result + h @ lam_b
         ctx.save_for_backward(x, h, rows_a, rows_b, lam, weight)
         ctx.dtype, ctx.probe, ctx.scale = dtype, probe, scale
         ctx.active = len(active_lam)
         ctx.result_dtype = None if result is None else result.dtype
-        return y.view(*x.shape[:-1], y.shape[-1])
+        return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, h, rows_a, rows_b, lam, weight = ctx.saved_tensors
         dtype = ctx.dtype
-        g, flat = grad.reshape(-1, grad.shape[-1]).to(dtype), x.reshape(-1, x.shape[-1]).to(dtype)
+        g, flat = grad.to(dtype), x.to(dtype)
         q = g @ rows_b.to(dtype).T  # (T, r); rows_b holds s · B
         m = (h.T @ g).to(rows_b.dtype)  # (r, out); M / s
         grad_a = lam[:, None] * (q.T @ flat).to(rows_a.dtype)  # (r, in)
@@ -154,7 +156,7 @@ class _LowRankUpdate(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             lam_a = (lam[:, None] * rows_a).to(dtype)  # (r, in)
             grad_x = q @ lam_a if weight is None else (g @ weight.to(dtype)).addmm_(q, lam_a)
-            grad_x = grad_x.view(x.shape).to(x.dtype)
+            grad_x = grad_x.to(x.dtype)
         return (
             grad_x,
             None if ctx.result_dtype is None else grad.to(ctx.result_dtype),

@@ -22,12 +22,17 @@ STATE_TENSORS = "increlora_state.safetensors"
 STATE_FORMAT = 2
 
 
-def write_state(folder: Path, model: PeftModel) -> None:
-    """Write `STATE_TENSORS` and `STATE_JSON`: raw A, B and λ with reserves, heads, rounds, Ī and U."""
+def write_state(folder: Path, model: PeftModel, *, loss_divides: bool | None = None) -> None:
+    """Write `STATE_TENSORS` and `STATE_JSON`: raw A, B and λ with reserves, heads, rounds, Ī and U.
+
+    Args:
+        loss_divides: what the Trainer has found out about its loss.
+    """
     growth: Growth = model.increlora
     tensors = {name: tensor.contiguous() for name, tensor in training_tensors(model).items()}
     save_file(tensors, folder / STATE_TENSORS, metadata={"format": "pt"})
-    write_json(folder / STATE_JSON, {"format_version": STATE_FORMAT, **growth.state_dict()})
+    document = {"format_version": STATE_FORMAT, **growth.state_dict(), "loss_divides": loss_divides}
+    write_json(folder / STATE_JSON, document)
 
 
 def read_state(folder: Path) -> dict[str, Any]:
@@ -46,8 +51,12 @@ def read_state(folder: Path) -> dict[str, Any]:
     rounds = _typed(path, document, "rounds", list)
     for index, record in enumerate(rounds):
         _check_round(path, index, record, initial)
+    loss_divides = document.get("loss_divides")
+    if loss_divides not in (True, False, None):
+        raise AdapterFormatError(path, "loss_divides", "true, false or null", repr(loss_divides)[:80])
     return {
         "source": str(folder),
+        "loss_divides": loss_divides,
         "tensors": read_tensors(folder / STATE_TENSORS),
         "config": config.to_dict(),
         "plan": plan,

@@ -76,6 +76,14 @@ class Growth:
         self._lams_at_start = [layer.A.active_lam.detach().clone() for layer in self.layers.values()]
         self._told = False  # that growth was forgotten
 
+    def __repr__(self) -> str:
+        """Ranks and rounds in one line."""
+        ranks = self.rank_pattern.values()
+        return (
+            f"Growth(layers={len(self.layers)}, ranks={min(ranks)}-{max(ranks)}, total_rank={self.total_rank}, "
+            f"target_total_rank={self.target_total_rank}, rounds={len(self.rounds)})"
+        )
+
     @property
     def rank_pattern(self) -> dict[str, int]:
         """Inner module name -> rank r_k now."""

@@ -23,24 +23,34 @@ else:
 class ItemCountsMixin(_Base):
     """Trainer's loss; it knows whether model or Trainer divides by ``num_items_in_batch``."""
 
-    _loss_kwargs_checked = False
+    loss_divides: bool | None = None  # whether the loss divides by ``num_items_in_batch``; None until one has told
     _micro_batch: tuple[Any, Any] | None = None  # inputs and ``num_items_in_batch`` of the loss computed last
 
     def compute_loss(
-        self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+        self, model: nn.Module, inputs: Any, return_outputs: bool = False, *items: Any, **kwargs: Any
     ) -> Any:
-        """Compute the loss; find out once whether the model divides it by ``num_items_in_batch``."""
-        if not self._loss_kwargs_checked and num_items_in_batch is not None:
-            self._loss_kwargs_checked = True
-            uses_them = broadcast_object(self._loss_uses_num_items(model, inputs, num_items_in_batch))
-            self.model_accepts_loss_kwargs &= uses_them
-        if not self.model_accepts_loss_kwargs and self.compute_loss_func is None:
-            num_items_in_batch = None
-        self._micro_batch = (inputs, num_items_in_batch) if model.training else None
-        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        """Compute the loss; find out whether the model divides it by ``num_items_in_batch``, once a loss can tell.
 
-    def _loss_uses_num_items(self, model: nn.Module, inputs: Any, num_items: Any) -> bool:
-        """Whether doubling ``num_items_in_batch`` halves the loss.
+        That goes on by its name, where it came in: a Trainer class below may take ``**kwargs``.
+        """
+        if items:
+            kwargs["num_items_in_batch"] = items[0]
+        num_items_in_batch = kwargs.get("num_items_in_batch")
+        if self.loss_divides is None and num_items_in_batch is not None:
+            self.take_decision(broadcast_object(self._loss_uses_num_items(model, inputs, num_items_in_batch)))
+        if "num_items_in_batch" in kwargs and not self.model_accepts_loss_kwargs and self.compute_loss_func is None:
+            kwargs["num_items_in_batch"] = num_items_in_batch = None
+        self._micro_batch = (inputs, num_items_in_batch) if model.training else None
+        return super().compute_loss(model, inputs, return_outputs=return_outputs, **kwargs)
+
+    def take_decision(self, loss_divides: bool | None) -> None:
+        """Take what was found out here, or in the run that is resumed."""
+        self.loss_divides = loss_divides
+        if loss_divides is False:
+            self.model_accepts_loss_kwargs = False
+
+    def _loss_uses_num_items(self, model: nn.Module, inputs: Any, num_items: Any) -> bool | None:
+        """Whether doubling ``num_items_in_batch`` halves the loss; None where it is 0 or not finite.
 
         Trainer believes it of every model that accepts ``**kwargs``. Encoders' classification heads do and ignore
         it: their loss and gradients would grow with the number of accumulation steps.
@@ -52,9 +62,11 @@ class ItemCountsMixin(_Base):
         losses: list[Any] = []
         for number in (num_items, 2 * num_items):
             with torch.no_grad(), _borrowed_random_states(), self.compute_loss_context_manager():
-                losses.append(super().compute_loss(model, dict(inputs), False, number))
+                losses.append(super().compute_loss(model, dict(inputs), num_items_in_batch=number))
         for module, mode in modes:
             module.training = mode
+        if not all(torch.isfinite(loss) and loss != 0 for loss in losses):
+            return None
         return not torch.allclose(*losses)
 
     def own_items(self, inputs: Any) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -47,7 +47,8 @@ class IncreLoraTrainerMixin(ItemCountsMixin, PublishingMixin):
 
     Args:
         model: plain or attached, or a name where the Trainer class takes one (TRL's); or give ``model_init``.
-        increlora_config: default `IncreLoraConfig()`; ``seed`` defaults to the training arguments' seed.
+        increlora_config: or its settings as a mapping; default `IncreLoraConfig()`; ``seed`` defaults to the training
+            arguments' seed.
         allow_pickles_on_hub: let ``hub_strategy`` checkpoint and all_checkpoints upload optimizer and random states,
             which are pickles and run code where they are loaded.
 
@@ -59,11 +60,13 @@ class IncreLoraTrainerMixin(ItemCountsMixin, PublishingMixin):
         self,
         model: Any = None,
         *args: Any,
-        increlora_config: IncreLoraConfig | None = None,
+        increlora_config: IncreLoraConfig | Mapping[str, Any] | None = None,
         allow_pickles_on_hub: bool = False,
         **kwargs: Any,
     ) -> None:
         """Take the Trainer's arguments and two more."""
+        if isinstance(increlora_config, Mapping):
+            increlora_config = IncreLoraConfig.from_dict(increlora_config)
         self.increlora_config = increlora_config
         training_args = kwargs.get("args", args[0] if args else None) or TrainingArguments(output_dir="tmp_trainer")
         refuse_unsupported(training_args, kwargs)
@@ -143,6 +146,7 @@ class IncreLoraTrainerMixin(ItemCountsMixin, PublishingMixin):
             folder = same_checkpoint(resume_from_checkpoint, str(self.args.output_dir))
             self._resuming = read_state(folder)
             self.increlora.require_same_settings(self._resuming, self._resuming["source"])
+            self.take_decision(self._resuming["loss_divides"])
             resumed_step = TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME)).global_step
         try:
             result = super().train(str(folder) if folder else None, *args, **kwargs)
@@ -259,7 +263,7 @@ class IncreLoraTrainerMixin(ItemCountsMixin, PublishingMixin):
                 self.args.save_total_limit = limit
             if self.args.should_save:
                 self._write_arguments(folder)  # again, with the limit in place
-                write_state(folder, self.model)  # type: ignore[arg-type]
+                write_state(folder, self.model, loss_divides=self.loss_divides)  # type: ignore[arg-type]
             barrier()  # the random state of every process is there
         if self.args.load_best_model_at_end:
             require_on_every_node(folder)
