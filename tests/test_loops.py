@@ -311,7 +311,7 @@ def test_forgotten_growth_is_said_once(tmp_path: Path, caplog: pytest.LogCapture
     assert [record.getMessage() for record in caplog.records] == [
         "IncreLoRA: the adapter was trained without growing, and is saved at total rank 12 of 24. Train with "
         "IncreLoraTrainer, or make a GrowthRun in your own loop and call its after_step() after every step of the "
-        "optimizer. IncreLoraConfig(r_avg=1) asks for ranks that do not grow."
+        "optimizer. IncreLoraConfig(r_avg=1, init_r=1) asks for ranks that do not grow."
     ]
 
 
