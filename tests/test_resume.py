@@ -509,10 +509,10 @@ def test_failed_save_leaves_nothing_and_keeps_the_previous(tmp_path: Path, monke
     trainer = make(tmp_path, save_strategy="steps", save_steps=6)
     real = module.write_state
 
-    def full(folder: Path, model: Any) -> None:
+    def full(folder: Path, *args: Any, **kwargs: Any) -> None:
         if folder.name == "checkpoint-12":
             raise OSError(28, "No space left on device")
-        real(folder, model)
+        real(folder, *args, **kwargs)
 
     monkeypatch.setattr(module, "write_state", full)
     with pytest.raises(OSError, match="No space left"):
