@@ -24,7 +24,10 @@ def test_gpu_script_runs_in_small_and_is_reported(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stdout + "".join(path.read_text() for path in out.glob("*.log"))
     assert json.loads((out / "fp16-resume.json").read_text())["same_bits"]
-    assert {json.loads(line)["contender"] for line in (out / "planted.jsonl").open()} == {"lora", "paper"}
+    assert {json.loads(line)["contender"] for line in (out / "planted.jsonl").read_text().splitlines()} == {
+        "lora",
+        "paper",
+    }
     document.write_text(f"before\n{gpu_report.BEGIN}{gpu_report.END}after\n")
     command = [sys.executable, str(SPEED / "gpu_report.py"), str(out), "--output", str(document)]
     subprocess.run(command, check=True)
