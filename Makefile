@@ -43,7 +43,7 @@ fast: $(VENV)/.ready
 	$(RUN) -m pytest -q -n 2 -m "not slow"
 
 slow: $(VENV)/.ready
-	$(RUN) -m pytest -q -m slow
+	$(RUN) -m pytest -q -n 2 -m slow
 
 ## The fast tests with the lowest version of every dependency that pyproject.toml allows.
 oldest: $(OLDEST)/.ready
