@@ -65,20 +65,15 @@ def test_what_is_cut_is_the_smallest_and_the_rest_keeps_its_bits() -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-2)
     run = GrowthRun(model, optimizer, total_steps=STEPS, warmup_steps=2)
     layers = model.increlora.layers
-    for step in range(1, 13):
-        model(**BATCH).loss.backward()
-        optimizer.step()
-        if step == 12:
-            before = {
-                name: (
-                    layer.component_sizes().tolist(),
-                    layer.A.components.detach().clone(),
-                    layer.A.active_lam.tolist(),
-                )
-                for name, layer in layers.items()
-            }
-        run.after_step()
-        optimizer.zero_grad()
+    for _ in range(11):
+        step(model, optimizer, run)
+    model(**BATCH).loss.backward()
+    optimizer.step()
+    before = {
+        name: (layer.component_sizes().tolist(), layer.A.components.detach().clone(), layer.A.active_lam.tolist())
+        for name, layer in layers.items()
+    }
+    run.after_step()
     gone = naively_smallest([sizes for sizes, _, _ in before.values()], 24)
     for k, (name, layer) in enumerate(layers.items()):
         sizes, rows, lams = before[name]
@@ -215,10 +210,7 @@ def test_training_that_ended_before_the_cut_is_cut_in_the_next(tmp_path: Path) -
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
         run = GrowthRun(model, optimizer, total_steps=20)
         for _ in range(steps):
-            model(**BATCH).loss.backward()
-            optimizer.step()
-            run.after_step()
-            optimizer.zero_grad()
+            step(model, optimizer, run)
     assert model.increlora.total_rank == 12
 
 

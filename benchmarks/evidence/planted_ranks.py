@@ -172,6 +172,27 @@ def loss_of(model: nn.Module, tokens: Tensor, target: Tensor) -> Tensor:
     return (model(input_ids=tokens).last_hidden_state - target).square().mean()
 
 
+def train(
+    model: Any, optimizer: AdamW, data: Iterator[tuple[Tensor, Tensor]], after_step: Callable[[int], Any]
+) -> list[float]:
+    """The loss of every step; ``after_step`` is told of each before the gradients are zeroed."""
+    losses = []
+    model.train()
+    for step, (tokens, target) in enumerate(data, start=1):
+        loss = loss_of(model, tokens, target)
+        loss.backward()
+        optimizer.step()
+        after_step(step)
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+def optimizer_of(model: Any, run: Run) -> AdamW:
+    """AdamW without decay on what trains."""
+    return AdamW([p for p in model.parameters() if p.requires_grad], lr=run.learning_rate, weight_decay=0.0)
+
+
 def train_stock(
     base: Any, run: Run, planted: Mapping[str, int], data: Iterator[tuple[Tensor, Tensor]]
 ) -> tuple[list[float], dict[str, int]]:
@@ -195,19 +216,15 @@ def train_stock(
         alphas = {pattern: ALPHA / R_AVG * rank for pattern, rank in ranks.items()}
         config = LoraConfig(r=R_AVG, lora_alpha=ALPHA, target_modules=names, rank_pattern=ranks, alpha_pattern=alphas)
     model: Any = get_peft_model(base, config)
-    optimizer = AdamW([p for p in model.parameters() if p.requires_grad], lr=run.learning_rate, weight_decay=0.0)
+    optimizer = optimizer_of(model, run)
     schedule = get_linear_schedule_with_warmup(optimizer, WARMUP, run.steps)
-    losses = []
-    model.train()
-    for step, (tokens, target) in enumerate(data, start=1):
-        loss = loss_of(model, tokens, target)
-        loss.backward()
-        optimizer.step()
+
+    def after_step(step: int) -> None:
         if is_adalora:
             model.base_model.update_and_allocate(step)
         schedule.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
+
+    losses = train(model, optimizer, data, after_step)
     if not is_adalora:
         return losses, {name: planted[name] if is_oracle else R_AVG for name in names}
     kept = model.peft_config["default"].rank_pattern
@@ -231,18 +248,9 @@ def train_ours(
 ) -> tuple[list[float], dict[str, int]]:
     """IncreLoRA; its rounds come every `WARMUP` steps, as the defaults have it."""
     model = attach(base, settings_of(run.contender, run.seed))
-    optimizer = AdamW([p for p in model.parameters() if p.requires_grad], lr=run.learning_rate, weight_decay=0.0)
+    optimizer = optimizer_of(model, run)
     growing = GrowthRun(model, optimizer, total_steps=run.steps, warmup_steps=WARMUP)
-    losses = []
-    model.train()
-    for tokens, target in data:
-        loss = loss_of(model, tokens, target)
-        loss.backward()
-        optimizer.step()
-        growing.after_step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    return losses, model.increlora.rank_pattern
+    return train(model, optimizer, data, lambda step: growing.after_step()), model.increlora.rank_pattern
 
 
 # ---- The report ----------------------------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 python benchmarks/speed/fp16_resume.py --json FILE [--device cpu]
 
-The loss scale starts so high that the first steps overflow and are skipped. On a CPU the run is in float32.
+On a CPU the run is in float32 and has no scaler: that tries the script alone.
 """
 
 from __future__ import annotations
