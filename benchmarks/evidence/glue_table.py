@@ -30,7 +30,7 @@ import numpy as np
 from datasets import Dataset, load_dataset
 from glue_report import TUNING, is_squad, lines, report, score
 
-from increlora_hf.method.allocation import gains
+from increlora_hf.report.text import rank_changes
 from increlora_hf.tasks.glue.tasks import glue_task
 
 ROOT = Path(__file__).parents[2]
@@ -229,16 +229,11 @@ def gained(out: Path) -> list[tuple[int, int]]:
     if not file.exists():
         return []
     history = json.loads(file.read_text())
-    config, costs = history["config"], history["component_parameters"]
-    peak = history["target_total_rank"] + config["overshoot"] * len(costs)
-    left = peak - sum(history["initial_ranks"].values())
-    found = []
-    for record in history["rounds"]:
-        counts = gains(record["layers"], remaining=left, increment=config["increment"])
-        left -= sum(counts.values())
-        counts |= {name: -len(places) for name, places in record["removed"].items()}
-        found.append((record["step"], sum(count * costs[name] for name, count in counts.items())))
-    return found
+    costs = history["component_parameters"]
+    return [
+        (record["step"], sum(count * costs[name] for name, count in changed.items()))
+        for record, changed in zip(history["rounds"], rank_changes(history), strict=True)
+    ]
 
 
 def ranks(out: Path) -> dict[str, int] | None:

@@ -14,9 +14,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from ..growth.schedule import restart_curves
-from ..method.allocation import gains
 from .rank_map import block_names, compare, module_names, rank_map
-from .text import ORTH_LOSS, TOTAL_RANK, rank_grid
+from .text import ORTH_LOSS, TOTAL_RANK, rank_changes, rank_grid
 
 __all__ = [
     "budget_curve",
@@ -176,13 +175,10 @@ def _own_rounds(history: History) -> list[tuple[Mapping[str, Any], int]]:
     """The rounds of the planned run, each with the total rank after it; not those of an earlier run."""
     if "initial_ranks" not in history:  # of an adapter that IncreLoRA did not train
         return []
-    plan, config, layers = history["plan"], history["config"], history["initial_ranks"]
-    peak = history["target_total_rank"] + config.get("overshoot", 0) * len(layers)
-    total, found = sum(layers.values()), []
-    for number, record in enumerate(history["rounds"]):
-        total += sum(gains(record["layers"], remaining=peak - total, increment=config["increment"]).values())
-        total -= sum(map(len, record.get("removed", {}).values()))
-        if plan is not None and number >= history.get("rounds_before_run", 0):
+    total, found = sum(history["initial_ranks"].values()), []
+    for number, (record, changed) in enumerate(zip(history["rounds"], rank_changes(history), strict=True)):
+        total += sum(changed.values())
+        if history["plan"] is not None and number >= history.get("rounds_before_run", 0):
             found.append((record, total))
     return found
 

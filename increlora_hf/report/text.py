@@ -6,7 +6,9 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from ..method.allocation import gains
 
 if TYPE_CHECKING:  # the rank table needs no torch
     from ..growth.growth import Growth
@@ -104,6 +106,18 @@ def rank_grid(ranks: Mapping[str, int]) -> tuple[list[str], list[str], dict[tupl
         cells[match.groups() if match else ("", name)] = rank
     rows, columns = (list(dict.fromkeys(cell[axis] for cell in cells)) for axis in (0, 1))
     return rows, columns, cells  # type: ignore[return-value]
+
+
+def rank_changes(history: Mapping[str, Any]) -> list[dict[str, int]]:
+    """For each round of a history, by layer, the components that it added; below 0 the number that the cut took."""
+    config, layers = history["config"], history["initial_ranks"]
+    peak = history["target_total_rank"] + config.get("overshoot", 0) * len(layers)
+    left, found = peak - sum(layers.values()), []
+    for record in history["rounds"]:
+        added = gains(record["layers"], remaining=left, increment=config["increment"])
+        left -= sum(added.values())
+        found.append(added | {name: -len(places) for name, places in record.get("removed", {}).items()})
+    return found
 
 
 def final_ranks(growth: Growth) -> str:
