@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -183,7 +184,7 @@ def test_a_study_is_tuned_run_and_reported(tmp_path: Path, capsys: pytest.Captur
     rows = sentence_pairs([0, 1], rows=40) | {"idx": list(range(40))}
     write_parquet(tmp_path / "data" / "rte", train=rows, validation=rows)
     settings = argparse.Namespace(
-        **{"study": "methods", "r_avg": 2, "tasks": ["rte"], "seeds": [1], "tune": [1e-3, 1e-2], "tuning_seed": 0},
+        **{"study": "methods", "r_avg": 2, "tasks": ["rte"], "seeds": [1], "tune": [1e-3], "tuning_seed": 0},
         **{"tuning_epochs": None},
         **{
             "model": str(model),
@@ -199,7 +200,7 @@ def test_a_study_is_tuned_run_and_reported(tmp_path: Path, capsys: pytest.Captur
         patch.setattr(glue_table, "studies", lambda rank: {"methods": methods | {"broken": {"tuner": "nothing"}}})
         run_study(settings)
     found = [json.loads(text) for text in settings.results.read_text().splitlines()]
-    assert len(found) == 2 * 3 + 2  # two rates for each of three rows, then the runs of the two that could be tuned
+    assert len(found) == 3 + 2  # a rate for each of three rows, then the runs of the two that could be tuned
     broken = [one for one in found if one["row"] == "broken"]
     assert all("--tuner nothing is unknown" in one["error"] for one in broken)
     ours = next(one for one in found if one["row"] == "increlora r=2" and one["study"] == "methods")
@@ -208,7 +209,7 @@ def test_a_study_is_tuned_run_and_reported(tmp_path: Path, capsys: pytest.Captur
     assert "orth_loss" in ours["training"][0]
     report(argparse.Namespace(results_files=[settings.results], first=[], output=None, figures=tmp_path / "figures"))
     printed = capsys.readouterr().out
-    assert "6 runs, 2 failed" in printed
+    assert "3 runs, 1 failed" in printed
     assert "2 runs, 0 failed" in printed
     assert (tmp_path / "figures" / "r" / "methods-rte-penalty.png").stat().st_size > 1000
     document = tmp_path / "evidence.md"
@@ -219,6 +220,26 @@ def test_a_study_is_tuned_run_and_reported(tmp_path: Path, capsys: pytest.Captur
     assert text.endswith("after\n")
     assert "old" not in text
     assert "| increlora r=2 |" in text
+
+
+@pytest.mark.parametrize(("best", "rates"), [(1e-3, 3), (1e-2, 5), (1e-4, 5)])
+def test_a_grid_goes_on_until_its_best_rate_is_inside(
+    best: float, rates: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def execute(run: Run, *_: Any) -> dict[str, Any]:
+        value = -abs(math.log(run.flags["learning_rate"] / best))
+        return {**line(run.row, run.seed, value), **run._asdict(), "key": run.key, "error": None}
+
+    monkeypatch.setattr(glue_table, "execute", execute)
+    monkeypatch.setattr(glue_table, "held_out", lambda data, task, folder: folder)
+    results = Results(tmp_path / "r.jsonl")
+    settings = argparse.Namespace(
+        **{"tune": [3e-4, 1e-3, 3e-3], "tasks": ["rte"], "tuning_seed": 0, "tuning_epochs": 3, "parallel": 1},
+        **{"devices": None, "data": tmp_path, "cache": tmp_path},
+    )
+    found = glue_table.tuned({"lora": {"tuner": "lora"}}, settings, [], results)
+    assert found["lora", "rte"]["learning_rate"] == pytest.approx(best, rel=0.2)
+    assert len(results.done) == rates
 
 
 def test_tuning_is_a_table_of_its_own_with_the_best_rate_marked():

@@ -6,6 +6,7 @@ python benchmarks/evidence/glue_table.py report --results R.jsonl --output docs/
 A study is one of the paper's tables or figures. Every run is one line of the results, a failed one too; what is there
 is not run again, except what failed. Flags for the script come after --. With --tune, each method's learning rate is
 chosen first, from the same grid, on a tenth of the training data that is held out; the validation set is left alone.
+The grid goes on for a method and a task while the best rate is its first or its last.
 """
 
 from __future__ import annotations
@@ -290,6 +291,40 @@ def run_all(runs: Iterable[tuple[Run, Path]], results: Results, settings: argpar
         worker.join()
 
 
+def tuned(
+    rows: Mapping[str, Flags], settings: argparse.Namespace, common: list[str], results: Results
+) -> dict[tuple[str, str], Flags]:
+    """The best learning rate of each row on each task; a grid goes on while its best rate is its first or its last."""
+    length = {} if settings.tuning_epochs is None else {"num_train_epochs": settings.tuning_epochs}
+    grids = {cell: sorted(settings.tune) for cell in itertools.product(rows, settings.tasks)}
+    while True:
+        runs = {
+            (*cell, rate): Run(
+                TUNING, *cell, settings.tuning_seed, rows[cell[0]] | {"learning_rate": rate} | length, common
+            )
+            for cell, grid in grids.items()
+            for rate in grid
+        }
+        waiting = [(run, held_out(settings.data, run.task, settings.cache / "held-out")) for run in runs.values()]
+        run_all(waiting, results, settings)
+        scores = {key: score(results.done[run.key], best=False) for key, run in runs.items() if run.key in results.done}
+        best, is_inside = {}, True
+        for cell, grid in grids.items():
+            found = {rate: scores[*cell, rate] for rate in grid if (*cell, rate) in scores}
+            if not found:
+                continue
+            best[cell] = rate = max(found, key=found.__getitem__)
+            neighbour = {grid[0]: grid[1:2], grid[-1]: grid[-2:-1]}.get(rate, [])
+            if neighbour and found[rate] > found.get(neighbour[0], found[rate]):
+                grids[cell] = sorted([*grid, float(f"{rate * rate / neighbour[0]:.0e}")])
+                is_inside = False
+        if is_inside:
+            break
+    for row, task in grids.keys() - best.keys():
+        sys.stderr.write(f"{row} | {task}: left out, for all of its tuning runs failed.\n")
+    return {cell: {"learning_rate": rate} for cell, rate in best.items()}
+
+
 def run_study(settings: argparse.Namespace) -> None:
     """All rows of a study on all tasks and seeds, each method's learning rate chosen first where that is asked for."""
     rows, results = studies(settings.r_avg)[settings.study], Results(settings.results)
@@ -300,25 +335,7 @@ def run_study(settings: argparse.Namespace) -> None:
     if settings.adapters_python is None:
         rows = {name: flags for name, flags in rows.items() if name not in BOTTLENECKS}
     common = [f"--model_name_or_path={settings.model}", *settings.more]
-    rates: dict[tuple[str, str], Flags] = {}
-    if settings.tune:
-        grid = list(itertools.product(rows, settings.tasks, settings.tune))
-        folder = settings.cache / "held-out"
-        length = {} if settings.tuning_epochs is None else {"num_train_epochs": settings.tuning_epochs}
-        tuning = {
-            cell: Run(
-                TUNING, *cell[:2], settings.tuning_seed, rows[cell[0]] | {"learning_rate": cell[2]} | length, common
-            )
-            for cell in grid
-        }
-        run_all(((run, held_out(settings.data, run.task, folder)) for run in tuning.values()), results, settings)
-        for row, task in itertools.product(rows, settings.tasks):
-            found = {rate: results.done.get(tuning[row, task, rate].key) for rate in settings.tune}
-            scores = {rate: score(line, best=False) for rate, line in found.items() if line}
-            if scores:
-                rates[row, task] = {"learning_rate": max(scores, key=scores.__getitem__)}
-            else:
-                sys.stderr.write(f"{row} | {task}: left out, for all of its tuning runs failed.\n")
+    rates = tuned(rows, settings, common, results) if settings.tune else {}
     runs = [
         Run(
             settings.study,
