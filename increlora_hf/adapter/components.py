@@ -16,7 +16,7 @@ from ..config import DEFAULT_SEED, UNIT_STD, IncreLoraConfig
 from ..method.scores import component_sizes
 from .factors import ADAPTER, GrowingA, GrowingB
 from .fused import fuse
-from .names import exact_pattern
+from .names import exact_pattern, exact_targets
 from .targets import plain_alpha
 
 
@@ -155,7 +155,8 @@ def record_ranks(peft_model: PeftModel, config: IncreLoraConfig) -> None:
     saved = cast(LoraConfig, peft_model.peft_config[ADAPTER])
     saved.r, saved.lora_alpha = largest.rank, plain_alpha(alphas[largest.name])  # type: ignore[assignment]
     if not all(layer.rank for layer in layers):  # PEFT knows no rank 0: these layers are not adapted any more
-        saved.target_modules = {layer.name for layer in layers if layer.rank}  # type: ignore[assignment]
+        names = [name for name, _ in peft_model.get_base_model().named_modules()]  # type: ignore[operator]
+        saved.target_modules = exact_targets([layer.name for layer in layers if layer.rank], names)
     others = [layer for layer in layers if layer.rank not in (0, largest.rank)]
     saved.rank_pattern = {exact_pattern(layer.name): layer.rank for layer in others}
     saved.alpha_pattern = {

@@ -61,7 +61,8 @@ class _GrowingFactor(nn.Module):
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         if self.rank:  # an adapter file does not name layers of rank 0
             weight = self.weight if keep_vars else self.weight.detach()
-            destination[prefix + "weight"] = weight.contiguous()
+            # A copy of its own: safetensors and accelerate refuse views of a part of a larger tensor.
+            destination[prefix + "weight"] = weight.clone(memory_format=torch.contiguous_format)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         _metadata, _strict, missing, _unexpected, errors = args

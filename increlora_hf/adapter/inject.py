@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
-from peft.utils import ModulesToSaveWrapper
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.nn import Parameter
 
@@ -18,23 +19,28 @@ from .components import AdaptedLayer, record_ranks, start_components
 from .targets import head_modules, resolve_targets
 
 
-def inject(model: nn.Module, config: IncreLoraConfig, ranks: Mapping[str, int] | None = None) -> PeftModel:
+def inject(
+    model: nn.Module,
+    config: IncreLoraConfig,
+    ranks: Mapping[str, int] | None = None,
+    carried: LoraConfig | None = None,
+) -> PeftModel:
     """Wrap ``model`` in PEFT's model, with growing factors of the first rank in its LoRA layers.
 
     Args:
         ranks: adapt exactly these layers, starting at these ranks. Default: what the settings say.
+        carried: the configuration of the adapter that is continued; see `resolve_targets`.
 
     Raises:
-        ValueError: the settings do not fit the model; it is left as it was.
+        ValueError: the settings do not fit the model; `unchanged_on_error` restores it.
     """
     if ranks is None:
         ranks = config.adapted_ranks
-    lora_config, wanted = resolve_targets(model, config, ranks)
+    lora_config, wanted = resolve_targets(model, config, ranks, carried)
     peft_model = _wrap(model, lora_config)
     inner = peft_model.get_base_model()
     layers = {name: module for name, module in inner.named_modules() if isinstance(module, LoraLayer)}
     if list(layers) != wanted:
-        peft_model.unload()
         raise ValueError(
             f"PEFT adapted {sorted(set(layers) ^ set(wanted))} differently from what was asked. Name the layers more "
             "fully in target_modules."
@@ -47,28 +53,51 @@ def inject(model: nn.Module, config: IncreLoraConfig, ranks: Mapping[str, int] |
 
 def _wrap(model: nn.Module, lora_config: LoraConfig) -> PeftModel:
     try:
-        with whole_or_not_at_all(model), _unsharded_heads(model, lora_config):
+        with _unsharded_heads(model, lora_config):
             return get_peft_model(model, lora_config)
     except (TypeError, ValueError, NotImplementedError) as error:  # of a kind of layer, when some are wrapped already
         raise ValueError(f"PEFT cannot adapt {type(model).__name__}: {error}") from error
 
 
 @contextmanager
-def whole_or_not_at_all(model: nn.Module) -> Iterator[None]:
-    """Restore layers, heads and ``requires_grad`` of a model where PEFT fails while it wraps it."""
-    trainable = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+def unchanged_on_error(model: nn.Module) -> Iterator[None]:
+    """Restore the modules of a model, their attributes and ``requires_grad`` where the block raises.
+
+    It restores no values of tensors.
+    """
+    trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    modules = [(module, type(module), dict(vars(module))) for module in model.modules()]
+    held = [
+        (container, container.copy())  # submodules, parameters, hooks, and PEFT's settings by adapter
+        for _, _, attributes in modules
+        for container in attributes.values()
+        if type(container) in (dict, OrderedDict, list, set)
+    ]
     try:
         yield
     except BaseException:
-        for name, module in list(model.named_modules()):
-            if isinstance(module, LoraLayer):
-                model.set_submodule(name, module.get_base_layer())
-            elif isinstance(module, ModulesToSaveWrapper):
-                model.set_submodule(name, module.original_module)
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(trainable[name])
-        model.__dict__.pop("peft_config", None)
+        for module, kind, attributes in modules:
+            module.__class__ = kind
+            vars(module).clear()
+            vars(module).update(attributes)
+        for container, content in held:
+            container.clear()
+            container.extend(content) if isinstance(container, list) else container.update(content)
+        for parameter, required_grad in trainable:
+            parameter.requires_grad_(required_grad)
         raise
+
+
+def require_no_adapter(model: nn.Module) -> None:
+    """Raise ValueError where adapters stand in ``model`` itself, or where it is a `PeftModel`."""
+    name = next((name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)), None)
+    if name is not None:
+        raise ValueError(
+            f"The {type(model).__name__} holds an adapter already, in {name!r}. To continue from the adapter, pass "
+            "the PeftModel that holds it (an earlier trainer's `trainer.model`), or load it onto the base model with "
+            "PeftModel.from_pretrained(base, ADAPTER, is_trainable=True) and attach that. To start anew, load the "
+            "base model again."
+        )
 
 
 @contextmanager

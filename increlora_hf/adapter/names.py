@@ -18,6 +18,18 @@ def is_target(name: str, target: str) -> bool:
     return name == target or name.endswith("." + target)
 
 
+def exact_targets(wanted: Iterable[str], names: Iterable[str]) -> list[str] | str:
+    """``target_modules`` that match the modules ``wanted`` alone, out of all ``names``.
+
+    Their full names; where one of these is the ending of another module's name, a regular expression.
+    """
+    listed = list(wanted)
+    endings = tuple("." + name for name in listed)
+    if any(name.endswith(endings) for name in set(names) - set(listed)):
+        return "|".join(map(re.escape, listed))
+    return listed
+
+
 def is_head(name: str, heads: Iterable[str]) -> bool:
     """Whether an entry of ``modules_to_save`` matches a module: PEFT takes any ending, of whole parts or not."""
     return any(f"{PREFIX}{name}".endswith(head) for head in heads)

@@ -13,7 +13,7 @@ from transformers.models.auto import modeling_auto
 from transformers.pytorch_utils import Conv1D
 
 from ..config import IncreLoraConfig
-from .names import is_head, is_target
+from .names import exact_targets, is_head, is_target
 
 logger = logging.getLogger(__name__)
 
@@ -22,17 +22,25 @@ STACKED_MATRICES = 3  # dimensions of a parameter that holds one matrix per expe
 
 
 def resolve_targets(
-    model: nn.Module, config: IncreLoraConfig, ranks: Mapping[str, int] | None
+    model: nn.Module,
+    config: IncreLoraConfig,
+    ranks: Mapping[str, int] | None,
+    carried: LoraConfig | None = None,
 ) -> tuple[LoraConfig, list[str]]:
     """PEFT's configuration for these settings, and the full names of the layers it adapts, in the model's order.
 
     Args:
         ranks: adapt exactly these layers, whatever the settings say.
+        carried: of the adapter that is continued. What it trains fully stays so; of the default heads only those join
+            that overlap neither with it nor with the layers of ``ranks``.
 
     Raises:
         ValueError: a target matches nothing, or a module that is not linear.
     """
     outside = _outside_backbone(model)
+    trained = [] if carried is None else list(head_modules(model, carried.modules_to_save))
+    if carried is not None:
+        outside = _not_overlapping(model, outside, [*trained, *(ranks or ())])
     if config.modules_to_save is None:
         _refuse_shared_endings(model, outside)
     targets = config.target_modules
@@ -41,15 +49,24 @@ def resolve_targets(
         _warn_of_experts(model)
     if ranks is not None:
         targets = list(ranks)
+    if targets is not config.target_modules:  # full names
+        targets = exact_targets(targets, [name for name, _ in model.named_modules()])
+    heads = outside if config.modules_to_save is None else list(config.modules_to_save)
     lora_config = LoraConfig(
         r=config.first_rank,
         lora_alpha=plain_alpha(config.lora_alpha),  # type: ignore[arg-type]
         lora_dropout=config.lora_dropout,
         target_modules=targets,
-        modules_to_save=outside if config.modules_to_save is None else list(config.modules_to_save),
-        task_type=_task_type(model),
+        modules_to_save=list(dict.fromkeys([*trained, *heads])),
+        task_type=_task_type(model) if carried is None else carried.task_type,  # PEFT chooses heads by it
     )
     wanted = _adapted_names(model, lora_config, config)
+    left_out = next((name for name in ranks or () if name not in wanted), None)
+    if left_out is not None:
+        raise ValueError(
+            f"The layer {left_out!r} is to be adapted, and modules_to_save={lora_config.modules_to_save} trains it "
+            "fully: PEFT does one of the two. Name in modules_to_save only modules without adapted layers."
+        )
     lora_config.fan_in_fan_out = all(isinstance(model.get_submodule(name), Conv1D) for name in wanted)
     return lora_config, wanted
 
@@ -182,6 +199,12 @@ def _outside_backbone(model: nn.Module) -> list[str]:
     poolers = [getattr(tower, "pooler", None) for tower in backbone]
     outside += [names[id(pooler)] for pooler in poolers if isinstance(pooler, nn.Module) and _has_parameters(pooler)]
     return outside
+
+
+def _not_overlapping(model: nn.Module, names: Iterable[str], others: Iterable[str]) -> list[str]:
+    """Those of the modules that share no part with the others."""
+    taken = {id(part) for name in others for part in model.get_submodule(name).modules()}
+    return [name for name in names if not any(id(part) in taken for part in model.get_submodule(name).modules())]
 
 
 def _refuse_shared_endings(model: nn.Module, outside: Sequence[str]) -> None:

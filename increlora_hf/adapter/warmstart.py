@@ -9,23 +9,33 @@ import torch
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import Tensor
+from peft.utils import ModulesToSaveWrapper
+from torch import Tensor, nn
 
 from ..config import IncreLoraConfig
 from .components import adapted_layers, peak
 from .inject import inject
 
+KEEPS_BASE = (True, False, "gaussian", "orthogonal", "eva")  # of init_lora_weights: they leave the base weights alone
 
-def warm_start(peft_model: PeftModel, config: IncreLoraConfig) -> PeftModel:
+
+def holds_adapter(model: nn.Module) -> bool:
+    """Whether ``model`` is a `PeftModel`, or a model of transformers with adapters inside (``model.add_adapter``)."""
+    return isinstance(model, PeftModel) or getattr(model, "_hf_peft_config_loaded", False)
+
+
+def warm_start(model: Any, config: IncreLoraConfig) -> PeftModel:
     """Replace the adapter's layers by growing ones that hold the same ΔW.
 
-    ``config.target_modules`` gives way to the adapter's layers, and ``init_r`` to its ranks.
+    ``config.target_modules`` gives way to the adapter's layers, and ``init_r`` to its ranks. What the adapter trained
+    fully stays so, and heads that hold none of its layers join it.
 
     Raises:
-        ValueError: the adapter is not one plain LoRA on linear layers, or has no room to grow below ``r_avg``.
+        ValueError: the adapter is not one plain LoRA on linear layers, or has no room to grow below ``r_avg``;
+            `unchanged_on_error` restores the model.
     """
-    adapter = _only_adapter(peft_model)
-    factors = _factors(peft_model, adapter)
+    adapter = _only_adapter(model)
+    factors = _factors(model, adapter)
     ranks = {name: len(singular) for name, (_, singular, _) in factors.items()}
     if config.fixed_ranks is not None:
         raise ValueError("rank_pattern fixes ranks, and the model's adapter has its own. Give one of the two.")
@@ -35,8 +45,10 @@ def warm_start(peft_model: PeftModel, config: IncreLoraConfig) -> PeftModel:
             f"{peak(config, ranks)}, and the model's adapter has {sum(ranks.values())} already. Raise one of them; "
             "growth only adds rank."
         )
-    training = peft_model.training
-    grown = inject(peft_model.unload(), replace(config, target_modules=None), ranks).train(training)
+    training = model.training
+    carried = model.peft_config[adapter]
+    base = model.unload() if isinstance(model, PeftModel) else _unload(model, adapter)
+    grown = inject(base, replace(config, target_modules=None), ranks, carried).train(training)
     with torch.no_grad():
         for name, layer in adapted_layers(grown).items():
             rows_b, singular, rows_a = factors[name]
@@ -46,13 +58,25 @@ def warm_start(peft_model: PeftModel, config: IncreLoraConfig) -> PeftModel:
     return grown
 
 
-def trainable_adapters(model: PeftModel) -> list[str]:
+def _unload(model: Any, adapter: str) -> nn.Module:
+    """Do as `PeftModel.unload` does, for a model of transformers with the adapter inside."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, LoraLayer):
+            model.set_submodule(name, module.get_base_layer())
+        elif isinstance(module, ModulesToSaveWrapper):
+            model.set_submodule(name, module.modules_to_save[adapter])
+    del model.peft_config
+    model._hf_peft_config_loaded = False
+    return model
+
+
+def trainable_adapters(model: Any) -> list[str]:
     """Names of the adapters with trainable parameters."""
     trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     return [adapter for adapter in model.peft_config if any(adapter in name.split(".") for name in trainable)]
 
 
-def _only_adapter(model: PeftModel) -> str:
+def _only_adapter(model: Any) -> str:
     names = trainable_adapters(model) if len(model.peft_config) > 1 else list(model.peft_config)
     if len(names) > 1:
         raise ValueError(
@@ -67,13 +91,20 @@ def _only_adapter(model: PeftModel) -> str:
             f"The adapter {names[0]!r} has a {type(config).__name__} with settings beyond plain LoRA (DoRA, biases), "
             "and only plain LoRA can grow. Merge it with merge_and_unload(), and pass the result."
         )
+    if config.init_lora_weights not in KEEPS_BASE:
+        raise ValueError(
+            f"The adapter {names[0]!r} was made with init_lora_weights={config.init_lora_weights!r}, which changes the "
+            "base weights, and an adapter saved from here would not fit the unchanged base. Convert it with "
+            "save_pretrained(FOLDER, path_initial_model_for_weight_conversion=...), load FOLDER onto the base model, "
+            "and attach that; or pass the result of merge_and_unload()."
+        )
     return names[0]
 
 
-def _factors(model: PeftModel, adapter: str) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
+def _factors(model: Any, adapter: str) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
     """Bᵀ as rows (r, out), singular values (r,) and A as rows (r, in) of every layer's ΔW."""
     found = {}
-    base: Any = model.get_base_model()
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
     for name, module in base.named_modules():
         if not isinstance(module, BaseTunerLayer):
             continue

@@ -15,7 +15,7 @@ from peft.utils.other import get_pattern_key
 from torch import nn
 
 from ..adapter.four_bit import keep_unpacked, require_unpacked
-from ..adapter.inject import whole_or_not_at_all
+from ..adapter.inject import require_no_adapter, unchanged_on_error
 from ..adapter.names import PREFIX
 from ..adapter.targets import features, head_modules, is_linear
 from ..documents import read_json_object
@@ -55,6 +55,7 @@ def load_adapter(model: nn.Module, path_or_repo: str | Path, *, trainable: bool 
     """
     if isinstance(model, PeftModel):
         raise ValueError("The model holds an adapter already. Pass the base model, or unload() it first.")
+    require_no_adapter(model)
     require_unpacked(model)
     folder = local_folder(path_or_repo, CONFIG_NAME, WEIGHTS_NAME)
     if (folder / MANIFEST_NAME).exists():
@@ -66,7 +67,7 @@ def load_adapter(model: nn.Module, path_or_repo: str | Path, *, trainable: bool 
     except (re.error, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise AdapterFormatError(folder / CONFIG_NAME, "patterns", "regular expressions", str(error)) from None
     check_tensors(folder / WEIGHTS_NAME, read_tensors(own_file(folder, WEIGHTS_NAME)), expected)
-    with whole_or_not_at_all(model):
+    with unchanged_on_error(model):
         try:
             peft_model = PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
         except Exception as error:  # of any kind: PEFT refuses what the checks above do not cover

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
 from pathlib import Path
-from types import MethodType
 from typing import Any
 
 from peft import PeftModel
 from torch import nn
 
 from ..adapter.four_bit import keep_unpacked, require_unpacked
-from ..adapter.inject import inject
-from ..adapter.warmstart import trainable_adapters, warm_start
+from ..adapter.inject import inject, require_no_adapter, unchanged_on_error
+from ..adapter.warmstart import holds_adapter, trainable_adapters, warm_start
 from ..config import IncreLoraConfig
 from ..documents import HISTORY_NAME, write_json
 from .growth import Growth
@@ -29,8 +29,8 @@ def attach(model: nn.Module, config: IncreLoraConfig | None = None) -> PeftModel
     A model that holds a trained LoRA adapter continues from it: the same function, growth on top.
 
     Args:
-        model: any transformers model, or any nn.Module with linear layers, or a `PeftModel` with one LoRA adapter. It
-            is changed in place.
+        model: any transformers model, or any nn.Module with linear layers, or one with a LoRA adapter: a `PeftModel`,
+            or what ``model.add_adapter`` or ``AutoModel.from_pretrained(ADAPTER)`` gives. It is changed in place.
         config: default `IncreLoraConfig()`.
 
     Raises:
@@ -41,16 +41,14 @@ def attach(model: nn.Module, config: IncreLoraConfig | None = None) -> PeftModel
         return _already_attached(model, config)
     config = config or IncreLoraConfig()
     require_unpacked(model)
-    if isinstance(model, PeftModel):
-        return _hold(warm_start(model, config), config)
-    return _hold(inject(model, config), config)
-
-
-def _hold(peft_model: PeftModel, config: IncreLoraConfig) -> PeftModel:
-    keep_unpacked(peft_model)
-    peft_model.increlora = Growth(peft_model, config)  # type: ignore[assignment]
-    # PEFT has no hook for saving a file of one's own beside the adapter.
-    peft_model.save_pretrained = MethodType(_save_with_history, peft_model)  # type: ignore[method-assign]
+    with unchanged_on_error(model):
+        if not holds_adapter(model):
+            require_no_adapter(model)
+        peft_model = warm_start(model, config) if holds_adapter(model) else inject(model, config)
+        keep_unpacked(peft_model)
+        peft_model.increlora = Growth(peft_model, config)  # type: ignore[assignment]
+    # PEFT has no hook for saving a file of one's own beside the adapter. A bound method could not be unpickled.
+    peft_model.save_pretrained = partial(_save_with_history, peft_model)  # type: ignore[method-assign]
     return peft_model
 
 
