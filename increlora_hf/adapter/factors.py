@@ -27,6 +27,14 @@ class _GrowingFactor(nn.Module):
         self.rank = 0  # rows of active components
         self.components = Parameter(like.new_empty(0, features))
 
+    def __getattr__(self, name: str) -> Any:
+        if name == "bias":  # PEFT's hotswap asks for it, to write into factors of nn.Linear's kind
+            raise AttributeError(
+                "A growing factor has no bias, and PEFT cannot swap an adapter into it. Save the adapter "
+                "(save_pretrained), load it onto the base model with PeftModel.from_pretrained, and prepare that model."
+            )
+        return super().__getattr__(name)
+
     @property
     def reserve(self) -> int:
         """Rows of the reserve."""

@@ -17,6 +17,13 @@ from .components import adapted_layers, peak
 from .inject import inject
 
 KEEPS_BASE = (True, False, "gaussian", "orthogonal", "eva")  # of init_lora_weights: they leave the base weights alone
+PLAIN = {
+    "peft_type", "r", "lora_alpha", "lora_dropout", "rank_pattern", "alpha_pattern", "use_rslora", "fan_in_fan_out",
+    "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save", "task_type",
+    "base_model_name_or_path", "revision", "peft_version", "auto_mapping", "inference_mode", "init_lora_weights",
+    "eva_config", "runtime_config", "ensure_weight_tying",
+}  # fmt: skip
+# Settings of a LoRA that may have any value; all others must have their default.
 
 
 def holds_adapter(model: nn.Module) -> bool:
@@ -85,11 +92,10 @@ def _only_adapter(model: Any) -> str:
     if len(model.peft_config) > 1:
         raise ValueError(f"The model holds the adapters {sorted(model.peft_config)}. Delete all but the one to grow.")
     config = model.peft_config[names[0]]
-    plain = type(config) is LoraConfig and not (config.use_dora or config.lora_bias or config.bias != "none")
-    if not plain:
+    if type(config) is not LoraConfig:
         raise ValueError(
-            f"The adapter {names[0]!r} has a {type(config).__name__} with settings beyond plain LoRA (DoRA, biases), "
-            "and only plain LoRA can grow. Merge it with merge_and_unload(), and pass the result."
+            f"The adapter {names[0]!r} has a {type(config).__name__}, and only plain LoRA can grow. Merge it with "
+            "merge_and_unload() where its method offers that, or load the base model, and pass the result."
         )
     if config.init_lora_weights not in KEEPS_BASE:
         raise ValueError(
@@ -97,6 +103,16 @@ def _only_adapter(model: Any) -> str:
             "base weights, and an adapter saved from here would not fit the unchanged base. Convert it with "
             "save_pretrained(FOLDER, path_initial_model_for_weight_conversion=...), load FOLDER onto the base model, "
             "and attach that; or pass the result of merge_and_unload()."
+        )
+    beyond = {
+        name: value
+        for name, value in vars(config).items()
+        if name not in PLAIN and value and value != getattr(LoraConfig, name, None)
+    }
+    if beyond:
+        raise ValueError(
+            f"The adapter {names[0]!r} has settings beyond plain LoRA, {beyond}, and only plain LoRA can grow. Merge "
+            "it with merge_and_unload(), and pass the result."
         )
     return names[0]
 

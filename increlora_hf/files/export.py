@@ -129,10 +129,22 @@ def write_merged(adapter: SavedAdapter, folder: Path, base: str | None = None, t
     tokenizer = AutoTokenizer.from_pretrained(adapter.folder if beside else name, trust_remote_code=False)
     if model.config.pad_token_id is None:  # decoders often have none, and a classifier needs one for batches
         model.config.pad_token_id = tokenizer.pad_token_id
+    _resize_vocabulary(model, adapter)
     peft_model = load_adapter(model, adapter.folder)
     _untie_adapted(peft_model)
     peft_model.merge_and_unload(safe_merge=True).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def _resize_vocabulary(model: Any, adapter: SavedAdapter) -> None:
+    """Give the model as many tokens as the adapter's embeddings have, where it holds them."""
+    from .loading import input_embeddings
+
+    embeddings = input_embeddings(model)
+    name = next((name for name, module in model.named_modules() if module is embeddings), None)
+    rows = adapter.others.get(f"{PREFIX}{name}.weight", (0,))[0]
+    if rows and rows != model.get_input_embeddings().num_embeddings:
+        model.resize_token_embeddings(rows, mean_resizing=False)
 
 
 def _untie_adapted(peft_model: Any) -> None:

@@ -13,6 +13,7 @@ from peft import LoraConfig, PeftModel
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
 from torch import nn
+from transformers import PreTrainedModel
 
 from ..adapter.four_bit import keep_unpacked, require_unpacked
 from ..adapter.inject import require_no_adapter, unchanged_on_error
@@ -66,7 +67,9 @@ def load_adapter(model: nn.Module, path_or_repo: str | Path, *, trainable: bool 
         expected = _expected(folder, model, config)
     except (re.error, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise AdapterFormatError(folder / CONFIG_NAME, "patterns", "regular expressions", str(error)) from None
-    check_tensors(folder / WEIGHTS_NAME, read_tensors(own_file(folder, WEIGHTS_NAME)), expected)
+    found = read_tensors(own_file(folder, WEIGHTS_NAME))
+    expected |= {key: value for key, value in _embeddings(model).items() if key in found}
+    check_tensors(folder / WEIGHTS_NAME, found, expected)
     with unchanged_on_error(model):
         try:
             peft_model = PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
@@ -170,6 +173,32 @@ def _expected(folder: Path, model: nn.Module, config: LoraConfig) -> dict[str, t
         for key, tensor in module.state_dict().items():
             expected[f"{PREFIX}{name}.{key}"] = (tuple(tensor.shape), _dtype_of_head(tensor.dtype))
     return expected
+
+
+def _embeddings(model: nn.Module) -> dict[str, tuple[Shape, torch.dtype | None]]:
+    """Key -> (shape, dtype) of the input and output embeddings, adapted or not.
+
+    PEFT saves them whole where their size is not that of the base model on disk, or where they are adapted.
+    """
+    if not isinstance(model, PreTrainedModel):
+        return {}
+    names = {id(module): name for name, module in model.named_modules()}
+    ends = {id(module): module for module in (input_embeddings(model), model.get_output_embeddings())}
+    return {
+        f"{PREFIX}{names[place]}.{layer}{key}": (tuple(tensor.shape), _dtype_of_head(tensor.dtype))
+        for place, module in ends.items()
+        if place in names
+        for key, tensor in module.state_dict().items()
+        for layer in ("", "base_layer.")
+    }
+
+
+def input_embeddings(model: PreTrainedModel) -> nn.Module | None:
+    """The model's input embeddings, or None where it has none."""
+    try:
+        return model.get_input_embeddings()
+    except NotImplementedError:
+        return None
 
 
 def _factors(name: str, module: Any, config: LoraConfig) -> dict[str, tuple[Shape, torch.dtype | None]]:

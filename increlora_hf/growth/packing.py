@@ -19,6 +19,7 @@ from functools import wraps
 from typing import Any, NamedTuple
 
 import torch
+from peft.optimizers.lorafa import LoraFAOptimizer
 from torch import Tensor, optim
 from torch.nn import Parameter
 from torch.optim import Optimizer
@@ -27,6 +28,12 @@ ELEMENTWISE = (
     optim.Adam, optim.AdamW, optim.SGD, optim.RMSprop, optim.Adadelta, optim.Adamax, optim.NAdam, optim.RAdam,
 )  # fmt: skip
 # What these do to an element depends on that element alone, so that they may see any of them side by side.
+
+NOT_FOLLOWED = {
+    optim.LBFGS: "keeps the parameters that it was made with, and cannot take in those that are born later",
+    optim.Adagrad: "makes its state when it is created, and has none for the parameters that are born later",
+    LoraFAOptimizer: "trains B alone and has frozen every A (requires_grad=False), and growth trains A, B and λ",
+}
 
 Group = dict[str, Any]
 RUNNING = "running_values"  # key in the first group
@@ -416,10 +423,11 @@ class Packing:
 
 
 def _require_new(optimizer: Optimizer, factors: Sequence[Parameter]) -> None:
-    if isinstance(optimizer, optim.LBFGS):
+    reason = next((reason for kind, reason in NOT_FOLLOWED.items() if isinstance(optimizer, kind)), None)
+    if reason is not None:
         raise ValueError(
-            "LBFGS keeps the parameters that it was made with, and cannot take in those that are born later. Use an "
-            "optimizer of one step per gradient, such as torch.optim.AdamW."
+            f"{type(optimizer).__name__} {reason}. Give the model of a new `attach` an optimizer of one step per "
+            "gradient that makes its state as it steps, such as torch.optim.AdamW; Trainer's is optim='adamw_torch'."
         )
     frozen = sum(not factor.requires_grad for factor in factors)
     if frozen:
@@ -436,8 +444,9 @@ def _require_new(optimizer: Optimizer, factors: Sequence[Parameter]) -> None:
         )
     if any(optimizer.state.get(factor) for factor in factors):
         raise ValueError(
-            f"The {type(optimizer).__name__} has a state before the first step: it was used already, or is of "
-            "a kind (Adagrad) that takes in no parameters later. Give a new one, or let the Trainer build it."
+            f"The {type(optimizer).__name__} has a state before the first step: it was used already, or makes its "
+            "state when it is created and takes in no parameters later. Give a new one that was not used, or one of "
+            "another kind, such as torch.optim.AdamW."
         )
 
 
