@@ -247,22 +247,28 @@ def test_deberta_v3_base_has_72_layers_and_the_published_size(r_avg: int, total:
     assert len(pooler) == 2
 
 
-@pytest.mark.parametrize(
-    "settings, message",
-    [
-        ({"target_modules": ["no_such_layer"]}, r"no_such_layer.*matches no module"),
-        ({"target_modules": ["query", "valeu"]}, r"\['valeu'\] matches no module"),
-        ({"target_modules": "xyz.*"}, "'xyz.*' matches no module"),
-        ({"target_modules": ["query", "LayerNorm"]}, r"matches 'bert.embeddings.LayerNorm', a LayerNorm"),
-        ({"target_modules": ["word_embeddings"]}, "an? Embedding"),
-        (
-            {"rank_pattern": {"bert.encoder.layer.9.x": 1}},
-            r"rank_pattern names 'bert.encoder.layer.9.x'.*such as 'bert.",
-        ),
-        ({"rank_pattern": {"bert.encoder.layer.0.attention": 1}}, "'bert.encoder.layer.0.attention', a BertAttention"),
-    ],
-    ids=["nothing", "one-of-two", "regex", "not-linear", "embedding", "unknown-rank", "rank-of-a-block"],
-)
+REFUSED_TARGETS: dict[str, tuple[dict[str, Any], str]] = {
+    "nothing": ({"target_modules": ["no_such_layer"]}, r"no_such_layer.*matches no module"),
+    "one-of-two": ({"target_modules": ["query", "valeu"]}, r"\['valeu'\] matches no module"),
+    "regex": ({"target_modules": "xyz.*"}, "'xyz.*' matches no module"),
+    "not-linear": ({"target_modules": ["query", "LayerNorm"]}, r"matches 'bert.embeddings.LayerNorm', a LayerNorm"),
+    "embedding": ({"target_modules": ["word_embeddings"]}, "an? Embedding"),
+    "unknown-rank": (
+        {"rank_pattern": {"bert.encoder.layer.9.x": 1}},
+        r"rank_pattern names 'bert.encoder.layer.9.x'.*such as 'bert.",
+    ),
+    "rank-of-a-block": (
+        {"rank_pattern": {"bert.encoder.layer.0.attention": 1}},
+        "'bert.encoder.layer.0.attention', a BertAttention",
+    ),
+    "rank-of-a-head": (
+        {"rank_pattern": {"bert.encoder.layer.0.attention.self.query": 1, "bert.pooler.dense": 2}},
+        r"layer 'bert.pooler.dense' is to be adapted, and modules_to_save=.*'bert.pooler'\] trains it fully",
+    ),
+}
+
+
+@pytest.mark.parametrize("settings, message", REFUSED_TARGETS.values(), ids=REFUSED_TARGETS)
 def test_targets_that_do_not_fit_are_refused_and_the_model_stays_plain(settings: dict[str, Any], message: str) -> None:
     model = tiny_bert()
     with pytest.raises(ValueError, match=message):

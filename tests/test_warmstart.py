@@ -1,15 +1,19 @@
 """Growing on from an adapter that somebody trained."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import arguments, tiny_bert, token_rows, with_random_values
-from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
+from peft import IA3Config, LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from test_adapter import logits, unequal
+from test_unchanged import unchanged
+from torch import nn
+from transformers import AutoModelForSequenceClassification
 
-from increlora_hf import IncreLoraConfig, IncreLoraTrainer, attach
+from increlora_hf import IncreLoraConfig, IncreLoraTrainer, attach, load_adapter
 from increlora_hf.adapter.warmstart import decompose
 
 
@@ -30,6 +34,52 @@ def test_attached_adapter_computes_what_it_did(settings: dict[str, Any]) -> None
     model = attach(lora(**settings), IncreLoraConfig(r_avg=21))
     assert not torch.allclose(expected, logits(tiny_bert()), atol=1e-2)
     torch.testing.assert_close(logits(model), expected, atol=1e-5, rtol=0)
+
+
+def add_adapter(**settings: Any) -> nn.Module:
+    """A model of transformers that holds the adapter itself."""
+    model = tiny_bert()
+    model.add_adapter(LoraConfig(r=3, target_modules=["query"], modules_to_save=["classifier"], **settings))
+    return with_random_values(model, 0.2)
+
+
+@pytest.mark.parametrize(
+    "adapter, settings",
+    [
+        (lambda: lora(target_modules="all-linear"), {}),
+        (lambda: lora(target_modules="all-linear", task_type=None), {}),
+        (lambda: lora(target_modules=["pooler.dense"]), {}),
+        (lambda: lora(modules_to_save=["word_embeddings", "LayerNorm"]), {}),
+        (lambda: lora(modules_to_save=["word_embeddings"]), {"modules_to_save": ["classifier"]}),
+        (lambda: lora(modules_to_save=["pooler.dense"]), {}),
+        (lambda: lora(r=4, init_lora_weights="orthogonal"), {}),
+        (add_adapter, {}),
+    ],
+    ids=[
+        "all-linear", "head-too", "pooler-alone", "embeddings-and-norms", "more-than-asked", "part-of-a-head",
+        "orthogonal", "inside-a-model",
+    ],
+)  # fmt: skip
+def test_continued_adapter_and_its_files_compute_what_the_adapter_did(
+    adapter: Callable[[], nn.Module], settings: dict[str, Any], tmp_path: Path
+) -> None:
+    expected = logits(adapter())
+    model = attach(adapter(), IncreLoraConfig(r_avg=5, **settings))
+    torch.testing.assert_close(logits(model), expected, atol=1e-5, rtol=0)
+    model.save_pretrained(str(tmp_path))
+    for reloaded in (PeftModel.from_pretrained(tiny_bert(), tmp_path), load_adapter(tiny_bert(), tmp_path)):
+        torch.testing.assert_close(logits(reloaded), expected, atol=1e-5, rtol=0)
+
+
+def test_model_that_transformers_loads_from_an_adapter_grows_on(tmp_path: Path) -> None:
+    model = lora()
+    model.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
+    tiny_bert().save_pretrained(tmp_path / "base")
+    model.save_pretrained(str(tmp_path / "adapter"))
+    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "adapter")
+    trainer = IncreLoraTrainer(loaded, arguments(tmp_path), increlora_config=IncreLoraConfig(r_avg=4))
+    torch.testing.assert_close(logits(trainer.model), logits(model), atol=1e-5, rtol=0)
+    assert trainer.increlora.total_rank == 6 * 3
 
 
 def test_layers_and_first_ranks_are_the_adapters() -> None:
@@ -89,41 +139,69 @@ def test_own_adapter_grows_on_after_a_reload(tmp_path: Path) -> None:
     torch.testing.assert_close(logits(reloaded), expected, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize(
-    "model, settings, message",
-    [
-        (
-            lambda: lora(r=8),
-            {"r_avg": 4},
-            r"r_avg=4 and overshoot=0 let 6 layers grow to a total rank of 24.*has 48 already. Raise one",
-        ),
-        (lambda: lora(), {"r_avg": 4, "rank_pattern": {"x": 1}}, "rank_pattern fixes ranks"),
-        (lambda: lora(use_dora=True), {"r_avg": 4}, "settings beyond plain LoRA"),
-        (
-            lambda: lora(target_modules=["word_embeddings"]),
-            {"r_avg": 4},
-            "is no plain LoRA on a linear layer|plain LoRA",
-        ),
-        (lambda: get_peft_model(tiny_bert(), IA3Config(task_type="SEQ_CLS")), {"r_avg": 4}, "has a IA3Config"),
-    ],
-    ids=["no-room", "fixed-ranks", "dora", "embedding", "other-method"],
-)
-def test_adapter_that_cannot_grow_is_refused(model: Any, settings: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        attach(model(), IncreLoraConfig(**settings))
-
-
-def test_second_adapter_is_refused() -> None:
+def with_second_adapter() -> PeftModel:
     model = lora(modules_to_save=None)
     model.add_adapter("second", LoraConfig(target_modules=["query"]))
-    with pytest.raises(
-        ValueError, match=r"holds the adapters \['default', 'second'\]. Delete all but the one to grow"
-    ):
-        attach(model, IncreLoraConfig(r_avg=4))
+    return model
 
 
-def test_merged_adapter_is_refused() -> None:
+def merged() -> PeftModel:
     model = lora()
     model.merge_adapter()
-    with pytest.raises(ValueError, match="Call unmerge_adapter"):
-        attach(model, IncreLoraConfig(r_avg=4))
+    return model
+
+
+REFUSED_ADAPTERS: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], str]] = {
+    "no-room": (
+        lambda: lora(r=8),
+        {"r_avg": 4},
+        r"r_avg=4 and overshoot=0 let 6 layers grow to a total rank of 24.*has 48 already. Raise one",
+    ),
+    "fixed-ranks": (lora, {"r_avg": 4, "rank_pattern": {"x": 1}}, "rank_pattern fixes ranks"),
+    "dora": (lambda: lora(use_dora=True), {"r_avg": 4}, r"beyond plain LoRA, \{'use_dora': True\}"),
+    "biases": (lambda: lora(bias="lora_only"), {"r_avg": 4}, r"beyond plain LoRA, \{'bias': 'lora_only'\}"),
+    "tokens": (
+        lambda: lora(trainable_token_indices=[1, 2]),
+        {"r_avg": 4},
+        r"beyond plain LoRA, \{'trainable_token_indices': \[1, 2\]\}",
+    ),
+    "embedding": (
+        lambda: lora(target_modules=["word_embeddings"]),
+        {"r_avg": 4},
+        "'bert.embeddings.word_embeddings' is a Embedding that is no plain LoRA on a linear layer",
+    ),
+    "other-method": (
+        lambda: get_peft_model(tiny_bert(), IA3Config(task_type="SEQ_CLS")),
+        {"r_avg": 4},
+        "has a IA3Config",
+    ),
+    "prompts": (
+        lambda: get_peft_model(tiny_bert(), PromptTuningConfig(num_virtual_tokens=2, task_type="SEQ_CLS")),
+        {"r_avg": 4},
+        "has a PromptTuningConfig.* or load the base model",
+    ),
+    "pissa": (
+        lambda: lora(init_lora_weights="pissa"),
+        {"r_avg": 4},
+        "init_lora_weights='pissa', which changes the base weights.* path_initial_model_for_weight_conversion",
+    ),
+    "pissa-fast": (lambda: lora(init_lora_weights="pissa_niter_4"), {"r_avg": 4}, "init_lora_weights='pissa_niter_4'"),
+    "olora": (lambda: lora(init_lora_weights="olora"), {"r_avg": 4}, "init_lora_weights='olora', which changes"),
+    "layer-in-a-head": (
+        lambda: lora(target_modules=["query", "pooler.dense"]),
+        {"r_avg": 4, "modules_to_save": ["pooler"]},
+        r"'bert.pooler.dense' is to be adapted, and modules_to_save=\['classifier', 'pooler'\] trains it fully",
+    ),
+    "inside-a-model": (lambda: add_adapter(use_dora=True), {"r_avg": 4}, "beyond plain LoRA"),
+    "second": (with_second_adapter, {"r_avg": 4}, r"adapters \['default', 'second'\]. Delete all but the one to grow"),
+    "merged": (merged, {"r_avg": 4}, "Call unmerge_adapter"),
+}
+
+
+@pytest.mark.parametrize("model, settings, message", REFUSED_ADAPTERS.values(), ids=REFUSED_ADAPTERS)
+def test_adapter_that_cannot_grow_is_refused_and_stays(
+    model: Callable[[], nn.Module], settings: dict[str, Any], message: str
+) -> None:
+    refused = model()
+    with unchanged(refused), pytest.raises(ValueError, match=message):
+        attach(refused, IncreLoraConfig(**settings))

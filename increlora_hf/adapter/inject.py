@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import Parameter
 
 from ..config import IncreLoraConfig
@@ -60,11 +60,12 @@ def _wrap(model: nn.Module, lora_config: LoraConfig) -> PeftModel:
 
 
 @contextmanager
-def unchanged_on_error(model: nn.Module) -> Iterator[None]:
+def unchanged_on_error(model: nn.Module, overwritten: Iterable[Tensor] = ()) -> Iterator[None]:
     """Restore the modules of a model, their attributes and ``requires_grad`` where the block raises.
 
-    It restores no values of tensors.
+    Values of tensors are restored only for those in ``overwritten``.
     """
+    values = [(tensor, tensor.detach().clone()) for tensor in overwritten]
     trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     modules = [(module, type(module), dict(vars(module))) for module in model.modules()]
     held = [
@@ -85,6 +86,8 @@ def unchanged_on_error(model: nn.Module) -> Iterator[None]:
             container.extend(content) if isinstance(container, list) else container.update(content)
         for parameter, required_grad in trainable:
             parameter.requires_grad_(required_grad)
+        for tensor, value in values:
+            tensor.detach().copy_(value)
         raise
 
 

@@ -12,7 +12,7 @@ import torch
 from peft import LoraConfig, PeftModel
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..adapter.four_bit import keep_unpacked, require_unpacked
@@ -68,9 +68,14 @@ def load_adapter(model: nn.Module, path_or_repo: str | Path, *, trainable: bool 
     except (re.error, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise AdapterFormatError(folder / CONFIG_NAME, "patterns", "regular expressions", str(error)) from None
     found = read_tensors(own_file(folder, WEIGHTS_NAME))
-    expected |= {key: value for key, value in _embeddings(model).items() if key in found}
+    embeddings = {key: tensor for key, tensor in _embeddings(model).items() if key in found}
+    for key, tensor in embeddings.items():
+        if len(found[key]) != len(tensor):
+            resized = f"{len(tensor)} rows as the model, or model.resize_token_embeddings({len(found[key])}) before"
+            raise AdapterFormatError(folder / WEIGHTS_NAME, key, resized, f"{len(found[key])} rows")
+        expected[key] = (tuple(tensor.shape), _dtype_of_head(tensor.dtype))
     check_tensors(folder / WEIGHTS_NAME, found, expected)
-    with unchanged_on_error(model):
+    with unchanged_on_error(model, embeddings.values()):
         try:
             peft_model = PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
         except Exception as error:  # of any kind: PEFT refuses what the checks above do not cover
@@ -175,8 +180,8 @@ def _expected(folder: Path, model: nn.Module, config: LoraConfig) -> dict[str, t
     return expected
 
 
-def _embeddings(model: nn.Module) -> dict[str, tuple[Shape, torch.dtype | None]]:
-    """Key -> (shape, dtype) of the input and output embeddings, adapted or not.
+def _embeddings(model: nn.Module) -> dict[str, Tensor]:
+    """Key in the file -> the model's tensor, of the input and output embeddings, adapted or not.
 
     PEFT saves them whole where their size is not that of the base model on disk, or where they are adapted.
     """
@@ -185,7 +190,7 @@ def _embeddings(model: nn.Module) -> dict[str, tuple[Shape, torch.dtype | None]]
     names = {id(module): name for name, module in model.named_modules()}
     ends = {id(module): module for module in (input_embeddings(model), model.get_output_embeddings())}
     return {
-        f"{PREFIX}{names[place]}.{layer}{key}": (tuple(tensor.shape), _dtype_of_head(tensor.dtype))
+        f"{PREFIX}{names[place]}.{layer}{key}": tensor
         for place, module in ends.items()
         if place in names
         for key, tensor in module.state_dict().items()
