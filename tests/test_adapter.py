@@ -1,16 +1,23 @@
 """The growing factors inside PEFT's layers, and which layers get them."""
 
 import copy
+import io
 import json
+import pickle
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from conftest import tiny_bert
 from peft import PeftModel
+from peft.utils.hotswap import prepare_model_for_compiled_hotswap
+from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -25,17 +32,17 @@ from transformers import (
     GPT2LMHeadModel,
 )
 
-from increlora_hf import IncreLoraConfig, attach
+from increlora_hf import IncreLoraConfig, attach, load_adapter
 from increlora_hf.adapter.components import adapted_layers
 from increlora_hf.growth.growth import Round
 
 INPUT = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 0]])
 
 
-def logits(model: nn.Module) -> Tensor:
+def logits(model: nn.Module, tokens: Tensor = INPUT) -> Tensor:
     model.eval()
     with torch.no_grad():
-        return model(input_ids=INPUT).logits
+        return model(input_ids=tokens).logits
 
 
 def grow(model: PeftModel, *layers: str, step: int = 1) -> None:
@@ -416,14 +423,92 @@ def test_state_of_another_stage_of_growth_is_refused_by_name() -> None:
         model.load_state_dict(unequal().state_dict(), strict=False)
 
 
-def test_copy_of_an_attached_model_grows_alone() -> None:
+def through_torch_save(model: PeftModel) -> PeftModel:
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=False)
+
+
+def through_pickle(model: PeftModel) -> PeftModel:
+    return pickle.loads(pickle.dumps(model))
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, through_pickle, through_torch_save])
+def test_copy_of_an_attached_model_grows_and_saves_alone(
+    copied: Callable[[PeftModel], PeftModel], tmp_path: Path
+) -> None:
     model = attach(tiny_bert())
-    twin = copy.deepcopy(model)
+    twin = copied(model)
     grow(twin, next(iter(twin.increlora.layers)))
     assert (model.increlora.total_rank, twin.increlora.total_rank) == (12, 13)
     assert adapted_layers(twin).keys() == twin.increlora.layers.keys()
     twin_layer = next(iter(twin.increlora.layers.values()))
     assert any(module is twin_layer.module for module in twin.modules())
+    trained(twin).save_pretrained(tmp_path)
+    torch.testing.assert_close(logits(PeftModel.from_pretrained(tiny_bert(), tmp_path)), logits(twin))
+
+
+def test_safetensors_and_accelerate_save_and_load_a_live_model(tmp_path: Path) -> None:
+    model = unequal()
+    expected = logits(model)
+    save_model(model, str(tmp_path / "model.safetensors"))
+    other = trained(unequal(), seed=6)
+    assert load_model(other, tmp_path / "model.safetensors") == (set(), [])
+    torch.testing.assert_close(logits(other), expected, atol=1e-6, rtol=0)
+    accelerator = Accelerator(cpu=True)
+    accelerator.prepare_model(model, evaluation_mode=True)
+    accelerator.save_state(str(tmp_path / "state"))
+    trained(model, seed=6)
+    accelerator.load_state(str(tmp_path / "state"))
+    torch.testing.assert_close(logits(model), expected, atol=1e-6, rtol=0)
+
+
+def test_preparing_a_live_model_for_hotswap_says_what_to_prepare_instead() -> None:
+    with pytest.raises(AttributeError, match=r"PEFT cannot swap an adapter into it. Save the adapter.* prepare that"):
+        prepare_model_for_compiled_hotswap(unequal(), target_rank=4)
+
+
+class Nested(nn.Module):
+    """Its layer ``a.query`` ends with the name of its layer ``query``; ``b.query`` is no linear layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.a, self.b = nn.Linear(8, 8), nn.Module(), nn.Module()
+        self.a.query, self.b.query = nn.Linear(8, 8), nn.Tanh()
+
+    def forward(self, input_ids: Tensor) -> Any:
+        x = self.query(nn.functional.one_hot(input_ids % 8, 8).float())
+        return SimpleNamespace(logits=self.b.query(self.a.query(x)))
+
+
+def nested() -> nn.Module:
+    torch.manual_seed(0)
+    return Nested()
+
+
+def test_module_whose_name_ends_like_an_adapted_layers_is_left_alone(tmp_path: Path) -> None:
+    model = attach(nested(), IncreLoraConfig(r_avg=2))
+    assert list(model.increlora.layers) == ["query", "a.query"]
+    grow(model, "query", "a.query")
+    expected = logits(trained(model))
+    model.save_pretrained(tmp_path)
+    for load in (PeftModel.from_pretrained, load_adapter):
+        torch.testing.assert_close(logits(load(nested(), tmp_path)), expected)
+
+
+def test_layer_of_rank_0_whose_name_ends_like_anothers_is_not_adapted_in_the_file(tmp_path: Path) -> None:
+    model = attach(nested(), IncreLoraConfig(r_avg=1))
+    scores = {"query": 0.0, "a.query": 0.0}
+    model.increlora.apply(Round(step=1, birth_step=1, layers=[], scores=scores, removed={"a.query": [0]}))
+    expected = logits(trained(model))
+    model.save_pretrained(tmp_path)
+    for load in (PeftModel.from_pretrained, load_adapter):
+        loaded = load(nested(), tmp_path)
+        assert [name for name, module in loaded.get_base_model().named_modules() if hasattr(module, "lora_A")] == [
+            "query"
+        ]
+        torch.testing.assert_close(logits(loaded), expected)
 
 
 def test_question_answering_head_is_saved_with_the_adapter(tmp_path: Path) -> None:

@@ -186,6 +186,18 @@ def test_merged_model_computes_what_base_and_adapter_compute(
     assert not [path for path in (tmp_path / "m").iterdir() if path.suffix in (".bin", ".pt")]
 
 
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`")  # by peft: the test is about them
+def test_merged_model_has_the_vocabulary_of_an_adapter_that_holds_the_embeddings(tmp_path: Path, base: Path) -> None:
+    model = AutoModelForSequenceClassification.from_pretrained(base)
+    model.resize_token_embeddings(64, mean_resizing=False)
+    model = with_random_values(attach(model), 0.3)
+    model.save_pretrained(tmp_path / "a")
+    write_merged(read_adapter(tmp_path / "a"), tmp_path / "m")
+    merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "m")
+    tokens = torch.tensor([[5, 61, 62, 63]])
+    torch.testing.assert_close(logits(merged, tokens), logits(model, tokens), rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")  # by peft: it is what the test is about
 def test_merging_into_tied_output_embeddings_leaves_the_input_ones_alone(tmp_path: Path) -> None:
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2}

@@ -1,6 +1,5 @@
 """Adapters and checkpoints that are not what they have to be are refused whole, with one typed error."""
 
-import copy
 import json
 import os
 import pickle
@@ -12,16 +11,18 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import tiny_bert
-from peft import PeftModel
+from conftest import tiny_bert, with_random_values
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from test_adapter import logits, unequal
 from test_resume import make
+from test_unchanged import unchanged
 from torch import Tensor
 
 from increlora_hf import AdapterFormatError, attach, load_adapter
 from increlora_hf.files.checkpoints import check_manifest, write_manifest
 
+NEW_TOKENS = torch.tensor([[5, 61, 62, 63]])
 QUERY = "base_model.model.bert.encoder.layer.0.attention.self.query.lora_"
 Mutation = Callable[[Path], None]
 
@@ -225,14 +226,9 @@ def test_mutated_adapter_is_refused_and_the_model_stays_plain(name: str, adapter
     folder = Path(shutil.copytree(adapter, tmp_path / "adapter"))
     mutate(folder)
     model = tiny_bert()
-    before = copy.deepcopy(model.state_dict())
-    with pytest.raises(AdapterFormatError, match=message):
+    with unchanged(model), pytest.raises(AdapterFormatError, match=message):
         load_adapter(model, folder)
     assert not (folder / "trace").exists()
-    after = model.state_dict()
-    assert after.keys() == before.keys()
-    assert all(torch.equal(after[key], before[key]) for key in before)
-    assert all(parameter.requires_grad for parameter in model.parameters())
     load_adapter(model, adapter)
 
 
@@ -257,11 +253,30 @@ def test_adapter_of_a_base_of_another_size_is_refused(adapter: Path) -> None:
         load_adapter(tiny_bert(num_labels=3), adapter)
 
 
-def test_missing_folder_and_occupied_model_are_refused(adapter: Path, tmp_path: Path) -> None:
+def test_missing_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(AdapterFormatError, match="no such folder"):
         load_adapter(tiny_bert(), tmp_path / "nowhere")
-    with pytest.raises(ValueError, match="holds an adapter already"):
-        load_adapter(attach(tiny_bert()), adapter)
+
+
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`")  # by peft: the test is about them
+@pytest.mark.parametrize("kind", ["ours", "peft"])
+def test_adapter_of_a_resized_vocabulary_is_loaded_with_its_embeddings(kind: str, tmp_path: Path) -> None:
+    def base(vocabulary: int = 64) -> Any:
+        model = type(tiny_bert()).from_pretrained(tmp_path / "base")
+        model.resize_token_embeddings(vocabulary, mean_resizing=False)
+        return model
+
+    tiny_bert().save_pretrained(tmp_path / "base")
+    lora = LoraConfig(target_modules=["query"], task_type="SEQ_CLS")
+    model = with_random_values(attach(base()) if kind == "ours" else get_peft_model(base(), lora), 0.2)
+    model.save_pretrained(str(tmp_path / "a"))
+    expected = logits(model, NEW_TOKENS)
+    for load in (PeftModel.from_pretrained, load_adapter):
+        torch.testing.assert_close(logits(load(base(), tmp_path / "a"), NEW_TOKENS), expected, atol=1e-6, rtol=0)
+    with pytest.raises(
+        AdapterFormatError, match=r"shape \[60, 16\], or a model that resize_token_embeddings has made to"
+    ):
+        load_adapter(base(60), tmp_path / "a")
 
 
 def test_error_carries_file_key_expected_and_found(adapter: Path, tmp_path: Path) -> None:

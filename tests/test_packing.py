@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft.optimizers.lorafa import LoraFAOptimizer
 from torch import Tensor, optim
 from torch.nn import Parameter
 
@@ -148,6 +149,22 @@ def test_optimizer_of_another_model_and_one_in_use_are_refused() -> None:
     used.step()
     with pytest.raises(ValueError, match="used already"):
         Packing(used, [factor])
+
+
+@pytest.mark.parametrize(
+    "optimizer, message",
+    [
+        (optim.Adagrad, "Adagrad makes its state when it is created.*torch.optim.AdamW; Trainer's is optim="),
+        (optim.LBFGS, "LBFGS keeps the parameters that it was made with"),
+        (LoraFAOptimizer, r"LoraFAOptimizer trains B alone and has frozen every A.*growth trains A, B and λ"),
+    ],
+)
+def test_optimizer_that_cannot_take_in_what_is_born_is_refused_by_name(
+    optimizer: type[optim.Optimizer], message: str
+) -> None:
+    factor = Parameter(torch.ones(1, 2), requires_grad=optimizer is not LoraFAOptimizer)
+    with pytest.raises(ValueError, match=message):
+        Packing(optimizer([factor]), [factor])
 
 
 @pytest.mark.parametrize("name", ["AdamWScheduleFree", "SGDScheduleFree", "RAdamScheduleFree"])

@@ -155,7 +155,7 @@ def record_ranks(peft_model: PeftModel, config: IncreLoraConfig) -> None:
     saved = cast(LoraConfig, peft_model.peft_config[ADAPTER])
     saved.r, saved.lora_alpha = largest.rank, plain_alpha(alphas[largest.name])  # type: ignore[assignment]
     if not all(layer.rank for layer in layers):  # PEFT knows no rank 0: these layers are not adapted any more
-        names = [name for name, _ in peft_model.get_base_model().named_modules()]  # type: ignore[operator]
+        names = [name for name, _ in peft_model.get_base_model().named_modules()]
         saved.target_modules = exact_targets([layer.name for layer in layers if layer.rank], names)
     others = [layer for layer in layers if layer.rank not in (0, largest.rank)]
     saved.rank_pattern = {exact_pattern(layer.name): layer.rank for layer in others}

@@ -30,8 +30,8 @@ class _GrowingFactor(nn.Module):
     def __getattr__(self, name: str) -> Any:
         if name == "bias":  # PEFT's hotswap asks for it, to write into factors of nn.Linear's kind
             raise AttributeError(
-                "A growing factor has no bias, and PEFT cannot swap an adapter into it. Save the adapter "
-                "(save_pretrained), load it onto the base model with PeftModel.from_pretrained, and prepare that model."
+                "A growing factor has no bias, and PEFT cannot swap an adapter into it. Save the adapter with "
+                "save_pretrained, load it onto the base model with PeftModel.from_pretrained, and prepare that."
             )
         return super().__getattr__(name)
 

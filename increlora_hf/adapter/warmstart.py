@@ -99,8 +99,8 @@ def _only_adapter(model: Any) -> str:
         )
     if config.init_lora_weights not in KEEPS_BASE:
         raise ValueError(
-            f"The adapter {names[0]!r} was made with init_lora_weights={config.init_lora_weights!r}, which changes the "
-            "base weights, and an adapter saved from here would not fit the unchanged base. Convert it with "
+            f"The adapter {names[0]!r} was made with init_lora_weights={config.init_lora_weights!r}, which changes "
+            "the base weights, and an adapter saved from here would not fit the unchanged base. Convert it with "
             "save_pretrained(FOLDER, path_initial_model_for_weight_conversion=...), load FOLDER onto the base model, "
             "and attach that; or pass the result of merge_and_unload()."
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -67,14 +67,14 @@ def load_adapter(model: nn.Module, path_or_repo: str | Path, *, trainable: bool 
         expected = _expected(folder, model, config)
     except (re.error, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise AdapterFormatError(folder / CONFIG_NAME, "patterns", "regular expressions", str(error)) from None
-    found = read_tensors(own_file(folder, WEIGHTS_NAME))
-    embeddings = {key: tensor for key, tensor in _embeddings(model).items() if key in found}
+    tensors = read_tensors(own_file(folder, WEIGHTS_NAME))
+    embeddings = {key: tensor for key, tensor in _embeddings(model, expected).items() if key in tensors}
     for key, tensor in embeddings.items():
-        if len(found[key]) != len(tensor):
-            resized = f"{len(tensor)} rows as the model, or model.resize_token_embeddings({len(found[key])}) before"
-            raise AdapterFormatError(folder / WEIGHTS_NAME, key, resized, f"{len(found[key])} rows")
+        if tensors[key].shape != tensor.shape:
+            wanted = f"shape {list(tensor.shape)}, or a model that resize_token_embeddings has made to fit"
+            raise AdapterFormatError(folder / WEIGHTS_NAME, key, wanted, f"{list(tensors[key].shape)}")
         expected[key] = (tuple(tensor.shape), _dtype_of_head(tensor.dtype))
-    check_tensors(folder / WEIGHTS_NAME, found, expected)
+    check_tensors(folder / WEIGHTS_NAME, tensors, expected)
     with unchanged_on_error(model, embeddings.values()):
         try:
             peft_model = PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
@@ -180,22 +180,21 @@ def _expected(folder: Path, model: nn.Module, config: LoraConfig) -> dict[str, t
     return expected
 
 
-def _embeddings(model: nn.Module) -> dict[str, Tensor]:
-    """Key in the file -> the model's tensor, of the input and output embeddings, adapted or not.
+def _embeddings(model: nn.Module, expected: Container[str]) -> dict[str, Tensor]:
+    """Key in the file -> the model's tensor, of the input and output embeddings.
 
     PEFT saves them whole where their size is not that of the base model on disk, or where they are adapted.
     """
     if not isinstance(model, PreTrainedModel):
         return {}
-    names = {id(module): name for name, module in model.named_modules()}
-    ends = {id(module): module for module in (input_embeddings(model), model.get_output_embeddings())}
-    return {
-        f"{PREFIX}{names[place]}.{layer}{key}": tensor
-        for place, module in ends.items()
-        if place in names
-        for key, tensor in module.state_dict().items()
-        for layer in ("", "base_layer.")
-    }
+    ends = [input_embeddings(model), model.get_output_embeddings()]
+    found = {}
+    for name, module in model.named_modules():
+        if any(module is end for end in ends):
+            adapted = f"{PREFIX}{name}.lora_A.weight" in expected
+            prefix = f"{PREFIX}{name}.base_layer." if adapted else f"{PREFIX}{name}."
+            found.update(module.state_dict(prefix=prefix))
+    return found
 
 
 def input_embeddings(model: PreTrainedModel) -> nn.Module | None:
