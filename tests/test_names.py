@@ -5,11 +5,12 @@ import copy
 import pytest
 from conftest import tiny_bert
 from peft import LoraConfig, get_peft_model
+from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils import ModulesToSaveWrapper
 from peft.utils.other import get_pattern_key
 
 from increlora_hf import IncreLoraConfig
-from increlora_hf.adapter.names import exact_pattern, is_head, is_target
+from increlora_hf.adapter.names import exact_pattern, exact_targets, is_head, is_target
 from increlora_hf.adapter.targets import head_modules
 
 
@@ -49,6 +50,13 @@ def test_a_name_of_a_head_may_begin_with_pefts_prefix() -> None:
     inner = get_peft_model(copy.deepcopy(model), config).get_base_model()
     theirs = {name for name, module in inner.named_modules() if isinstance(module, ModulesToSaveWrapper)}
     assert theirs == set(head_modules(model, config.modules_to_save)) == {"bert.pooler", "classifier"}
+
+
+@pytest.mark.parametrize("wanted", [["query"], ["query", "x.query"], ["x.query", "x.y.key"], ["key"]])
+def test_exact_targets_are_the_modules_that_peft_adapts(wanted: list[str]) -> None:
+    names = ["query", "x.query", "xquery", "key", "x.y.key"]
+    config = LoraConfig(target_modules=exact_targets(wanted, names))
+    assert [name for name in names if check_target_module_exists(config, name)] == [n for n in names if n in wanted]
 
 
 def test_layers_of_rank_0_are_not_adapted() -> None:

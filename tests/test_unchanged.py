@@ -1,4 +1,4 @@
-"""A call of `attach` or `load_adapter` that fails leaves the model as it was, wherever it fails."""
+"""A call of `attach`, `load_adapter` or a trainer that fails leaves the model as it was, wherever it fails."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import tiny_bert, with_random_values
+from conftest import arguments, tiny_bert, with_random_values
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraModel
 from test_adapter import INPUT, REFUSED_TARGETS, unequal
 from torch import nn
 
-from increlora_hf import AdapterFormatError, IncreLoraConfig, attach, load_adapter
+from increlora_hf import AdapterFormatError, IncreLoraConfig, IncreLoraTrainer, attach, load_adapter
 from increlora_hf.adapter import inject
 from increlora_hf.growth.growth import Growth
 
@@ -135,6 +135,14 @@ def test_model_stays_as_it_was_at_whatever_stage_attaching_fails(
         with pytest.raises(RuntimeError, match="out of memory"):
             attach(model, config)
     assert attach(model, config).increlora.total_rank  # nothing is left that is in the way
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_model_stays_as_it_was_where_the_trainer_refuses_its_arguments(kind: str, tmp_path: Path) -> None:
+    model, config = MODELS[kind](), IncreLoraConfig(r_avg=4)
+    with unchanged(model), pytest.raises(ValueError, match="didn't pass an `eval_dataset`"):
+        IncreLoraTrainer(model, arguments(tmp_path, eval_strategy="steps"), increlora_config=config)
+    assert IncreLoraTrainer(model, arguments(tmp_path), increlora_config=config).increlora.total_rank
 
 
 @pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`")  # by peft: the test is about them

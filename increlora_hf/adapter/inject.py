@@ -60,14 +60,14 @@ def _wrap(model: nn.Module, lora_config: LoraConfig) -> PeftModel:
 
 
 @contextmanager
-def unchanged_on_error(model: nn.Module, overwritten: Iterable[Tensor] = ()) -> Iterator[None]:
+def unchanged_on_error(model: nn.Module | None, overwritten: Iterable[Tensor] = ()) -> Iterator[None]:
     """Restore the modules of a model, their attributes and ``requires_grad`` where the block raises.
 
     Values of tensors are restored only for those in ``overwritten``.
     """
     values = [(tensor, tensor.detach().clone()) for tensor in overwritten]
-    trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    modules = [(module, type(module), dict(vars(module))) for module in model.modules()]
+    modules = [] if model is None else [(module, type(module), dict(vars(module))) for module in model.modules()]
+    trainable = [] if model is None else [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     held = [
         (container, container.copy())  # submodules, parameters, hooks, and PEFT's settings by adapter
         for _, _, attributes in modules

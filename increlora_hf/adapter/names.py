@@ -23,11 +23,11 @@ def exact_targets(wanted: Iterable[str], names: Iterable[str]) -> list[str] | st
 
     Their full names; where one of these is the ending of another module's name, a regular expression.
     """
-    listed = list(wanted)
-    endings = tuple("." + name for name in listed)
-    if any(name.endswith(endings) for name in set(names) - set(listed)):
+    listed = dict.fromkeys(wanted)
+    parts = [name.split(".") for name in names if name not in listed]
+    if any(".".join(one[i:]) in listed for one in parts for i in range(1, len(one))):
         return "|".join(map(re.escape, listed))
-    return listed
+    return list(listed)
 
 
 def is_head(name: str, heads: Iterable[str]) -> bool:

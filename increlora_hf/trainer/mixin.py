@@ -17,6 +17,7 @@ from transformers import ProgressCallback, Trainer, TrainerCallback, TrainerStat
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, has_length
 
+from ..adapter.inject import unchanged_on_error
 from ..config import IncreLoraConfig
 from ..distributed import barrier, give_up_after, is_lost_process, num_processes
 from ..files.checkpoints import check_manifest, new_checkpoint, rotate
@@ -75,14 +76,12 @@ class IncreLoraTrainerMixin(ItemCountsMixin, PublishingMixin):
         self._increlora_seed = training_args.seed
         if isinstance(model, str):
             model = _load_by_name(model, training_args, kwargs.pop("quantization_config", None))
-        if model is not None:
-            model = self._attach(model)
         self.growth_run: GrowthRun | None = None
         self._resuming: dict[str, Any] | None = None  # the state of growth in the checkpoint to resume
         self._frozen_norms: list[nn.Module] = []
         self._optimizer_is_users = kwargs.get("optimizers", (None, None))[0] is not None
-        with _sharded_runs_can_resume(training_args, model):
-            super().__init__(model, *args, **kwargs)
+        with unchanged_on_error(model), _sharded_runs_can_resume(training_args, model):
+            super().__init__(None if model is None else self._attach(model), *args, **kwargs)
         self.add_callback(_GrowthCallback(self))
         self.add_callback(GrowthReportCallback(self.callback_handler))
 
