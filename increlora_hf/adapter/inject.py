@@ -92,7 +92,7 @@ def unchanged_on_error(model: nn.Module | None, overwritten: Iterable[Tensor] = 
 
 
 def require_no_adapter(model: nn.Module) -> None:
-    """Raise ValueError where adapters stand in ``model`` itself, or where it is a `PeftModel`."""
+    """Raise ValueError where ``model`` holds layers of an adapter."""
     name = next((name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)), None)
     if name is not None:
         raise ValueError(

@@ -16,7 +16,7 @@ from ..config import IncreLoraConfig
 from .components import adapted_layers, peak
 from .inject import inject
 
-KEEPS_BASE = (True, False, "gaussian", "orthogonal", "eva")  # of init_lora_weights: they leave the base weights alone
+KEEPS_BASE = ("true", "false", "gaussian", "orthogonal", "eva")  # init_lora_weights that leave the base weights alone
 PLAIN = {
     "peft_type", "r", "lora_alpha", "lora_dropout", "rank_pattern", "alpha_pattern", "use_rslora", "fan_in_fan_out",
     "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save", "task_type",
@@ -97,12 +97,12 @@ def _only_adapter(model: Any) -> str:
             f"The adapter {names[0]!r} has a {type(config).__name__}, and only plain LoRA can grow. Merge it with "
             "merge_and_unload() where its method offers that, or load the base model, and pass the result."
         )
-    if config.init_lora_weights not in KEEPS_BASE:
+    if str(config.init_lora_weights).lower() not in KEEPS_BASE:
         raise ValueError(
-            f"The adapter {names[0]!r} was made with init_lora_weights={config.init_lora_weights!r}, which changes "
-            "the base weights, and an adapter saved from here would not fit the unchanged base. Convert it with "
-            "save_pretrained(FOLDER, path_initial_model_for_weight_conversion=...), load FOLDER onto the base model, "
-            "and attach that; or pass the result of merge_and_unload()."
+            f"The adapter {names[0]!r} was made with init_lora_weights={config.init_lora_weights!r}, and only "
+            f"{KEEPS_BASE} leave the base weights alone: what is saved from here would not fit the base. Convert it "
+            "with save_pretrained(FOLDER, path_initial_model_for_weight_conversion=...), load FOLDER onto the base "
+            "model, and attach that; or pass the result of merge_and_unload()."
         )
     beyond = {
         name: value
