@@ -30,9 +30,10 @@ def require_curve(schedule: str, learning_rate: float, kwargs: Mapping[str, Any]
             0
         )
     except (TypeError, ValueError) as error:
+        name = SchedulerType(schedule).value
         raise ValueError(
-            f"lr_scheduler_kwargs={dict(kwargs or {})} do not fit lr_scheduler_type={SchedulerType(schedule).value!r}: "
-            f"{error}. Give the settings that transformers' function for this schedule takes."
+            f"lr_scheduler_kwargs={dict(kwargs or {})} do not fit lr_scheduler_type={name!r}: {error}. Give the "
+            "settings that transformers' function for this schedule takes."
         ) from None
 
 
