@@ -38,7 +38,8 @@ def same_checkpoint(wanted: str | bool, output_dir: str) -> Path:
 
 def has_ended(state: TrainerState, callbacks: Iterable[TrainerCallback]) -> bool:
     """Whether a run had taken its last step when it was saved, or had lost patience (`EarlyStoppingCallback`)."""
-    saved: Any = state.stateful_callbacks.get(EarlyStoppingCallback.__name__) or []
+    states: Any = state.stateful_callbacks or {}
+    saved = states.get(EarlyStoppingCallback.__name__) or []
     failures = [
         one["attributes"]["early_stopping_patience_counter"] for one in ([saved] if isinstance(saved, dict) else saved)
     ]
