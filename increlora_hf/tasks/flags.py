@@ -192,7 +192,7 @@ def check_run(model: ModelArguments, training: TrainingArguments, tuner: str) ->
         )
     if not model.model_name_or_path:
         raise ValueError("--model_name_or_path is missing. Give the folder or the Hub name of a pre-trained model.")
-    missing = sorted({*training.report_to} - {*get_available_reporting_integrations(), "none"})
+    missing = sorted(set(training.report_to or ()) - {*get_available_reporting_integrations(), "none"})
     if missing:
         raise ValueError(
             f"--report_to {' '.join(missing)}: that package is not installed. Install it, or give --report_to none."
