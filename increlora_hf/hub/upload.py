@@ -163,7 +163,8 @@ def _create(repo_id: str, token: str | None, private: bool | None) -> str:
 
 def _chosen(folder: Path, ignore: Sequence[str], whole: bool) -> list[str]:
     """The files to upload, relative to ``folder``; a log line names the others, except what ``ignore`` matches."""
-    chosen, left_out = [], []
+    chosen: list[str] = []
+    left_out: list[str] = []
     for path in sorted(path for path in folder.rglob("*") if path.is_file() or path.is_symlink()):
         relative = path.relative_to(folder)
         if _matches(relative.parts, ignore):
