@@ -30,14 +30,17 @@ class DataArguments(RowArguments):
     """Which task, where its rows come from, and how they are cut."""
 
     task_name: str | None = flag(None, f"GLUE task: {', '.join(TASKS)}.")
-    train_file: str | None = flag(None, "CSV or JSON lines: one or two text columns and `label` (floats: regression).")
+    train_file: str | None = flag(None, "CSV or JSON: one or two text columns and `label` (floats: regression).")
+    text_columns: list[str] | None = flag(None, "One or two columns of text. Default: the task's, or the first two.")
+    label_column: str = flag("label", "The column with the label.")
     max_seq_length: int = flag(128, "Longer inputs are cut to this many tokens.")
     pad_to_max_length: bool = flag(False, "Pad every input to --max_seq_length; padding to the batch is faster.")
     classifier_dropout: float | None = flag(None, "Dropout before the classifier. Default: the model's own.")
 
     def source(self, model: ModelArguments) -> GlueSource:
         """The data that the flags describe."""
-        return GlueSource(task_name=self.task_name, **self.places(model))
+        columns, label = self.text_columns or (), self.label_column
+        return GlueSource(task_name=self.task_name, text_columns=columns, label_column=label, **self.places(model))
 
 
 @dataclass(kw_only=True)
@@ -56,7 +59,8 @@ class GlueJob(Job):
             names = [f"{n:.3f}" if self.task.is_regression else self.task.labels[n] for n in numbers]
             suffix = "-mm" if split.endswith("_mismatched") else ""
             path = Path(self.trainer.args.output_dir) / f"predict_results_{self.task.name}{suffix}.txt"
-            path.write_text("index\tprediction\n" + "".join(f"{i}\t{name}\n" for i, name in enumerate(names)))
+            lines = [f"{i}\t{name}\n" for i, name in enumerate(names)]
+            path.write_text("".join(["index\tprediction\n", *lines]), encoding="utf-8")
             paths.append(path)
         return paths
 

@@ -5,11 +5,16 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-from collections.abc import Mapping, Set
+import math
+import numbers
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, fields
+from functools import cache
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, cast, get_type_hints
+from typing import Any, NamedTuple, cast, get_args, get_type_hints
 
 SCORES = ("paper", "weakest")  # in method/scores.py
 PENALTIES = ("paper", "squared", "directions")  # in method/penalties.py
@@ -19,9 +24,45 @@ UNIT_STD = "unit"
 DEFAULT_SEED = 42  # TrainingArguments' own default
 
 
-def _setting(default: Any, text: str, *, flag_type: Any = None) -> Any:
-    """A field with its help; ``flag_type`` is what the flag parses where the setting's own type is a union."""
-    return field(default=default, metadata={"help": text, "flag_type": flag_type})
+MAX_RANK = 2**16  # no linear layer is wider
+MAX_FACTOR = 1e6  # beyond it, float32 products of weights and gradients overflow
+
+
+class Range(NamedTuple):
+    """The numbers that a setting may be: ``low`` to ``high``, with or without its ends."""
+
+    low: float
+    high: float = math.inf
+    ends: str = "[]"
+
+    def __contains__(self, value: Any) -> bool:
+        """Whether a finite number lies in the range."""
+        above = self.low <= value if self.ends[0] == "[" else self.low < value
+        below = value <= self.high if self.ends[1] == "]" else value < self.high
+        return math.isfinite(value) and above and below
+
+    def __str__(self) -> str:
+        """As in mathematics: (0, 1]."""
+        return (
+            f"at least {self.low:g}"
+            if self.high == math.inf
+            else f"in {self.ends[0]}{self.low:g}, {self.high:g}{self.ends[1]}"
+        )
+
+
+RANK, STEPS, FACTOR = Range(1, MAX_RANK), Range(1), Range(0, MAX_FACTOR, "(]")
+
+
+def _setting(
+    default: Any, text: str, *, within: Range | None = None, choices: Sequence[str] = (), flag_type: Any = None
+) -> Any:
+    """A field with its help and the values that it may have.
+
+    ``flag_type`` is what the flag parses where the setting's own type is a union.
+    """
+    return field(
+        default=default, metadata={"help": text, "within": within, "choices": choices, "flag_type": flag_type}
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,42 +76,62 @@ class IncreLoraConfig:
         ValueError: a setting is out of range; the message names the value, the reason and the remedy.
     """
 
-    r_avg: int = _setting(2, "Average rank per adapted layer at the end of growth (r^avg); the budget is n * r_avg.")
+    r_avg: int = _setting(
+        2, "Average rank per adapted layer at the end of growth (r^avg); the budget is n * r_avg.", within=RANK
+    )
     init_r: int | None = _setting(
-        None, "Rank of every layer at the start. Default: 1, or with an overshoot r_avg + overshoot // 2."
+        None, "Rank of every layer at the start. Default: 1, or with an overshoot r_avg + overshoot // 2.", within=RANK
     )
     top_h: int | None = _setting(
-        None, "Layers that grow in one round (h). Default: such that growth ends at growth_fraction of the run."
+        None,
+        "Layers that grow in one round (h). Default: such that growth ends at growth_fraction of the run.",
+        within=STEPS,
     )
-    increment: int = _setting(1, "Components that a chosen layer gains in one round (k).")
+    increment: int = _setting(1, "Components that a chosen layer gains in one round (k).", within=RANK)
     interval: int | None = _setting(
-        None, "Optimizer steps between rounds (nu). Default: the warm-up steps, else 2.5 % of the run, at least 10."
+        None,
+        "Optimizer steps between rounds (nu). Default: the warm-up steps, else 2.5 % of the run, at least 10.",
+        within=STEPS,
     )
     overshoot: int = _setting(
         0,
         "Components per layer, on average, that growth adds above r_avg. An interval after the last round, the "
         "smallest of the model are cut, down to the budget; a layer may lose all.",
+        within=Range(0, MAX_RANK),
     )
-    start: int | None = _setting(None, "Rounds happen only after this optimizer step. Default: interval.")
-    growth_fraction: float = _setting(0.4, "Share of the run by which the last round comes when top_h is not given.")
+    start: int | None = _setting(
+        None, "Rounds happen only after this optimizer step. Default: interval.", within=Range(0)
+    )
+    growth_fraction: float = _setting(
+        0.4, "Share of the run by which the last round comes when top_h is not given.", within=Range(0, 1, "(]")
+    )
     score: str = _setting(
         "paper",
         "What a layer is chosen by: 'paper' = smoothed sensitivity * uncertainty (equation 8), or 'weakest' = the "
         "size of its smallest component, which needs no gradient.",
+        choices=SCORES,
     )
-    beta1: float = _setting(0.85, "EMA factor of the smoothed sensitivity (beta1), equation (6).")
-    beta2: float = _setting(0.85, "EMA factor of the uncertainty (beta2), equation (7).")
+    beta1: float = _setting(
+        0.85, "EMA factor of the smoothed sensitivity (beta1), equation (6).", within=Range(0, 1, "()")
+    )
+    beta2: float = _setting(0.85, "EMA factor of the uncertainty (beta2), equation (7).", within=Range(0, 1, "()"))
     score_tolerance: float = _setting(
-        1e-4, "Only the K steps before a round are scored, max(beta1, beta2)^K <= this. 0 scores every step."
+        1e-4,
+        "Only the K steps before a round are scored, max(beta1, beta2)^K <= this. 0 scores every step.",
+        within=Range(0, 1, "[)"),
     )
     score_reduction: str = _setting(
-        "mean", "Sensitivity per layer: 'mean' over the out*in entries (equation 5), or 'sqrt': sum / sqrt(out*in)."
+        "mean",
+        "Sensitivity per layer: 'mean' over the out*in entries (equation 5), or 'sqrt': sum / sqrt(out*in).",
+        choices=SCORE_REDUCTIONS,
     )
     rank_scaling: str = _setting(
-        "constant", "Scale of the update: 'constant' = lora_alpha / r_avg, or 'per_rank' = lora_alpha / r_k."
+        "constant",
+        "Scale of the update: 'constant' = lora_alpha / r_avg, or 'per_rank' = lora_alpha / r_k.",
+        choices=RANK_SCALINGS,
     )
-    lora_alpha: float = _setting(16.0, "LoRA alpha.")
-    lora_dropout: float = _setting(0.0, "Dropout on the adapter's input.")
+    lora_alpha: float = _setting(16.0, "LoRA alpha.", within=FACTOR)
+    lora_dropout: float = _setting(0.0, "Dropout on the adapter's input.", within=Range(0, 1, "[)"))
     target_modules: list[str] | str | None = _setting(
         None,
         "Names of the linear layers to adapt, as in peft.LoraConfig. Default: every linear layer of the backbone.",
@@ -79,92 +140,49 @@ class IncreLoraConfig:
     modules_to_save: list[str] | None = _setting(
         None, "Modules that are trained fully and saved. Default: everything with parameters outside the backbone."
     )
-    orth_reg_weight: float = _setting(0.1, "Weight of the orthogonality penalty, equation (4). 0 switches it off.")
+    orth_reg_weight: float = _setting(
+        0.1, "Weight of the orthogonality penalty, equation (4). 0 switches it off.", within=Range(0, MAX_FACTOR)
+    )
     penalty: str = _setting(
         "paper",
         "Form of the penalty: 'paper' = the norm in equation (4), as the authors' code has it, 'squared' = its "
         "square, as the paper writes it, or 'directions' = the cosines between components, whatever their norms.",
+        choices=PENALTIES,
     )
     advance_learning: bool = _setting(
         True, "Train a reserve ahead of its activation; off: new components start fresh."
     )
     restart_warmup: bool = _setting(True, "Each round's parameters restart the learning-rate warm-up.")
-    reserve_lambda: float = _setting(1e-5, "Frozen lambda of the reserve.")
+    reserve_lambda: float = _setting(1e-5, "Frozen lambda of the reserve.", within=FACTOR)
     init_std: float | str = _setting(
-        0.02, "Standard deviation of new A and B; 'unit' draws with 1/sqrt(d), near norm 1.", flag_type=str
+        0.02,
+        "Standard deviation of new A and B; 'unit' draws with 1/sqrt(d), near norm 1.",
+        flag_type=str,
+        within=FACTOR,
     )
     lam_lr_multiplier: float = _setting(
-        10.0, "Factor on the learning rate of the lambdas: 10 lets an update grow as fast as LoRA's. The paper's is 1."
+        10.0,
+        "Factor on the learning rate of the lambdas: 10 lets an update grow as fast as LoRA's. The paper's is 1.",
+        within=FACTOR,
     )
     rank_pattern: dict[str, int] | str | None = _setting(
         None,
         "Fixed ranks without growth: layer name -> rank, or a JSON file with them (an increlora_history.json does).",
         flag_type=str | None,
     )
-    seed: int | None = _setting(None, "Seed of new components. Default: the Trainer's seed.")
+    seed: int | None = _setting(
+        None, "Seed of new components. Default: the Trainer's seed.", within=Range(0, 2**32 - 1)
+    )
 
     def __post_init__(self) -> None:
-        """Validate, make lists of other collections of names, and read ``rank_pattern`` where it is a file."""
-        self._check_counts()
-        self._check_ranges()
-        self._check_choices()
-        for name in ("target_modules", "modules_to_save"):
-            names = getattr(self, name)
-            if isinstance(names, Set | tuple):
-                object.__setattr__(self, name, sorted(names) if isinstance(names, Set) else list(names))
-        if self.rank_pattern is not None:
-            pattern = self.rank_pattern
-            if not isinstance(pattern, Mapping):
-                pattern = _read_rank_pattern(Path(pattern))
-            object.__setattr__(self, "rank_pattern", _checked_rank_pattern(pattern))
-
-    def _check_counts(self) -> None:
-        for name in ("r_avg", "init_r", "top_h", "increment", "interval"):
-            value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < 1):
-                raise ValueError(f"{name}={value!r} is not a whole number of at least 1. Give {name}=1 or more.")
-        if self.start is not None and (not isinstance(self.start, int) or self.start < 0):
-            raise ValueError(f"start={self.start!r} is not an optimizer step. Give start=0 or more.")
-        if not isinstance(self.overshoot, int) or self.overshoot < 0:
-            raise ValueError(
-                f"overshoot={self.overshoot!r} is not a whole number of components. Give 1 or more, or 0 for no cut."
-            )
+        """Validate every field by its type and its range; read ``rank_pattern`` where it is a file."""
+        for one in fields(self):
+            object.__setattr__(self, one.name, _checked(one, getattr(self, one.name)))
         if self.r_avg + self.overshoot < self.first_rank:
             raise ValueError(
                 f"r_avg={self.r_avg} is below init_r={self.init_r} by more than overshoot={self.overshoot}, and "
                 "growth only adds rank. Raise r_avg or lower init_r."
             )
-
-    def _check_ranges(self) -> None:
-        for name in ("beta1", "beta2"):
-            if not 0 < getattr(self, name) < 1:
-                raise ValueError(
-                    f"{name}={getattr(self, name)} is outside (0, 1), so its moving average has no memory or never "
-                    f"forgets. The paper uses {name}=0.85."
-                )
-        if not 0 < self.growth_fraction <= 1:
-            raise ValueError(f"growth_fraction={self.growth_fraction} is not a share of the run. Give one in (0, 1].")
-        if not 0 <= self.score_tolerance < 1:
-            raise ValueError(
-                f"score_tolerance={self.score_tolerance} is outside [0, 1): nothing would be scored. "
-                "Use 1e-4, or 0 to score every step."
-            )
-        if not 0 <= self.lora_dropout < 1:
-            raise ValueError(f"lora_dropout={self.lora_dropout} is not a probability below 1. Give one in [0, 1).")
-        for name in ("lora_alpha", "reserve_lambda", "lam_lr_multiplier"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name}={getattr(self, name)} must be above 0, or the adapter cannot learn.")
-        if not self.orth_reg_weight >= 0:
-            raise ValueError(
-                f"orth_reg_weight={self.orth_reg_weight} would reward dependent components. Use 0 to switch it off."
-            )
-
-    def _check_choices(self) -> None:
-        for name, choices in _CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name}={getattr(self, name)!r} is unknown. Choose one of {', '.join(choices)}.")
-        if self.init_std != UNIT_STD and not (isinstance(self.init_std, int | float) and self.init_std > 0):
-            raise ValueError(f"init_std={self.init_std!r} is neither a number above 0 nor {UNIT_STD!r}.")
 
     @classmethod
     def paper(cls, **settings: Any) -> IncreLoraConfig:
@@ -217,12 +235,6 @@ class IncreLoraConfig:
         return cls.from_dict(json.loads(text))
 
 
-_CHOICES = {
-    "score": SCORES,
-    "score_reduction": SCORE_REDUCTIONS,
-    "penalty": PENALTIES,
-    "rank_scaling": RANK_SCALINGS,
-}
 PAPER: Mapping[str, Any] = MappingProxyType(
     {
         "score": "paper",
@@ -246,10 +258,69 @@ PAPER: Mapping[str, Any] = MappingProxyType(
 PRESETS: Mapping[str, Mapping[str, Any]] = {"paper": PAPER}
 
 
-def _read_rank_pattern(path: Path) -> Any:
+@cache
+def _types() -> dict[str, Any]:
+    """The type of every setting."""
+    return get_type_hints(IncreLoraConfig)
+
+
+def _checked(setting: dataclasses.Field[Any], value: Any) -> Any:
+    """The value as a plain one of the setting's type, or a ValueError that says what it may be."""
+    kind = _types()[setting.name]
+    if value is None and type(None) in get_args(kind):
+        return None
+    if setting.name == "rank_pattern":
+        return _checked_rank_pattern(value if isinstance(value, Mapping) else _read_rank_pattern(value))
+    if setting.name in ("target_modules", "modules_to_save"):
+        return _checked_names(setting.name, value, may_be_pattern=str in get_args(kind))
+    within, choices = setting.metadata["within"], setting.metadata["choices"]
+    if choices:
+        if value not in choices:
+            raise ValueError(f"{setting.name}={value!r} is unknown. Choose one of {', '.join(choices)}.")
+        return value
+    if value == UNIT_STD and setting.name == "init_std":
+        return value
+    if kind is bool:
+        if not isinstance(value, bool):
+            raise ValueError(f"{setting.name}={value!r} is neither True nor False. Give one of the two.")
+        return value
+    is_count = int in (kind, *get_args(kind))
+    what, number = ("a whole number", numbers.Integral) if is_count else ("a number", numbers.Real)
+    if isinstance(value, bool) or not isinstance(value, number) or value not in within:
+        or_unit = f", or {UNIT_STD!r}" if setting.name == "init_std" else ""
+        raise ValueError(
+            f"{setting.name}={value!r} is not {what} {within}. Give one that is{or_unit}; the default is "
+            f"{setting.default}."
+        )
+    return int(value) if isinstance(value, numbers.Integral) else float(value)
+
+
+def _checked_names(setting: str, value: Any, *, may_be_pattern: bool) -> Any:
+    """Names of modules as a list, or the one regular expression that ``target_modules`` may be."""
+    if isinstance(value, str) and may_be_pattern:
+        try:
+            re.compile(value)
+        except re.error as error:
+            raise ValueError(
+                f"{setting}={value!r} is no regular expression ({error}). Give a list of names, or a pattern that "
+                "matches full names of layers."
+            ) from None
+        return value
+    names = sorted(value) if isinstance(value, Set) else value
+    if isinstance(names, str | Mapping) or not isinstance(names, Iterable):
+        raise ValueError(f"{setting}={value!r} is not a list of names. Give one, such as {setting}=[{str(value)!r}].")
+    names = list(names)
+    wrong = [name for name in names if not isinstance(name, str) or not name]
+    if wrong:
+        raise ValueError(f"{setting} holds {wrong[0]!r}, which is no name of a module. Give names as strings.")
+    return names
+
+
+def _read_rank_pattern(value: Any) -> Any:
     """The ranks in a JSON file: a plain mapping, or any document with one under ``rank_pattern``."""
-    if not path.is_file():
-        raise ValueError(f"rank_pattern={str(path)!r} is not a file. Give a JSON file or a mapping of name to rank.")
+    if not isinstance(value, str | os.PathLike) or not os.path.isfile(value):
+        raise ValueError(f"rank_pattern={str(value)!r} is not a file. Give a JSON file or a mapping of name to rank.")
+    path = Path(value)
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -261,11 +332,14 @@ def _checked_rank_pattern(pattern: Any) -> dict[str, int]:
     if not isinstance(pattern, Mapping) or not pattern:
         raise ValueError(f"rank_pattern={pattern!r} is not a mapping of layer name to rank. Give at least one layer.")
     for name, rank in pattern.items():
-        if not isinstance(rank, int) or isinstance(rank, bool) or rank < 0:
+        if not isinstance(name, str) or not name:
+            raise ValueError(f"rank_pattern names {name!r}, which is no name of a layer. Give names as strings.")
+        if isinstance(rank, bool) or not isinstance(rank, numbers.Integral) or rank not in Range(0, MAX_RANK):
             raise ValueError(
-                f"rank_pattern[{name!r}]={rank!r} is not a rank. Give a whole number; 0 leaves the layer unadapted."
+                f"rank_pattern[{name!r}]={rank!r} is not a rank in [0, {MAX_RANK}]. Give a whole number; 0 leaves the "
+                "layer unadapted."
             )
-    return dict(pattern)
+    return {name: int(rank) for name, rank in pattern.items()}
 
 
 FLAG_PREFIX = "increlora_"
@@ -298,9 +372,8 @@ def _flag(name: str, kind: Any, default: Any, text: str) -> tuple[str, Any, Any]
 
 
 def _make_arguments() -> Any:
-    hints = get_type_hints(IncreLoraConfig)
     flags = [
-        _flag(f.name, f.metadata["flag_type"] or hints[f.name], f.default, f.metadata["help"])
+        _flag(f.name, f.metadata["flag_type"] or _types()[f.name], f.default, f.metadata["help"])
         for f in fields(IncreLoraConfig)
     ]
     about_presets = "Settings to start from, which other flags replace: 'paper' = the paper's method, exactly."

@@ -2,10 +2,12 @@
 
 import dataclasses
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from transformers import HfArgumentParser
 
@@ -23,8 +25,8 @@ from increlora_hf.method import penalties, scores
         ({"increment": 0}, "increment=0"),
         ({"interval": 0}, "interval=0"),
         ({"start": -1}, "start=-1"),
-        ({"beta1": 1.0}, r"beta1=1.0 is outside \(0, 1\)"),
-        ({"beta2": 0.0}, r"beta2=0.0 is outside \(0, 1\)"),
+        ({"beta1": 1.0}, r"beta1=1.0 is not a number in \(0, 1\)\. .*the default is 0.85"),
+        ({"beta2": 0.0}, r"beta2=0.0 is not a number in \(0, 1\)"),
         ({"growth_fraction": 0}, "growth_fraction=0"),
         ({"score_tolerance": 1}, "score_tolerance=1"),
         ({"score": "best"}, "score='best' is unknown. Choose one of paper, weakest"),
@@ -44,12 +46,49 @@ from increlora_hf.method import penalties, scores
         ({"rank_pattern": {"query": -1}}, "'query'.*=-1"),
         ({"rank_pattern": {"query": 1.5}}, "1.5"),
         ({"rank_pattern": "no/such/file.json"}, "is not a file"),
+        ({"rank_pattern": 5}, "rank_pattern='5' is not a file"),
+        ({"rank_pattern": {3: 1}}, "names 3"),
+        ({"rank_pattern": {"query": True}}, "=True is not a rank"),
+        ({"rank_pattern": {"query": 10**9}}, "is not a rank in"),
+        ({"advance_learning": "false"}, "advance_learning='false' is neither True nor False"),
+        ({"restart_warmup": 1}, "restart_warmup=1 is neither True nor False"),
+        ({"modules_to_save": "classifier"}, r"Give one, such as modules_to_save=\['classifier'\]"),
+        ({"modules_to_save": ["classifier", 3]}, "holds 3"),
+        ({"modules_to_save": 5}, "modules_to_save=5 is not a list of names"),
+        ({"target_modules": "("}, r"target_modules='\(' is no regular expression"),
+        ({"target_modules": [""]}, "target_modules holds ''"),
+        ({"target_modules": {"query": 2}}, "is not a list of names"),
+        ({"score": []}, r"score=\[\] is unknown"),
+        ({"seed": -1}, r"seed=-1 is not a whole number in \[0, "),
+        ({"seed": 2**32}, "seed=4294967296"),
+        ({"increment": 10**9}, r"increment=1000000000 is not a whole number in \[1, 65536\]"),
+        ({"lora_alpha": 1e308}, "lora_alpha=1e[+]308 is not a number in"),
     ],
     ids=lambda value: str(value)[:40],
 )
 def test_bad_setting_is_refused_with_value_and_remedy(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         IncreLoraConfig(**settings)
+
+
+COUNTS = ("r_avg", "init_r", "top_h", "increment", "interval", "overshoot", "start", "seed")
+NUMBERS = (
+    *("growth_fraction", "beta1", "beta2", "score_tolerance", "lora_alpha", "lora_dropout", "orth_reg_weight"),
+    *("reserve_lambda", "init_std", "lam_lr_multiplier"),
+)
+
+
+@pytest.mark.parametrize("name", [*COUNTS, *NUMBERS])
+def test_a_number_is_a_finite_one_and_nothing_that_looks_like_one(name: str) -> None:
+    for value in (True, "3", math.nan, math.inf, -math.inf, -1, [1], 1j, *([2.5] if name in COUNTS else [])):
+        with pytest.raises(ValueError, match=re.escape(f"{name}={value!r} is not a ")):
+            IncreLoraConfig(**{name: value})
+
+
+def test_numbers_of_other_libraries_become_plain_ones() -> None:
+    config = IncreLoraConfig(r_avg=np.int64(3), lora_alpha=np.float32(8))
+    assert (type(config.r_avg), type(config.lora_alpha)) == (int, float)
+    assert IncreLoraConfig.from_json(config.to_json()) == IncreLoraConfig(r_avg=3, lora_alpha=8.0)
 
 
 def test_json_round_trip_keeps_every_setting() -> None:

@@ -1,5 +1,7 @@
 """Tasks and their data: what is read, what it is turned into, and what is refused."""
 
+import csv
+import json
 from pathlib import Path
 
 import pytest
@@ -163,7 +165,7 @@ def test_an_empty_cell_of_text_is_refused_with_its_row():
 def test_columns_of_text_beyond_two_are_mentioned(caplog):
     rows = Dataset.from_dict({"date": ["a", "b"], "review": ["a", "b"], "text": ["a", "b"], "label": [0, 1]})
     assert detect_task(rows, "here").columns == ("date", "review")
-    assert "from the columns date and review; text left out" in caplog.text
+    assert "from the columns date and review, and not from text. Choose others with --text_columns" in caplog.text
 
 
 def test_own_classes_are_numbered_in_order():
@@ -237,7 +239,7 @@ def test_csv_cells_may_hold_commas_quotes_and_line_breaks(tmp_path):
 @pytest.mark.parametrize(
     "cells, expected",
     [
-        (["1", "02"], [1, 2]),
+        (["1", "2"], [1, 2]),
         (["1", "2.5"], [1.0, 2.5]),
         (["1", "x"], ["1", "x"]),
         (["1", "9" * 20], ["1", "9" * 20]),
@@ -263,6 +265,24 @@ def test_a_json_column_keeps_its_types_where_it_can(tmp_path, cells, expected):
     assert read_table(write_json_lines(tmp_path / "x.jsonl", {"c": cells}))["c"][:] == expected
 
 
+@pytest.mark.parametrize("cells", [["1_1", "11"], [" 1", "1"], ["+1", "1"], ["007", "7"], ["١", "1"], ["1.", "x"]])
+def test_cells_that_are_spelled_differently_stay_different(tmp_path, cells):
+    assert read_table(write_csv(tmp_path / "x.csv", {"c": cells}))["c"][:] == cells
+
+
+def test_a_csv_cell_may_be_of_any_length(tmp_path):
+    limit = csv.field_size_limit()
+    cells = ["a" * (limit + 1), "b"]
+    assert read_table(write_csv(tmp_path / "x.csv", {"c": cells}))["c"][:] == cells
+    assert csv.field_size_limit() == limit
+
+
+def test_a_json_array_holds_the_rows_of_json_lines(tmp_path):
+    rows = [{"text": "a", "label": 0}, {"text": "b", "label": 1}]
+    (tmp_path / "x.json").write_text(json.dumps(rows, indent=1))
+    assert list(read_table(tmp_path / "x.json")) == rows
+
+
 def test_lists_and_objects_are_left_out(tmp_path):
     path = write_json_lines(tmp_path / "x.json", {"text": ["a"], "tokens": [["a"]], "meta": [{"k": 1}]})
     assert read_table(path).column_names == ["text"]
@@ -285,14 +305,15 @@ def test_blank_lines_and_a_byte_order_mark_are_skipped(tmp_path):
         ("x.csv", b"text,label\na,0\nb,\n", r"x\.csv, line 3: column 'label' has no value"),
         ("x.csv", b"text,label\na,0\n\xff,1\n", r"x\.csv, line 3: not UTF-8 text"),
         ("x.json", b'{"a": 1}\n{"a": }\n', r"x\.json, line 2: not valid JSON \(Expecting value\)"),
-        ("x.json", b'[{"a": 1}]\n', r"x\.json, line 1: holds a list\. One JSON object a line is read"),
+        ("x.json", b'[{"a": 1},\n {"a": }]\n', r"x\.json, line 2: not valid JSON \(Expecting value\)"),
+        ("x.json", b'[{"a": 1}, 2]\n', r"x\.json, row 2: holds a int\. Give one object a line, or an array"),
         ("x.json", b'{"a": 1}\n{"b": 1}\n', r"x\.json, line 2: column 'a' is missing"),
         ("x.json", b'{"a": 1}\n\n{"a": null}\n', r"x\.json, line 3: column 'a' has no value"),
         ("x.txt", b"a", r"x\.txt: its format is unknown\. Give a file that ends in \.csv, \.json, \.jsonl"),
     ],
     ids=[
-        "no header", "header only", "blank", "cells", "quote", "no label", "encoding", "broken JSON", "array",
-        "missing key", "null", "format",
+        "no header", "header only", "blank", "cells", "quote", "no label", "encoding", "broken JSON",
+        "broken array", "array of numbers", "missing key", "null", "format",
     ],
 )  # fmt: skip
 def test_a_bad_file_is_refused_with_the_line(tmp_path, name, content, message):
@@ -426,6 +447,77 @@ def test_a_dataset_and_files_exclude_each_other():
 # ---- Real data ---------------------------------------------------------------------------------------------------
 
 REAL_DATA = Path(__file__).parent.parent.parent / "shared" / "data"
+
+
+MANY_COLUMNS = {
+    "id": ["1", "2"],
+    "source": ["web", "web"],
+    "text": ["red cat", "blue cat"],
+    "note": ["x", "y"],
+    "kind": ["good", "bad"],
+    "label": ["", ""],
+}
+
+
+def test_columns_are_chosen_and_said(tmp_path, caplog):
+    path = write_csv(tmp_path / "x.csv", MANY_COLUMNS)
+    source = GlueSource(files={"train": str(path)}, text_columns=["text"], label_column="kind")
+    with caplog.at_level("INFO", logger="increlora_hf"):
+        task, rows = load_task(source, train=True, evaluate=False, predict=False)
+    assert list(rows["train"]) == [{"text": "red cat", "label": 1}, {"text": "blue cat", "label": 0}]
+    assert task.labels == ("bad", "good")
+    assert "text: text; label: kind (2 classes: bad, good)" in caplog.text
+
+
+def test_a_test_file_needs_no_label_of_another_name(tmp_path):
+    train = write_csv(tmp_path / "train.csv", MANY_COLUMNS)
+    test = write_csv(tmp_path / "test.csv", {"text": ["green cat"]})
+    files = {"train": str(train), "test": str(test)}
+    source = GlueSource(files=files, text_columns=["text"], label_column="kind")
+    _, rows = load_task(source, train=True, evaluate=False, predict=True)
+    assert list(rows["test"]) == [{"text": "green cat"}]
+
+
+def test_a_task_of_the_table_may_read_other_columns(tmp_path):
+    columns = {"left": ["a", "b"], "right": ["c", "d"], "score": [0.5, 4.0]}
+    path = write_csv(tmp_path / "x.csv", columns)
+    source = GlueSource(
+        task_name="stsb", files={"train": str(path)}, text_columns=["left", "right"], label_column="score"
+    )
+    task, rows = load_task(source, train=True, evaluate=False, predict=False)
+    assert task.columns == ("left", "right")
+    assert rows["train"]["label"][:] == [0.5, 4.0]
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"label_column": "klass"}, r"x\.csv has no column 'klass' \(columns: id, source"),
+        ({"text_columns": ["texts"]}, r"x\.csv has no column 'texts'"),
+        ({"text_columns": ["id", "source", "text"]}, "id source text: a model reads one text or a pair"),
+    ],
+    ids=["label", "text", "three texts"],
+)
+def test_columns_that_are_not_there_are_refused(tmp_path, options, message):
+    path = write_csv(tmp_path / "x.csv", {**MANY_COLUMNS, "label": [0, 1]})
+    with pytest.raises(ValueError, match=message):
+        load_task(GlueSource(files={"train": str(path)}, **options), train=True, evaluate=False, predict=False)
+
+
+@pytest.mark.parametrize("name", ["stsb", "mrpc"])
+def test_the_labels_of_another_task_are_refused(name):
+    rows = Dataset.from_dict(
+        {"sentence1": ["a"], "sentence2": ["b"], "label": [0]},
+        features=Features(
+            {
+                "sentence1": Value("string"),
+                "sentence2": Value("string"),
+                "label": ClassLabel(names=["entailment", "not_entailment"]),
+            }
+        ),
+    )
+    with pytest.raises(ValueError, match=f"are the classes entailment, not_entailment, and {name} predicts"):
+        prepare_rows(rows, TASKS[name], "here")
 
 
 @pytest.mark.slow

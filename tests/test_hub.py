@@ -1,11 +1,12 @@
 """Pushing: what arrives on the Hub, what never does, and trainings that outlive a Hub that fails."""
 
+import io
 import json
 import logging
 import os
+import pickle
 import subprocess
 import sys
-import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -167,23 +168,67 @@ def test_models_own_push_sends_the_adapter_and_its_history(hub, tmp_path):
 
 
 def test_pushes_to_a_branch_that_is_created(hub, tmp_path):
-    (tmp_path / "a.txt").write_text("hello")
+    (tmp_path / "README.md").write_text("hello")
     push_folder(tmp_path, "a", revision="v2")
-    assert hub.files("user/a", "v2") == {"a.txt": b"hello"}
+    assert hub.files("user/a", "v2") == {"README.md": b"hello"}
     assert hub.files("user/a") == {}
 
 
-def test_pickles_stay_whatever_they_are_called(hub, tmp_path):
-    (tmp_path / "deep").mkdir()
-    torch.save({"a": 1}, tmp_path / "deep" / "weights[1].safetensors")
-    torch.save({"a": 1}, tmp_path / "old.data", _use_new_zipfile_serialization=False)
-    (tmp_path / "empty.pt").write_bytes(b"")
-    with zipfile.ZipFile(tmp_path / "plain.zip", "w") as archive:
-        archive.writestr("a.txt", "no pickle")
+STRANGE_PICKLES = {
+    "protocol 0": lambda: pickle.dumps(print, protocol=0),
+    "protocol 1": lambda: pickle.dumps([1, print], protocol=1),
+    "protocol 4": lambda: pickle.dumps({"a": print}, protocol=4),
+    "torch.save": lambda: saved(torch.ones(2)),
+    "torch.save, old": lambda: saved(torch.ones(2), _use_new_zipfile_serialization=False),
+}
+
+
+def saved(value: Any, **options: Any) -> bytes:
+    stream = io.BytesIO()
+    torch.save(value, stream, **options)
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize("kind", STRANGE_PICKLES)
+def test_a_pickle_under_an_innocent_name_stays(hub, tmp_path, kind):
+    (tmp_path / "README.md").write_text("hello")
+    for name in ("vocab.txt", "adapter_model.safetensors", "config.json"):
+        (tmp_path / name).write_bytes(STRANGE_PICKLES[kind]())
     push_folder(tmp_path, "user/a")
-    assert set(hub.files("user/a")) == {"plain.zip"}
-    push_folder(tmp_path, "user/b", allow_pickles=True)
-    assert len(hub.files("user/b")) == 4
+    assert set(hub.files("user/a")) == {"README.md"}
+
+
+def test_only_what_people_load_or_read_is_uploaded(hub, tmp_path, caplog):
+    private = (".env", "runs/now/events.out.tfevents.1", "weights.pkl.gz", "data.npy", "train.csv", "secrets.json")
+    public = ("README.md", "tokenizer.json", "vocab.txt", "rank_map.png", "1_Pooling/config.json", "all_results.json")
+    for name in (*private, *public, ".git/config.json"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(".\n")
+    with caplog.at_level("INFO", logger="increlora_hf"):
+        push_folder(tmp_path, "user/a")
+    assert set(hub.files("user/a")) == set(public)
+    assert all(name in caplog.text for name in private)
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_link_is_not_followed(hub, tmp_path, whole):
+    secret, folder = tmp_path / "token", tmp_path / "adapter"
+    secret.write_text("hf_secret")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "config.json").write_text("{}")
+    folder.mkdir()
+    (folder / "README.md").write_text("hello")
+    (folder / "adapter_config.json").symlink_to(secret)
+    (folder / "more").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+    push_folder(folder, "user/a", whole=whole)
+    assert set(hub.files("user/a")) == {"README.md"}
+
+
+def test_a_whole_folder_is_uploaded_where_that_is_asked_for(hub, tmp_path):
+    torch.save({"a": 1}, tmp_path / "optimizer.pt")
+    (tmp_path / ".env").write_text("TOKEN=x")
+    push_folder(tmp_path, "user/a", whole=True)
+    assert set(hub.files("user/a")) == {"optimizer.pt"}
 
 
 def test_weights_whose_first_bytes_look_like_a_pickles_are_none(tmp_path):
@@ -191,9 +236,6 @@ def test_weights_whose_first_bytes_look_like_a_pickles_are_none(tmp_path):
     for filler in range(8, 2000, 8):  # safetensors begin with the length of their header, a multiple of 8
         save_file({"a": torch.zeros(2)}, path, metadata={"filler": "x" * filler})
         assert not is_pickle(path), filler
-    begins = path.read_bytes()[:2]
-    path.write_bytes(b"\x80\x04" + path.read_bytes()[2:])
-    assert is_pickle(path), begins
 
 
 # ---- A Hub that fails -----------------------------------------------------------------------------------------------
@@ -251,7 +293,7 @@ def test_a_refusal_is_not_repeated(hub, tmp_path):
 
 
 def test_retry_after_is_obeyed_within_bounds(hub, slept, tmp_path):
-    (tmp_path / "a.txt").write_text("hello")
+    (tmp_path / "README.md").write_text("hello")
     hub.fault("/commit/", (429, {"Retry-After": "7"}))
     hub.fault("/commit/", (429, {"Retry-After": "100000"}))
     hub.fault("/commit/", (503, {"Retry-After": "Wed, 21 Oct 2015 07:28:00 GMT"}))

@@ -1,7 +1,6 @@
 """Adapters and checkpoints that are not what they have to be are refused whole, with one typed error."""
 
 import json
-import os
 import pickle
 import random
 import shutil
@@ -122,26 +121,6 @@ def linked_outside(folder: Path) -> None:
     (folder / "adapter_model.safetensors").symlink_to(outside)
 
 
-def manifest_entry(name: str) -> Mutation:
-    """A manifest that lists one more file."""
-
-    def mutate(folder: Path) -> None:
-        write_manifest(folder)
-        document(lambda held: held["files"].update({name: {"size": 1, "sha256": "0"}}), "increlora_manifest.json")(
-            folder
-        )
-
-    return mutate
-
-
-def after_manifest(mutation: Mutation) -> Mutation:
-    def mutate(folder: Path) -> None:
-        write_manifest(folder)
-        mutation(folder)
-
-    return mutate
-
-
 LAYER = "^bert\\.encoder\\.layer\\.1\\.output\\.dense"
 ADAPTER_MUTATIONS: dict[str, tuple[Mutation, str]] = {
     "missing-key": (
@@ -206,17 +185,6 @@ ADAPTER_MUTATIONS: dict[str, tuple[Mutation, str]] = {
     "pickle": (pickled_instead, "adapter_model.bin: .*found a pickle, which is never opened"),
     "pickle-renamed": (pickle_under_the_right_name, "expected safetensors"),
     "link-outside": (linked_outside, "expected a file inside the folder, found a link"),
-    "manifest-hash": (after_manifest(tensors(poke(3.0))), "sha256"),
-    "manifest-size": (after_manifest(truncated("README.md", 0.5)), "README.md: size"),
-    "manifest-missing-file": (after_manifest(removed("README.md")), "README.md: file"),
-    "manifest-traversal": (manifest_entry("../secret"), "expected a file inside the folder"),
-    "manifest-absolute": (manifest_entry("/etc/passwd"), "expected a file inside the folder"),
-    "manifest-future": (
-        after_manifest(document(put("format_version", 99), "increlora_manifest.json")),
-        "format_version: expected 1 to 1, found 99",
-    ),
-    "manifest-shape": (after_manifest(text("[]", "increlora_manifest.json")), "expected an object"),
-    "manifest-empty": (after_manifest(document(put("files", {}), "increlora_manifest.json")), "files: expected"),
 }
 
 
@@ -308,7 +276,7 @@ def first_lam(held: dict[str, Tensor]) -> str:
 
 # Behind a fresh manifest: these are whole files that say something wrong.
 CHECKPOINT_MUTATIONS: dict[str, tuple[Mutation, str]] = {
-    "state-missing": (removed(STATE), "expected a JSON file, found nothing"),
+    "state-missing": (removed(STATE), "expected increlora_state.json among them, found a manifest without it"),
     "state-broken": (text("{", STATE), "expected JSON"),
     "state-list": (text("[]", STATE), "expected an object"),
     "state-future": (state(put("format_version", 7)), "format_version: expected 2 to 2, found 7"),
@@ -332,7 +300,7 @@ CHECKPOINT_MUTATIONS: dict[str, tuple[Mutation, str]] = {
     ),
     "average-short": (state(lambda held: held["smoothed"].pop()), "smoothed: expected 12 finite numbers"),
     "average-text": (state(lambda held: held["uncertainty"].__setitem__(0, "x")), "uncertainty: expected 12 finite"),
-    "tensors-missing": (removed(RAW), "expected safetensors, found no such file"),
+    "tensors-missing": (removed(RAW), "expected increlora_state.safetensors among them"),
     "tensors-truncated": (truncated(RAW, 0.7), "expected safetensors"),
     "tensor-missing": (raw(lambda held: held.pop(first_lam(held))), "active_lam: expected a tensor, found nothing"),
     "tensor-extra": (raw(put("surplus", torch.ones(1))), "surplus: expected no such key"),
@@ -368,7 +336,18 @@ DAMAGE: dict[str, Mutation] = {
     "byte-flipped": lambda folder: flip(folder / RAW, 200),
     "manifest-of-another": lambda folder: copy_manifest(folder.parent / "checkpoint-8", folder),
     "manifest-future": document(put("format_version", 2), MANIFEST),
+    "manifest-list": text("[]", MANIFEST),
+    "manifest-empty": document(put("files", {}), MANIFEST),
+    "manifest-without-weights": document(lambda held: held["files"].pop(RAW), MANIFEST),
+    "manifest-without-size": document(lambda held: held["files"].update({RAW: {}}), MANIFEST),
+    "not-finite": lambda folder: not_finite(folder),
 }
+
+
+def not_finite(folder: Path) -> None:
+    """A complete checkpoint of a training that has diverged."""
+    raw(lambda held: held[first_lam(held)].fill_(float("nan")))(folder)
+    write_manifest_again(folder)
 
 
 def copy_manifest(source: Path, folder: Path) -> None:
@@ -397,8 +376,8 @@ def test_manifest_that_is_right_is_accepted(checkpoints: Path) -> None:
 
 
 @pytest.mark.slow
-def test_random_damage_never_loads_changed_tensors(adapter: Path, tmp_path: Path) -> None:
-    """10,000 byte flips and truncations, half of them behind a manifest."""
+def test_random_damage_is_refused_or_loads_finite_values(adapter: Path, tmp_path: Path) -> None:
+    """10,000 byte flips and truncations of the two files."""
     chance = random.Random(0)
     good = {name: (adapter / name).read_bytes() for name in ("adapter_config.json", "adapter_model.safetensors")}
     folder = tmp_path / "adapter"
@@ -408,8 +387,6 @@ def test_random_damage_never_loads_changed_tensors(adapter: Path, tmp_path: Path
         folder.mkdir()
         for name, content in good.items():
             (folder / name).write_bytes(content)
-        if guarded := case % 2 == 0:
-            write_manifest_quickly(folder)
         name = chance.choice(list(good))
         damaged = bytearray(good[name])
         if chance.random() < 0.3:
@@ -422,17 +399,9 @@ def test_random_damage_never_loads_changed_tensors(adapter: Path, tmp_path: Path
             loaded = load_adapter(model, folder)
         except AdapterFormatError:
             continue
-        assert not guarded or bytes(damaged) == good[name], f"case {case} loaded changed bytes of {name}"
         loads += 1
-        assert isinstance(loaded, PeftModel)
+        values = [value for key, value in loaded.named_parameters() if "lora_" in key]
+        assert values
+        assert all(torch.isfinite(value).all() for value in values), f"case {case}: {name}"
         model = loaded.unload()
-    assert loads < 5_000
-
-
-def write_manifest_quickly(folder: Path) -> None:
-    """As `write_manifest`, without waiting for the disk."""
-    sync, os.fsync = os.fsync, lambda fd: None
-    try:
-        write_manifest(folder)
-    finally:
-        os.fsync = sync
+    assert 0 < loads < 5_000

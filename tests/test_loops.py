@@ -230,6 +230,9 @@ def test_what_cannot_grow_is_refused_and_left_as_it_was() -> None:
         quick_run(model, total_steps=10)
     with pytest.raises(ValueError, match="follows a metric"):
         quick_run(model, schedule="reduce_lr_on_plateau")
+    for schedule, kwargs in (("warmup_stable_decay", {}), ("linear", {"bogus": 1}), ("polynomial", {"lr_end": 5.0})):
+        with pytest.raises(ValueError, match=f"lr_scheduler_kwargs=.* do not fit lr_scheduler_type='{schedule}'"):
+            quick_run(model, schedule=schedule, schedule_kwargs=kwargs)
     with pytest.raises(ValueError, match="LBFGS keeps the parameters"):
         GrowthRun(model, torch.optim.LBFGS(p for p in model.parameters() if p.requires_grad), total_steps=60)
     used = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)

@@ -2,6 +2,7 @@
 
 import random
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import arguments, tiny_bert, token_rows
-from transformers import TrainerCallback
+from transformers import EarlyStoppingCallback, TrainerCallback
 
-from increlora_hf import AdapterFormatError, IncreLoraConfig, IncreLoraTrainer
-from increlora_hf.files.checkpoints import rotate, write_manifest
+from increlora_hf import AdapterFormatError, IncreLoraConfig, IncreLoraTrainer, load_adapter
+from increlora_hf.files.checkpoints import GROWTH_FILES, rotate, write_manifest
 
 STEPS = 24
 CONFIG = IncreLoraConfig(r_avg=2, top_h=4, interval=5, start=4, increment=1, lora_dropout=0.1)  # rounds at 5, 10, 15
@@ -486,7 +487,8 @@ def test_rotation_keeps_as_many_as_asked_and_the_best(tmp_path: Path) -> None:
     for step in (2, 4, 6, 8, 10):
         folder = tmp_path / f"checkpoint-{step}"
         folder.mkdir()
-        (folder / "file").write_text("x")
+        for name in GROWTH_FILES:
+            (folder / name).write_text("x")
         if step != 4:  # of another tool, or half-written: left alone
             write_manifest(folder)
 
@@ -501,6 +503,98 @@ def test_rotation_keeps_as_many_as_asked_and_the_best(tmp_path: Path) -> None:
     assert left() == [4, 6, 10]
     rotate(tmp_path, 1, None)
     assert left() == [4, 10]
+
+
+def test_a_clock_that_goes_back_loses_no_new_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make(tmp_path, save_at={8}).train()
+    real = time.time_ns
+    monkeypatch.setattr(time, "time_ns", lambda: real() - 3600 * 10**9)
+    resumed = make(tmp_path, save_strategy="steps", save_steps=4, save_total_limit=1)
+    resumed.train(resume_from_checkpoint=True)
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-24"]
+
+
+def test_what_resuming_does_not_read_may_change(run: Path, tmp_path: Path) -> None:
+    folder = run / "checkpoint-18"
+    (folder / "README.md").write_text("# Better words\n")
+    load_adapter(tiny_bert(dropout=0.1), folder).save_pretrained(folder)
+    (folder / "adapter_config.json").unlink()
+    resumed = make(run)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.started.step == 18
+
+
+def test_a_checkpoint_that_is_a_link_is_not_written_through(run: Path, tmp_path: Path) -> None:
+    elsewhere = Path(shutil.copytree(run / "checkpoint-12", tmp_path / "elsewhere"))
+    before = {path.name: path.read_bytes() for path in elsewhere.iterdir()}
+    for step in (12, 18):
+        shutil.rmtree(run / f"checkpoint-{step}")
+    (run / "checkpoint-12").symlink_to(elsewhere, target_is_directory=True)
+    make(run, save_at={12}, seed=3).train()
+    assert {path.name: path.read_bytes() for path in elsewhere.iterdir()} == before
+    assert not (run / "checkpoint-12").is_symlink()
+
+
+@pytest.mark.parametrize("damage", ["gone", "half"])
+def test_without_its_best_checkpoint_a_run_keeps_its_last_weights(
+    damage: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    best = {"eval_strategy": "steps", "eval_steps": 6, "save_strategy": "steps", "save_steps": 6}
+    trainer = make(tmp_path, **best, load_best_model_at_end=True)
+    load_best = trainer._load_best_model
+
+    def damaged() -> None:
+        trainer.last = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+        folder = Path(trainer.state.best_model_checkpoint)
+        if damage == "gone":
+            shutil.rmtree(folder)
+        else:
+            (folder / "increlora_state.safetensors").write_bytes(b"half")
+        load_best()
+
+    trainer._load_best_model = damaged
+    with caplog.at_level("WARNING", logger="increlora_hf"):
+        trainer.train()
+    assert "the best checkpoint is not complete, and the last weights stay" in caplog.text
+    assert all(torch.equal(value, trainer.last[name]) for name, value in trainer.model.named_parameters())
+
+
+def test_a_best_checkpoint_without_optimizer_files_is_loaded(tmp_path: Path) -> None:
+    best = {"eval_strategy": "steps", "eval_steps": 6, "save_strategy": "steps", "save_steps": 6}
+    trainer = make(tmp_path, **best, load_best_model_at_end=True, metric_for_best_model="first")
+    evaluate = trainer.evaluate
+    scores = {6: 1.0, 12: 0.0, 18: 0.0, 24: 0.0}
+
+    def scored(*args: Any, **kwargs: Any) -> dict[str, float]:
+        return {**evaluate(*args, **kwargs), "eval_first": scores[trainer.state.global_step]}
+
+    trainer.evaluate = scored
+    load_best = trainer._load_best_model
+
+    def slim() -> None:
+        (tmp_path / "checkpoint-6" / "optimizer.pt").unlink()
+        load_best()
+
+    trainer._load_best_model = slim
+    trainer.train()
+    assert trainer.increlora.total_rank == 12 + 4  # of step 6, after the round at 5
+
+
+def test_a_run_that_lost_patience_is_not_trained_on(tmp_path: Path) -> None:
+    def early(folder: Path) -> Any:
+        every = {"eval_strategy": "steps", "eval_steps": 4, "save_strategy": "steps", "save_steps": 4}
+        trainer = make(folder, **every, load_best_model_at_end=True)
+        never_enough = EarlyStoppingCallback(early_stopping_patience=2, early_stopping_threshold=100.0)
+        trainer.add_callback(never_enough)
+        return trainer
+
+    whole, resumed = early(tmp_path), early(tmp_path)
+    whole.train()
+    assert whole.state.global_step == 12
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == 12
+    ended = dict(whole.model.named_parameters())
+    assert all(torch.equal(value, ended[name]) for name, value in resumed.model.named_parameters())
 
 
 def test_failed_save_leaves_nothing_and_keeps_the_previous(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,7 +22,7 @@ from glue_fixtures import (
 )
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
@@ -405,6 +405,38 @@ def test_a_head_of_another_size_is_refused_or_replaced(refused, run, tmp_path):
 )
 def test_a_run_that_cannot_grow_is_refused_before_it_starts(refused, tmp_path, settings, message):
     assert message in refused("--do_train", train_file=csv_file(tmp_path), **settings)
+
+
+@pytest.mark.parametrize(
+    "given, meant",
+    [
+        ("lerning_rate", "--learning_rate for --lerning_rate"),
+        ("evaluation_strategy", "--eval_strategy for --evaluation_strategy"),
+        ("warmup_ratio", "--warmup_steps (a share below 1) for --warmup_ratio"),
+        ("increlora_ravg", "--increlora_r_avg for --increlora_ravg"),
+    ],
+)
+def test_a_flag_that_looks_like_another_names_it(refused, tmp_path, given, meant):
+    assert f"Did you mean {meant}?" in refused("--do_train", train_file=csv_file(tmp_path), **{given: 0.1})
+
+
+def test_a_report_to_a_package_that_is_missing_is_refused(refused, tmp_path):
+    line = refused("--do_train", train_file=csv_file(tmp_path), report_to="wandb")
+    assert "--report_to wandb: that package is not installed" in line
+
+
+def test_trainers_own_learning_rate_is_mentioned(run, tmp_path, caplog):
+    run("--do_train", train_file=csv_file(tmp_path), learning_rate=5e-5)
+    assert "--learning_rate is at Trainer's default of 5e-05" in caplog.text
+
+
+def test_a_tokenizer_without_a_padding_token_is_refused(refused, model, tmp_path):
+    folder = Path(shutil.copytree(model, tmp_path / "model"))
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.pad_token = None
+    tokenizer.save_pretrained(folder)
+    line = refused("--do_train", train_file=csv_file(tmp_path), model_name_or_path=folder)
+    assert "has neither a padding nor an end-of-sequence token" in line
 
 
 @pytest.mark.parametrize(

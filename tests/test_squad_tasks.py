@@ -47,6 +47,19 @@ def test_answers_may_be_a_list_of_objects_and_ids_numbers(tmp_path):
     assert list(read_squad(path)) == [{**row, "id": "7"}]
 
 
+@pytest.mark.parametrize("layout", ["data", "array"])
+def test_questions_may_stand_in_one_list(tmp_path, layout):
+    rows = questions(negative=True)
+    (tmp_path / "rows.json").write_text(json.dumps({"version": "2", "data": rows} if layout == "data" else rows))
+    assert list(read_squad(tmp_path / "rows.json")) == rows
+
+
+def test_a_question_without_an_answer_needs_no_list(tmp_path):
+    row = {"id": "a", "context": "red cat", "question": "blue", "is_impossible": True}
+    (found,) = read_squad(write_flat(tmp_path / "rows.jsonl", [row]))
+    assert found["answers"] == {"text": [], "answer_start": []}
+
+
 def test_a_test_file_needs_no_answers(tmp_path):
     rows = [{name: cell for name, cell in row.items() if name != "answers"} for row in questions()]
     assert list(read_squad(write_flat(tmp_path / "rows.json", rows), "test")) == rows
@@ -66,7 +79,7 @@ FLAT = {"id": "a", "context": "red cat", "question": "red", "answers": {"text": 
         ('{"data": []}', r"rows.json holds no question"),
         ('{"data": [\n{"paragraphs": ]}', r"rows.json, line 2, column 16: not valid JSON"),
         (json.dumps(FLAT) + '\n{"id": \n', r"rows.json, line 2: not valid JSON"),
-        ("[1]", r"rows.json: holds a list, not an object. Give SQuAD's own"),
+        ("[1]", r"rows.json, data\[0\]: holds a int, not an object. Give SQuAD's own"),
         ('{"data": {}}', r"rows.json, data is a dict, not a list"),
         ('{"data": [{"title": "x"}]}', r"rows.json, data\[0\]: 'paragraphs' is missing \(there is: title\)"),
         (nested({"qas": []}), r"data\[0\]\.paragraphs\[0\]: 'context' is missing"),

@@ -563,8 +563,9 @@ def test_budget_out_of_reach_is_refused_before_step_1(tmp_path: Path) -> None:
     [
         ({"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "epoch"}, "'reduce_lr_on_plateau' follows a"),
         ({"lr_scheduler_type": "greedy", "eval_strategy": "epoch"}, "'greedy' follows a metric"),
+        ({"lr_scheduler_type": "warmup_stable_decay"}, "lr_scheduler_kwargs={} do not fit"),
     ],
-    ids=["plateau", "greedy"],
+    ids=["plateau", "greedy", "without its settings"],
 )
 def test_schedule_without_a_curve_is_refused(settings: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):

@@ -4,34 +4,46 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 import re
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from ..documents import check_format, read_json_object, sync, write_json
 from ..errors import AdapterFormatError
+from ..growth.tensors import check_finite
+from .run_state import STATE_JSON, STATE_TENSORS, read_state
 
 MANIFEST_NAME = "increlora_manifest.json"
 MANIFEST_FORMAT = 1
 OPTIMIZER_NAME = "optimizer.pt"  # as transformers names it
+GROWTH_FILES = (STATE_JSON, STATE_TENSORS)
+RESUMED = re.compile(  # the files that a training continues from, as transformers names them; others may change
+    "|".join(map(re.escape, (*GROWTH_FILES, OPTIMIZER_NAME, "scheduler.pt", "scaler.pt", "trainer_state.json")))
+    + r"|rng_state(_\d+)?\.pth"
+)
 CHUNK = 1 << 20  # bytes hashed at a time
 
 logger = logging.getLogger(__name__)
 
 
 def write_manifest(folder: Path) -> None:
-    """Write size and SHA-256 of every file in ``folder`` into a manifest, once all of them are flushed to disk."""
+    """Write size and SHA-256 of the files that a training continues from, once every file is flushed to disk.
+
+    ``written`` orders the checkpoints of a folder: the time in ns, or one more than the latest of its neighbours where
+    the clock went back.
+    """
     entries = {}
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         name = path.relative_to(folder).as_posix()
-        entries[name] = {"size": path.stat().st_size, "sha256": _sha256(path)}
+        if RESUMED.fullmatch(name):
+            entries[name] = {"size": path.stat().st_size, "sha256": _sha256(path)}
         sync(path)
-    document = {"format_version": MANIFEST_FORMAT, "written": time.time_ns(), "files": entries}
+    latest = max((_written(other) for other in checkpoints(folder.parent) if other != folder), default=0)
+    document = {"format_version": MANIFEST_FORMAT, "written": max(time.time_ns(), latest + 1), "files": entries}
     write_json(folder / MANIFEST_NAME, document, durable=True)
     sync(folder)
     sync(folder.parent)
@@ -45,36 +57,37 @@ def _sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def check_manifest(folder: Path, *, hashes: bool = True) -> None:
-    """Raise AdapterFormatError unless every file that the manifest lists is there, complete and unchanged.
+def check_manifest(folder: Path, *, names: Sequence[str] | None = None, hashes: bool = True) -> None:
+    """Raise AdapterFormatError unless what a training continues from is there, complete and unchanged.
 
     Args:
         folder: a checkpoint.
+        names: check these files alone; default: all that are listed.
         hashes: compare SHA-256 too, which reads the files; otherwise sizes alone.
     """
     path = folder / MANIFEST_NAME
     document = read_json_object(path)
     check_format(path, document, MANIFEST_FORMAT)
     files = document.get("files")
-    if not isinstance(files, dict) or not files:
-        raise AdapterFormatError(path, "files", "an object of file names", repr(files))
-    for name, entry in files.items():
-        _check_entry(folder, name, entry, hashes)
+    if not isinstance(files, dict):
+        raise AdapterFormatError(path, "files", "an object of file names", repr(files)[:80])
+    for name in GROWTH_FILES:
+        if name not in files:
+            raise AdapterFormatError(path, "files", f"{name} among them", "a manifest without it")
+    for name in names or filter(RESUMED.fullmatch, files):
+        _check_entry(folder, name, files[name], hashes)
 
 
 def _check_entry(folder: Path, name: str, entry: Any, hashes: bool) -> None:
-    manifest = folder / MANIFEST_NAME
     listed = folder / name
-    if os.path.isabs(name) or ".." in Path(name).parts or not listed.resolve().is_relative_to(folder.resolve()):
-        raise AdapterFormatError(manifest, name, "a file inside the folder", "a path that leaves it")
     if not isinstance(entry, dict) or not isinstance(entry.get("size"), int):
-        raise AdapterFormatError(manifest, name, "size and sha256", repr(entry))
+        raise AdapterFormatError(folder / MANIFEST_NAME, name, "size and sha256", repr(entry)[:80])
     if not listed.is_file():
         raise AdapterFormatError(listed, "file", f"{entry['size']} bytes", "no such file")
     if listed.stat().st_size != entry["size"]:
         raise AdapterFormatError(listed, "size", f"{entry['size']} bytes", f"{listed.stat().st_size}")
     if hashes and _sha256(listed) != entry.get("sha256"):
-        raise AdapterFormatError(listed, "sha256", str(entry.get("sha256")), "other content")
+        raise AdapterFormatError(listed, "sha256", str(entry.get("sha256"))[:80], "other content")
 
 
 def checkpoints(output_dir: str | Path) -> list[Path]:
@@ -101,13 +114,21 @@ def _written(folder: Path) -> int:
 @contextmanager
 def new_checkpoint(folder: Path) -> Iterator[None]:
     """Complete the checkpoint that is written inside this context, or delete it where that fails."""
-    shutil.rmtree(folder, ignore_errors=True)  # leftovers of a save that crashed at this step
+    _delete(folder)  # leftovers of a save that crashed at this step
     try:
         yield
         write_manifest(folder)
     except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
+        _delete(folder)
         raise
+
+
+def _delete(folder: Path) -> None:
+    """Delete a folder, or the link to one."""
+    if folder.is_symlink():
+        folder.unlink()
+    else:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def resolve_checkpoint(wanted: str | Path | bool, output_dir: str) -> Path:
@@ -136,11 +157,12 @@ def resolve_checkpoint(wanted: str | Path | bool, output_dir: str) -> Path:
 
 
 def newest_complete(output_dir: str | Path) -> tuple[Path | None, dict[str, str]]:
-    """The newest complete checkpoint, and for each newer one the reason why it was skipped."""
+    """The newest complete checkpoint of finite values, and for each newer one the reason why it was skipped."""
     skipped: dict[str, str] = {}
     for folder in checkpoints(output_dir):
         try:
             check_manifest(folder)
+            check_finite(folder / STATE_TENSORS, read_state(folder)["tensors"])
         except AdapterFormatError as error:
             skipped[folder.name] = str(error)
         else:
@@ -157,7 +179,7 @@ def rotate(output_dir: str | Path, limit: int, best: str | None) -> None:
     protected = complete[:1] + [folder for folder in complete[1:] if best and folder == Path(best)]
     others = [folder for folder in complete if folder not in protected]
     for folder in others[max(limit - len(protected), 0) :]:
-        shutil.rmtree(folder, ignore_errors=True)
+        _delete(folder)
 
 
 def _is_complete(folder: Path) -> bool:

@@ -22,7 +22,6 @@ from ..adapter.targets import features, head_modules, is_linear
 from ..documents import read_json_object
 from ..errors import AdapterFormatError
 from ..growth.tensors import check_tensors
-from .checkpoints import MANIFEST_NAME, check_manifest
 from .saved_adapter import CONFIG_NAME, WEIGHTS_NAME, Shape, check_patterns, local_folder, own_file
 from .tensors import read_tensors
 
@@ -41,8 +40,7 @@ IGNORED = ("auto_mapping",)  # names classes to import; none is imported
 def load_adapter(model: nn.Module, path_or_repo: str | Path, *, trainable: bool = False) -> PeftModel:
     """Load the LoRA adapter in a folder or Hub repository onto ``model``; refuse it unless it fits exactly.
 
-    Only ``adapter_config.json`` and ``adapter_model.safetensors`` are read: no pickle is opened, no code is run. Where
-    the folder has a manifest, its files must match it.
+    Only ``adapter_config.json`` and ``adapter_model.safetensors`` are read: no pickle is opened, no code is run.
 
     Args:
         model: the base model, without adapters.
@@ -59,8 +57,6 @@ def load_adapter(model: nn.Module, path_or_repo: str | Path, *, trainable: bool 
     require_no_adapter(model)
     require_unpacked(model)
     folder = local_folder(path_or_repo, CONFIG_NAME, WEIGHTS_NAME)
-    if (folder / MANIFEST_NAME).exists():
-        check_manifest(folder)
     config = read_config(folder)
     check_patterns(folder / CONFIG_NAME, _patterns(config), [name for name, _ in model.named_modules()])
     try:

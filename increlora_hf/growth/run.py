@@ -87,7 +87,7 @@ class GrowthRun:
                 followed, or the processes of the run differ. The message says what to do.
         """
         _require_attached(model)
-        require_curve(schedule)
+        require_curve(schedule, _learning_rate(unwrapped(optimizer)), schedule_kwargs)
         self._model = model
         self.growth: Growth = model.increlora
         self.optimizer = unwrapped(optimizer)
@@ -103,7 +103,7 @@ class GrowthRun:
             "name": SchedulerType(schedule).value,
             "warmup_steps": warmup_steps,
             "total_steps": total_steps,
-            "learning_rate": float(self.optimizer.defaults.get("lr", self.optimizer.param_groups[0]["lr"])),
+            "learning_rate": _learning_rate(self.optimizer),
             "kwargs": json.loads(json.dumps(dict(schedule_kwargs or {}), default=float)),  # it will be saved
         }
         self.lr_scheduler = RestartWarmupLR(optimizer, restart_curves(**self.growth.schedule))
@@ -352,6 +352,10 @@ def _require_attached(model: nn.Module) -> None:
             f"{type(model).__name__} has no growing adapter. Call attach(model, IncreLoraConfig(...)) first, and "
             "make the optimizer from the parameters of what it returns."
         )
+
+
+def _learning_rate(optimizer: Optimizer) -> float:
+    return float(optimizer.defaults.get("lr", optimizer.param_groups[0]["lr"]))
 
 
 def unwrapped(optimizer: Optimizer) -> Optimizer:

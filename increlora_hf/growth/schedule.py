@@ -15,14 +15,26 @@ Curve = Callable[[int], float]  # step of a group's own clock -> factor on its p
 
 NO_CURVE = (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY)  # these follow a metric, not a clock
 
+TRIAL_STEPS = 10  # of the curve that is made to see whether its settings fit
 
-def require_curve(schedule: str) -> None:
-    """Raise ValueError for a schedule that does not depend on the step alone."""
+
+def require_curve(schedule: str, learning_rate: float, kwargs: Mapping[str, Any] | None) -> None:
+    """Raise ValueError for a schedule that does not depend on the step alone, or that its own settings do not fit."""
     if SchedulerType(schedule) in NO_CURVE:
         raise ValueError(
             f"lr_scheduler_type={SchedulerType(schedule).value!r} follows a metric and has no curve that a new "
             "parameter group could restart. Choose a schedule of steps, such as linear or cosine."
         )
+    try:
+        restart_curves(schedule, warmup_steps=1, total_steps=TRIAL_STEPS, learning_rate=learning_rate, kwargs=kwargs)(
+            0
+        )
+    except (TypeError, ValueError) as error:
+        name = SchedulerType(schedule).value
+        raise ValueError(
+            f"lr_scheduler_kwargs={dict(kwargs or {})} do not fit lr_scheduler_type={name!r}: {error}. Give the "
+            "settings that transformers' function for this schedule takes."
+        ) from None
 
 
 def restart_curves(

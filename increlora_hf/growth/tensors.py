@@ -45,5 +45,11 @@ def check_tensors(
             raise AdapterFormatError(path, name, f"shape {list(shape)}", f"{list(tensor.shape)}")
         if tensor.dtype != dtype if dtype is not None else not tensor.is_floating_point():
             raise AdapterFormatError(path, name, str(dtype or "a floating dtype"), str(tensor.dtype))
+    check_finite(path, {name: found[name] for name in expected})
+
+
+def check_finite(path: Path | str, tensors: Mapping[str, Tensor]) -> None:
+    """Raise AdapterFormatError where a tensor holds NaN or infinity."""
+    for name, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
             raise AdapterFormatError(path, name, "finite values", "NaN or infinity")

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import logging
+import pickletools
 import re
 import shlex
 import time
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,8 +19,15 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from ..errors import HubPushError
 
-PICKLE_SUFFIXES = frozenset({".bin", ".ckpt", ".joblib", ".pickle", ".pkl", ".pt", ".pth"})
-PICKLE_START = re.compile(rb"\x80[\x02-\x05]")  # protocols 2 to 5 begin with their number
+UPLOADED = (  # by file name: what people load or read; anything else stays, such as .env, logs and pickles
+    *("README.md", "LICENSE*", "*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json"),
+    *("adapter_config.json", "increlora_history.json", "training_args.json", "*_results.json", "*predictions.json"),
+    *("*null_odds.json", "predict_results_*.txt", "*.png", "*.gif", "*.svg"),
+    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.tiktoken"),
+    *("spiece.model", "sentencepiece*.model", "chat_template.*", "*processor_config.json"),
+    *("modules.json", "*sentence*.json", "router_config.json"),  # of sentence-transformers
+)
+PICKLED_CALLS = frozenset({"GLOBAL", "STACK_GLOBAL", "INST"})  # a pickle that names no function is harmless
 TOKEN = re.compile(r"hf_[A-Za-z0-9]{30,}")
 BUSY = frozenset({429, 500, 502, 503, 504})
 ATTEMPTS = 4
@@ -35,20 +44,25 @@ _UNREACHABLE = "The Hub did not answer as it should. Check the connection and ht
 
 T = TypeVar("T")
 
+logger = logging.getLogger(__name__)
+
 
 def is_pickle(path: Path) -> bool:
-    """Whether a file is a pickle, by name or content: loading it could run code. Files of torch.save are, too."""
-    if path.suffix.lower() in PICKLE_SUFFIXES:
-        return True
+    """Whether a file is an archive, such as torch.save writes, or begins with a pickle that names a function.
+
+    Loading it could run code, whatever the protocol.
+    """
     if _is_safetensors(path):  # it begins with a length, which may look like the start of a pickle
         return False
-    with path.open("rb") as file:
-        if PICKLE_START.match(file.read(2)):
-            return True
-    if not zipfile.is_zipfile(path):
+    if zipfile.is_zipfile(path):
+        return True
+    try:
+        with path.open("rb") as file:
+            while True:  # torch.save's old format is several pickles, the first of which are harmless
+                if any(opcode.name in PICKLED_CALLS for opcode, _, _ in pickletools.genops(file)):
+                    return True
+    except Exception:  # of any kind: genops has no error of its own for what is no pickle
         return False
-    with zipfile.ZipFile(path) as archive:
-        return any(name.endswith(".pkl") for name in archive.namelist())
 
 
 def _is_safetensors(path: Path) -> bool:
@@ -93,7 +107,7 @@ def push_folder(
     commit_message: str = "Upload LoRA adapter",
     path_in_repo: str | None = None,
     ignore: Sequence[str] = ("_*", "checkpoint-*"),
-    allow_pickles: bool = False,
+    whole: bool = False,
     kept_in: Path | None = None,
 ) -> CommitInfo:
     """Upload a folder in one commit; create the repository and branch where they are missing.
@@ -102,11 +116,11 @@ def push_folder(
     the seconds of its Retry-After, or else after twice the wait before.
 
     Args:
-        folder: everything in it is uploaded, except pickles and what ``ignore`` matches.
+        folder: the files in it that `UPLOADED` names are uploaded, except pickles and what ``ignore`` matches.
         repo_id: NAME or NAMESPACE/NAME.
         private: make a new repository private; None follows the user's settings on the Hub.
         ignore: patterns for names of files and folders at any depth.
-        allow_pickles: upload pickles too.
+        whole: upload every file, pickles too. Hidden files and links are left out in any case.
         kept_in: the folder that an error names for a later push; default ``folder``.
 
     Returns:
@@ -116,6 +130,7 @@ def push_folder(
         HubPushError: the upload failed; ``folder`` is unchanged.
     """
     folder = Path(folder)
+    names: list[str] = []
 
     def push() -> CommitInfo:
         full = _create(repo_id, token, private)
@@ -129,12 +144,13 @@ def push_folder(
             commit_message=commit_message,
             token=token,
             revision=revision,
-            ignore_patterns=[re.sub(r"([\[?*])", r"[\1]", name) for name in _left_out(folder, ignore, allow_pickles)],
+            allow_patterns=[re.sub(r"([\[?*])", r"[\1]", name) for name in names],
         )
 
     try:
         if not folder.is_dir():
             raise NotADirectoryError(f"{folder} is no folder")
+        names += _chosen(folder, ignore, whole)
         return with_retries(push)
     except Exception as error:  # huggingface_hub raises its own errors, httpx's, OSError and RuntimeError
         kept = kept_in or folder
@@ -145,15 +161,33 @@ def _create(repo_id: str, token: str | None, private: bool | None) -> str:
     return HfApi(library_name=_LIBRARY).create_repo(repo_id, token=token, private=private, exist_ok=True).repo_id
 
 
-def _left_out(folder: Path, ignore: Sequence[str], allow_pickles: bool) -> list[str]:
-    """The files that are not uploaded, relative to ``folder``."""
-    names = []
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+def _chosen(folder: Path, ignore: Sequence[str], whole: bool) -> list[str]:
+    """The files to upload, relative to ``folder``; a log line names the others, except what ``ignore`` matches."""
+    chosen: list[str] = []
+    left_out: list[str] = []
+    for path in sorted(path for path in folder.rglob("*") if path.is_file() or path.is_symlink()):
         relative = path.relative_to(folder)
-        matched = any(fnmatchcase(part, pattern) for part in relative.parts for pattern in ignore)
-        if matched or (not allow_pickles and is_pickle(path)):
-            names.append(relative.as_posix())
-    return names
+        if _matches(relative.parts, ignore):
+            continue
+        public = whole or (_matches([path.name], UPLOADED) and not is_pickle(path))
+        (chosen if public and not _is_hidden(folder, relative) else left_out).append(relative.as_posix())
+    if left_out:
+        logger.info(
+            "IncreLoRA: not uploaded from %s: %s. To upload such files too, use `hf upload`.",
+            folder,
+            ", ".join(left_out),
+        )
+    return chosen
+
+
+def _matches(names: Iterable[str], patterns: Sequence[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for name in names for pattern in patterns)
+
+
+def _is_hidden(folder: Path, relative: Path) -> bool:
+    """Whether a part of the path begins with a dot, or is a link: it may lead to another file of the user's."""
+    parts = [relative, *relative.parents][:-1]
+    return any(part.name.startswith(".") or (folder / part).is_symlink() for part in parts)
 
 
 def with_retries(action: Callable[[], T]) -> T:

@@ -1,21 +1,33 @@
 """What a user of the scripts may set: flags, or a JSON file of them, checked before anything is loaded."""
 
 import json
+import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from datasets import Dataset
 from transformers import HfArgumentParser, TrainingArguments
+from transformers.integrations import get_available_reporting_integrations
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..config import IncreLoraArguments, IncreLoraConfig
 
 ADAPTER_CONFIG = "adapter_config.json"
 WEIGHTS = ("adapter_model.safetensors", "model.safetensors")
+RENAMED = {  # flags of earlier versions of transformers
+    "--evaluation_strategy": "--eval_strategy",
+    "--warmup_ratio": "--warmup_steps (a share below 1)",
+    "--no_cuda": "--use_cpu",
+}
+DEFAULT_RATE = TrainingArguments.learning_rate  # of full fine-tuning; those of LoRA are some ten times higher
 TUNERS = ("increlora", "lora", "adalora", "bitfit", "full", "head")
+
+
+logger = logging.getLogger(__name__)
 
 
 def flag(default: Any, text: str) -> Any:
@@ -136,8 +148,19 @@ def parse_flags(data_arguments: type[RowArguments], argv: Sequence[str], prog: s
         list(argv), return_remaining_strings=True, look_for_args_file=False
     )
     if unknown:
-        raise ValueError(f"unknown settings: {' '.join(unknown)}. `python {prog} --help` lists all.")
+        known = [option for action in parser._actions for option in action.option_strings]
+        raise ValueError(
+            f"unknown settings: {' '.join(unknown)}. {_did_you_mean(unknown, known)}`python {prog} --help` lists all."
+        )
     return Flags(model, data, training, increlora.to_config(), script)
+
+
+def _did_you_mean(unknown: Sequence[str], known: Sequence[str]) -> str:
+    """A sentence with the flag that was meant, for those that look like one; empty where none does."""
+    names = [name.split("=")[0] for name in unknown if name.startswith("--")]
+    meant = {name: RENAMED.get(name) or next(iter(get_close_matches(name, known, n=1)), None) for name in names}
+    found = [f"{other} for {name}" for name, other in meant.items() if other]
+    return f"Did you mean {', '.join(found)}? " if found else ""
 
 
 def _json_flags(path: Path) -> list[str]:
@@ -169,6 +192,11 @@ def check_run(model: ModelArguments, training: TrainingArguments, tuner: str) ->
         )
     if not model.model_name_or_path:
         raise ValueError("--model_name_or_path is missing. Give the folder or the Hub name of a pre-trained model.")
+    missing = sorted(set(training.report_to or ()) - {*get_available_reporting_integrations(), "none"})
+    if missing:
+        raise ValueError(
+            f"--report_to {' '.join(missing)}: that package is not installed. Install it, or give --report_to none."
+        )
     if not (training.do_train or training.do_eval or training.do_predict):
         raise ValueError("there is nothing to do. Give --do_train, --do_eval or --do_predict.")
     evaluates = training.do_eval or training.do_predict or training.eval_strategy != "no"
@@ -181,6 +209,12 @@ def check_run(model: ModelArguments, training: TrainingArguments, tuner: str) ->
             raise ValueError(f"--{name} {wrong} {why}. Leave it out.")
     if not training.do_train:
         return
+    if tuner not in ("full", "head") and training.learning_rate == DEFAULT_RATE:
+        logger.warning(
+            "--learning_rate is at Trainer's default of %g, which suits full fine-tuning. Low-rank adapters learn at "
+            "rates some ten times higher: try 1e-3.",
+            DEFAULT_RATE,
+        )
     if model.is_adapter:
         raise ValueError(
             f"--model_name_or_path {model.model_name_or_path} is an adapter. Train from the base model that its "

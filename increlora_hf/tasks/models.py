@@ -28,6 +28,11 @@ def load_model(args: ModelArguments, auto_model: Any, config: PreTrainedConfig) 
         tokenizer = AutoTokenizer.from_pretrained(args.tokenizer_name or path, **options)
         if tokenizer.pad_token is None:  # decoders
             tokenizer.pad_token = tokenizer.eos_token
+        if tokenizer.pad_token is None:
+            raise ValueError(
+                f"the tokenizer of {args.tokenizer_name or path} has neither a padding nor an end-of-sequence token, "
+                "and the texts of a batch have to be padded. Give another --tokenizer_name, or one with a pad_token."
+            )
         if getattr(config, "pad_token_id", None) is None:
             config.pad_token_id = tokenizer.pad_token_id
         model = auto_model.from_pretrained(

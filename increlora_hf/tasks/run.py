@@ -149,7 +149,7 @@ class Preparation(TrainerCallback):
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
-        if self.is_over or not isinstance(error, ValueError | FileNotFoundError):
+        if self.is_over or not isinstance(error, ValueError | FileNotFoundError | ImportError):
             return
         for folder in self.new_folders:
             if folder.is_dir() and not any(folder.iterdir()):

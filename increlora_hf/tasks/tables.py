@@ -1,8 +1,9 @@
-"""CSV and JSON-lines files as datasets; whatever is wrong with a file is reported with the line."""
+"""CSV and JSON files as datasets; whatever is wrong with a file is reported with its line or row."""
 
 import csv
 import io
 import json
+import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,10 +12,15 @@ from datasets import Dataset
 
 LABEL = "label"
 
-Row = tuple[int, dict[str, Any]]  # the line on which the row starts, its cells by column
+WHOLE = re.compile(r"0|-?[1-9][0-9]*")  # one spelling a number: 007, +7, 1_0 and " 7" are names of something
+DECIMAL = re.compile(
+    r"-?((0|[1-9][0-9]*)(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)?|[+-]?(nan|inf|infinity)", re.IGNORECASE
+)
+
+Row = tuple[str, dict[str, Any]]  # where the row is: "line 3", "row 3"; its cells by column
 
 
-def read_table(path: str | Path, *, ignore: Collection[str] = ()) -> Dataset:
+def read_table(path: str | Path, *, label: str = LABEL, ignore: Collection[str] = ()) -> Dataset:
     """The rows of a .csv, .json or .jsonl file, without the columns in `ignore` and those that hold lists or objects.
 
     A column is int, float or str, whichever holds all of its values; blank lines are skipped.
@@ -23,11 +29,11 @@ def read_table(path: str | Path, *, ignore: Collection[str] = ()) -> Dataset:
     if path.suffix not in FORMATS:
         raise ValueError(f"{path}: its format is unknown. Give a file that ends in {', '.join(FORMATS)}.")
     form = FORMATS[path.suffix]
-    rows = [(line, _without(row, ignore)) for line, row in form.rows(path, read_text(path))]
+    rows = [(place, _without(row, ignore)) for place, row in form.rows(path, read_text(path))]
     if not rows:
         raise ValueError(f"{path} is empty: it needs at least one row of data.")
-    for line, row in rows:
-        _check_cells(path, line, row, rows[0][1])
+    for place, row in rows:
+        _check_cells(f"{path}, {place}", row, rows[0][1], label)
     columns = {name: [row[name] for _, row in rows] for name in rows[0][1]}
     return Dataset.from_dict({name: form.column(cells) for name, cells in columns.items() if not _nested(cells)})
 
@@ -57,15 +63,18 @@ def _csv_rows(path: Path, text: str) -> Iterator[Row]:
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     header: list[str] = []
     line = 1
+    limit = csv.field_size_limit(len(text) + 1)  # of all readers of the process
     try:
         for cells in reader:
             if cells and not header:
                 header = cells
             elif cells:
-                yield line, _csv_row(path, line, header, cells)
+                yield f"line {line}", _csv_row(path, line, header, cells)
             line = reader.line_num + 1
     except csv.Error as error:
         raise ValueError(f"{path}, line {line}: not valid CSV ({error}). Check its quotes and commas.") from None
+    finally:
+        csv.field_size_limit(limit)
 
 
 def _csv_row(path: Path, line: int, header: list[str], cells: list[str]) -> dict[str, str]:
@@ -77,29 +86,41 @@ def _csv_row(path: Path, line: int, header: list[str], cells: list[str]) -> dict
     return dict(zip(header, cells, strict=True))
 
 
-def json_lines(path: Path, text: str) -> Iterator[Row]:
-    """One JSON object a line."""
+def json_rows(path: Path, text: str) -> Iterator[Row]:
+    """The objects of a JSON array, or one JSON object a line."""
+    if text.lstrip().startswith("["):
+        for number, row in enumerate(_parsed(path, text), start=1):
+            yield f"row {number}", _object(row, f"{path}, row {number}")
+        return
     for line, content in enumerate(text.split("\n"), start=1):
-        if not content.strip():
-            continue
-        try:
-            row = json.loads(content)
-        except json.JSONDecodeError as error:
-            raise ValueError(
-                f"{path}, line {line}: not valid JSON ({error.msg}). One object a line is read."
-            ) from None
-        if not isinstance(row, dict):
-            raise ValueError(f"{path}, line {line}: holds a {type(row).__name__}. One JSON object a line is read.")
-        yield line, row
+        if content.strip():
+            yield f"line {line}", _object(_parsed(path, content, line), f"{path}, line {line}")
 
 
-def _check_cells(path: Path, line: int, row: Mapping[str, Any], first: Mapping[str, Any]) -> None:
+def _parsed(path: Path, text: str, line: int | None = None) -> Any:
+    """The value of a whole file, or of one of its lines."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"{path}, line {line or error.lineno}: not valid JSON ({error.msg}). Give one object a line, or an array "
+            "of objects."
+        ) from None
+
+
+def _object(value: Any, place: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ValueError(f"{place}: holds a {type(value).__name__}. Give one object a line, or an array of objects.")
+    return value
+
+
+def _check_cells(place: str, row: Mapping[str, Any], first: Mapping[str, Any], label: str) -> None:
     """Every row has the first row's columns, no cell is null, and no label is blank."""
     for name in first:
         if name not in row:
-            raise ValueError(f"{path}, line {line}: column {name!r} is missing, which the first row has. Add it.")
-        if row[name] is None or (name == LABEL and row[name] == ""):
-            raise ValueError(f"{path}, line {line}: column {name!r} has no value. Fill it in or remove the row.")
+            raise ValueError(f"{place}: column {name!r} is missing, which the first row has. Add it.")
+        if row[name] is None or (name == label and row[name] == ""):
+            raise ValueError(f"{place}: column {name!r} has no value. Fill it in or remove the row.")
 
 
 def _fit(numbers: list[int]) -> bool:
@@ -109,15 +130,10 @@ def _fit(numbers: list[int]) -> bool:
 
 def _csv_column(cells: list[str]) -> list[int] | list[float] | list[str]:
     """All cells as int (of 64 bits), else all as float, else as they are."""
-    try:
+    if all(map(WHOLE.fullmatch, cells)):
         whole = [int(cell) for cell in cells]
         return whole if _fit(whole) else cells
-    except ValueError:
-        pass
-    try:
-        return [float(cell) for cell in cells]
-    except ValueError:
-        return cells
+    return [float(cell) for cell in cells] if all(map(DECIMAL.fullmatch, cells)) else cells
 
 
 def _json_column(cells: list[Any]) -> list[int] | list[float] | list[str]:
@@ -141,6 +157,6 @@ class Format(NamedTuple):
 
 FORMATS: Mapping[str, Format] = {
     ".csv": Format(_csv_rows, _csv_column),
-    ".json": Format(json_lines, _json_column),
-    ".jsonl": Format(json_lines, _json_column),
+    ".json": Format(json_rows, _json_column),
+    ".jsonl": Format(json_rows, _json_column),
 }

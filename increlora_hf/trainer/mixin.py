@@ -19,8 +19,9 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, has_l
 
 from ..adapter.inject import unchanged_on_error
 from ..config import IncreLoraConfig
-from ..distributed import barrier, give_up_after, is_lost_process, num_processes
-from ..files.checkpoints import check_manifest, new_checkpoint, rotate
+from ..distributed import barrier, broadcast_object, give_up_after, is_lost_process, num_processes
+from ..errors import AdapterFormatError
+from ..files.checkpoints import GROWTH_FILES, check_manifest, new_checkpoint, rotate
 from ..files.run_state import read_state, write_state
 from ..growth.attach import attach, is_attached
 from ..growth.growth import Growth
@@ -32,7 +33,7 @@ from ..report.text import ORTH_LOSS, TOTAL_RANK, final_ranks, plan_line
 from .loss_accounting import ItemCountsMixin
 from .publishing import PublishingMixin, refuse_pickles
 from .refusals import refuse_other_parallelism, refuse_unsupported
-from .resuming import require_on_every_node, same_checkpoint
+from .resuming import has_ended, require_on_every_node, same_checkpoint
 
 OWN_ARGUMENTS = {"output_dir", "run_name", "local_rank", "hub_token", "report_to", "disable_tqdm", "log_level"}
 # These may differ between processes and change nothing that is trained.
@@ -140,13 +141,15 @@ class IncreLoraTrainerMixin(ItemCountsMixin, PublishingMixin):
                 were not started alike.
             RuntimeError: another process of the run is gone.
         """
-        folder, resumed_step = None, -1
+        folder, resumed_step, self._has_ended = None, -1, False
         if resume_from_checkpoint:
             folder = same_checkpoint(resume_from_checkpoint, str(self.args.output_dir))
             self._resuming = read_state(folder)
             self.increlora.require_same_settings(self._resuming, self._resuming["source"])
             self.take_decision(self._resuming["loss_divides"])
-            resumed_step = TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME)).global_step
+            state = TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME))
+            resumed_step = state.global_step
+            self._has_ended = has_ended(state, self.callback_handler.callbacks)
         try:
             result = super().train(str(folder) if folder else None, *args, **kwargs)
         except RuntimeError as error:
@@ -164,8 +167,10 @@ class IncreLoraTrainerMixin(ItemCountsMixin, PublishingMixin):
         return result
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        """Run an epoch, unless the run had ended when it was saved: Trainer would take one more step."""
-        if self.state.global_step < self.state.max_steps:
+        """Run an epoch, unless the run had ended when it was saved: Trainer would go on."""
+        if self._has_ended:
+            self.control.should_training_stop = True
+        else:
             super()._run_epoch(*args, **kwargs)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
@@ -270,11 +275,19 @@ class IncreLoraTrainerMixin(ItemCountsMixin, PublishingMixin):
         if self.args.should_save and limit is not None and limit > 0:
             rotate(output_dir, limit, self.state.best_model_checkpoint)
 
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """Compare rank 0's metrics in every process, so that all of them load the same best checkpoint."""
+        return super()._determine_best_metric(broadcast_object(metrics), trial)
+
     def _load_best_model(self) -> None:
         """Load ranks and values of the best checkpoint; a further training makes a new optimizer."""
         folder = Path(str(self.state.best_model_checkpoint))
-        check_manifest(folder)
-        state = read_state(folder)
+        try:
+            check_manifest(folder, names=GROWTH_FILES)
+            state = read_state(folder)
+        except AdapterFormatError as error:
+            logger.warning("IncreLoRA: the best checkpoint is not complete, and the last weights stay: %s", error)
+            return
         at_end = self.increlora.num_parameters()
         self._start_over()
         self.increlora.load_state_dict(state, state["tensors"], source=state["source"])

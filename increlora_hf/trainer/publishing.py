@@ -173,7 +173,7 @@ class PublishingMixin(_Base):
         if whole:
             path = "last-checkpoint" if strategy == HubStrategy.CHECKPOINT else folder.name
             message += ", checkpoint"
-            pushes.append(partial(push, path_in_repo=path, commit_message=message, ignore=(), allow_pickles=True))
+            pushes.append(partial(push, path_in_repo=path, commit_message=message, ignore=(), whole=True))
         return [*pushes, partial(shutil.rmtree, parent)]
 
     def _is_pushing(self) -> bool:

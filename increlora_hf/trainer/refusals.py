@@ -14,7 +14,7 @@ from ..growth.schedule import require_curve
 
 def refuse_unsupported(args: TrainingArguments, kwargs: Mapping[str, Any]) -> None:
     """Raise ValueError for a schedule or a Trainer argument that leaves no room for growth."""
-    require_curve(args.lr_scheduler_type)
+    require_curve(args.lr_scheduler_type, args.learning_rate, args.lr_scheduler_kwargs)  # type: ignore[arg-type]
     scheduler = kwargs.get("optimizers", (None, None))[1]
     if scheduler is not None:
         raise ValueError(

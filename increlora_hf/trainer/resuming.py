@@ -1,8 +1,12 @@
-"""Check that all processes see the same checkpoint: the one to resume, and one that was just written."""
+"""The checkpoint to resume: the same for all processes, and whether its run had ended already."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
+
+from transformers import EarlyStoppingCallback, TrainerCallback, TrainerState
 
 from ..distributed import barrier, num_processes, require_equal
 from ..documents import read_json_object
@@ -30,6 +34,18 @@ def same_checkpoint(wanted: str | bool, output_dir: str) -> Path:
     if problem is not None:
         raise problem
     return folder
+
+
+def has_ended(state: TrainerState, callbacks: Iterable[TrainerCallback]) -> bool:
+    """Whether a run had taken its last step when it was saved, or had lost patience (`EarlyStoppingCallback`)."""
+    states: Any = state.stateful_callbacks or {}
+    saved = states.get(EarlyStoppingCallback.__name__) or []
+    failures = [
+        one["attributes"]["early_stopping_patience_counter"] for one in ([saved] if isinstance(saved, dict) else saved)
+    ]
+    stoppers = [callback for callback in callbacks if isinstance(callback, EarlyStoppingCallback)]
+    is_stopped = any(count >= one.early_stopping_patience for count, one in zip(failures, stoppers, strict=False))
+    return is_stopped or state.global_step >= state.max_steps
 
 
 def require_on_every_node(folder: Path) -> None:

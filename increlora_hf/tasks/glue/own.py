@@ -1,6 +1,7 @@
 """The task that labelled sentences of one's own pose."""
 
 import logging
+from collections.abc import Sequence
 
 from datasets import ClassLabel, Dataset
 
@@ -14,10 +15,14 @@ ROW_NUMBERS = ("idx", "id")  # columns that are no text even where they hold str
 logger = logging.getLogger(__name__)
 
 
-def detect_task(rows: Dataset, where: str) -> TextTask:
-    """The task of training rows: their text columns, and the classes or values of their label column."""
-    require_columns(rows, (LABEL,), where)
-    columns = _text_columns(rows)
+def detect_task(rows: Dataset, where: str, columns: Sequence[str] = ()) -> TextTask:
+    """The task of training rows: their text columns, and the classes or values of their label column.
+
+    Args:
+        columns: the text columns, where they are given.
+    """
+    require_columns(rows, (*columns, LABEL), where)
+    columns = tuple(columns) or _text_columns(rows)
     if not columns:
         names = ", ".join(rows.column_names)
         raise ValueError(f"{where} has no text column beside {LABEL!r} (columns: {names}). Add the text.")
@@ -38,5 +43,9 @@ def _text_columns(rows: Dataset) -> tuple[str, ...]:
     if set(SENTENCES) <= set(texts):
         return SENTENCES
     if len(texts) > 2:
-        logger.warning("The text is read from the columns %s and %s; %s left out.", *texts[:2], ", ".join(texts[2:]))
+        logger.warning(
+            "The text is read from the columns %s and %s, and not from %s. Choose others with --text_columns.",
+            *texts[:2],
+            ", ".join(texts[2:]),
+        )
     return texts[:2]

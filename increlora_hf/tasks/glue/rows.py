@@ -1,5 +1,6 @@
 """A task's rows: its columns of text, and a number as the label."""
 
+import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -11,6 +12,10 @@ from ..tables import LABEL, read_table
 from .own import detect_task
 from .tasks import GLUE, TextTask, glue_task
 
+SHOWN_CLASSES = 10  # in the line that says what is trained on
+
+logger = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True, kw_only=True)
 class GlueSource(DataSource):
@@ -18,12 +23,18 @@ class GlueSource(DataSource):
 
     hub_dataset: str = GLUE.name  # that of the task, where there is one
     task_name: str | None = None
+    text_columns: Sequence[str] = ()
+    label_column: str = LABEL
 
     def __post_init__(self) -> None:
         """Refuse a source that names no data, names it twice, or names a task that is not in the table."""
         if not (self.task_name or self.dataset_name or self.files):
             raise ValueError(
                 "there is no data: give a GLUE task (--task_name), a dataset (--dataset_name) or files (--train_file)."
+            )
+        if len(self.text_columns) > 2:
+            raise ValueError(
+                f"--text_columns {' '.join(self.text_columns)}: a model reads one text or a pair. Give one or two."
             )
         if self.task:
             object.__setattr__(self, "hub_dataset", self.task.data.name)
@@ -39,22 +50,37 @@ def load_task(
     source: GlueSource, *, train: bool, evaluate: bool, predict: bool
 ) -> tuple[TextTask, dict[str, Dataset]]:
     """The task that `source` poses, and the splits asked for; those to predict have no `label`."""
-    task = source.task
-    splits = read_splits(source, _read_file, (task.data.config or task.name) if task else None)
+    task, label = source.task, source.label_column
+
+    def read_file(path: str, split: str) -> Dataset:
+        return read_table(path, label=label, ignore=(label,) if split == "test" else ())
+
+    found = read_splits(source, read_file, (task.data.config or task.name) if task else None)
+    splits = {name: _with_label(rows, source, name) for name, rows in found.items()}
     if task is None:
-        task = detect_task(require_split(splits, "train", source), source.where("train"))
+        task = detect_task(require_split(splits, "train", source), source.where("train"), source.text_columns)
     elif source.files:
         task = replace(task, eval_splits=("validation",), test_splits=("test",))
+    if source.text_columns:
+        task = replace(task, columns=tuple(source.text_columns))
     labelled = ("train",) * train + task.eval_splits * evaluate
     wanted = labelled + task.test_splits * predict
     raw = {name: require_split(splits, name, source) for name in wanted}
+    what = f"{len(task.labels)} classes: {', '.join(task.labels[:SHOWN_CLASSES])}" if task.labels else "a value"
+    more = ", ..." if len(task.labels) > SHOWN_CLASSES else ""
+    logger.info("text: %s; label: %s (%s%s)", ", ".join(task.columns), source.label_column, what, more)
     return task, {
         name: prepare_rows(split, task, source.where(name), labelled=name in labelled) for name, split in raw.items()
     }
 
 
-def _read_file(path: str, split: str) -> Dataset:
-    return read_table(path, ignore=(LABEL,) if split == "test" else ())
+def _with_label(rows: Dataset, source: GlueSource, split: str) -> Dataset:
+    """The rows with the label's column under the name `label`."""
+    if source.label_column == LABEL or (split == "test" and source.label_column not in rows.column_names):
+        return rows
+    require_columns(rows, (source.label_column,), source.where(split))
+    others = rows.remove_columns(LABEL) if LABEL in rows.column_names else rows
+    return others.rename_column(source.label_column, LABEL)
 
 
 def prepare_rows(rows: Dataset, task: TextTask, where: str, *, labelled: bool = True) -> Dataset:
@@ -69,16 +95,28 @@ def prepare_rows(rows: Dataset, task: TextTask, where: str, *, labelled: bool = 
             raise ValueError(f"{where}, row {empty}: column {column!r} has no value. Fill it in or remove the row.")
     if not labelled:
         return prepared
-    numbers = [_label_number(label, task, f"{where}, row {i}") for i, label in enumerate(_label_names(rows, task), 1)]
+    numbers = [
+        _label_number(label, task, f"{where}, row {i}") for i, label in enumerate(_label_names(rows, task, where), 1)
+    ]
     return prepared.add_column(LABEL, numbers, feature=Value("float32" if task.is_regression else "int64"))
 
 
-def _label_names(rows: Dataset, task: TextTask) -> Iterable[object]:
-    """The labels; those of a column with the task's own class names, in whatever order, as names."""
+def _label_names(rows: Dataset, task: TextTask, where: str) -> Iterable[object]:
+    """The labels; those of a column with the task's own class names, in whatever order, as names.
+
+    Raises:
+        ValueError: the column has the class names of another task.
+    """
     feature = rows.features[LABEL]
-    if isinstance(feature, ClassLabel) and set(feature.names) == set(task.labels):
-        return (feature.names[i] if i is not None and i >= 0 else i for i in rows[LABEL][:])
-    return rows[LABEL][:]
+    if not isinstance(feature, ClassLabel) or all(name.isdigit() for name in feature.names):
+        return rows[LABEL][:]
+    if set(feature.names) != set(task.labels):
+        wanted = f"the classes {', '.join(task.labels)}" if task.labels else "a value"
+        raise ValueError(
+            f"{where}: the labels are the classes {', '.join(feature.names)}, and {task.name} predicts {wanted}. Give "
+            "the --task_name of these rows, or leave it out."
+        )
+    return (feature.names[i] if i is not None and i >= 0 else i for i in rows[LABEL][:])
 
 
 def _label_number(label: object, task: TextTask, where: str) -> int | float:

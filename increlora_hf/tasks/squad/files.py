@@ -1,4 +1,4 @@
-"""SQuAD's files as datasets: its own nested JSON, or one JSON object a line."""
+"""SQuAD's files as datasets: its own nested JSON, or questions one by one."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -7,7 +7,7 @@ from typing import Any
 
 from datasets import Dataset, Features, List, Value
 
-from ..tables import json_lines, read_text
+from ..tables import json_rows, read_text
 
 SUFFIXES = (".json", ".jsonl")
 TEXTS = Features({name: Value("string") for name in ("id", "context", "question")})
@@ -18,7 +18,10 @@ Row = dict[str, Any]
 
 
 def read_squad(path: str | Path, split: str = "train") -> Dataset:
-    """The questions of a file: SQuAD's own nested JSON, or one JSON object a line; a test split has no answers."""
+    """The questions of a file, without answers for a test split.
+
+    Three layouts are read: SQuAD's own nested JSON; ``{"data": [question, ...]}``; one question a line or in an array.
+    """
     path = Path(path)
     if path.suffix not in SUFFIXES:
         raise ValueError(f"{path}: its format is unknown. Give a file that ends in {', '.join(SUFFIXES)}.")
@@ -42,7 +45,7 @@ def _is_flat(text: str) -> bool:
 
 
 def _flat(path: Path, text: str) -> Iterator[tuple[str, Any]]:
-    return ((f"{path}, line {line}", row) for line, row in json_lines(path, text))
+    return ((f"{path}, {place}", row) for place, row in json_rows(path, text))
 
 
 def _nested(path: Path, text: str) -> Iterator[tuple[str, Any]]:
@@ -55,7 +58,12 @@ def _nested(path: Path, text: str) -> Iterator[tuple[str, Any]]:
         raise ValueError(
             f"{path}, line {error.lineno}, column {error.colno}: not valid JSON ({error.msg}). Correct it."
         ) from None
+    if isinstance(root, list):
+        root = {"data": root}
     for article_place, article in _items(root, "data", f"{path}, "):
+        if "question" in _object(article, article_place):  # the layout of transformers' run_qa.py
+            yield article_place, article
+            continue
         for paragraph_place, paragraph in _items(article, "paragraphs", f"{article_place}."):
             context = _member(paragraph, "context", paragraph_place)
             for place, question in _items(paragraph, "qas", f"{paragraph_place}."):
@@ -73,7 +81,7 @@ def _object(value: Any, place: str) -> Row:
     if not isinstance(value, dict):
         raise ValueError(
             f"{place}: holds a {type(value).__name__}, not an object. Give SQuAD's own "
-            '{"data": [{"paragraphs": [{"context": ..., "qas": [...]}]}]}, or one JSON object a line.'
+            '{"data": [{"paragraphs": [{"context": ..., "qas": [...]}]}]}, or questions, one object a line.'
         )
     return value
 
@@ -85,6 +93,8 @@ def _member(value: Any, name: str, place: str) -> Any:
 
 
 def _row(value: Any, place: str, features: Mapping[str, Any]) -> Row:
+    if _object(value, place).get("is_impossible") is True:
+        value = {"answers": {name: [] for name in ANSWERS}, **value}
     row = {name: _member(value, name, place) for name in features}
     for name in TEXTS:
         if name == "id" and isinstance(row[name], int):
