@@ -147,6 +147,8 @@ SEAMS = [
     Seam("trainer/mixin.py", TRAINER + "_created_lr_scheduler", PRESENT,
          "set where ours makes the scheduler, so that a second training makes its own"),
     Seam("trainer/mixin.py", TRAINER + "_get_output_dir", "(self, trial)", "names the checkpoint's folder"),
+    Seam("trainer/mixin.py", TRAINER + "_determine_best_metric", "(self, metrics, trial)",
+         "compares rank 0's metrics in every process"),
     Seam("trainer/mixin.py", TRAINER + "_load_best_model", "(self)",
          "overridden: the best checkpoint has ranks of its own"),
     Seam("trainer/mixin.py", TRAINER + "_load_from_checkpoint", "(self, resume_from_checkpoint, model=None)",

@@ -4,7 +4,7 @@ import json
 import logging
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -148,7 +148,7 @@ def parse_flags(data_arguments: type[RowArguments], argv: Sequence[str], prog: s
         list(argv), return_remaining_strings=True, look_for_args_file=False
     )
     if unknown:
-        known = [option for action in parser._actions for option in action.option_strings]
+        known = [f"--{one.name}" for kind in kinds for one in fields(kind)]
         raise ValueError(
             f"unknown settings: {' '.join(unknown)}. {_did_you_mean(unknown, known)}`python {prog} --help` lists all."
         )
