@@ -1,6 +1,7 @@
 """The schedule of rounds and the choice of layers."""
 
 import math
+from collections import defaultdict
 from typing import Any
 
 import hypothesis
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 
 from increlora_hf.method.allocation import Plan, choose, gains, make_plan, scored_window
 
+PLENTY = defaultdict(lambda: 10_000)  # of room in every layer
 untimed = hypothesis.settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # the machine may be busy
 
 
@@ -62,7 +64,7 @@ def test_total_rank_never_exceeds_and_ends_exactly_at_the_budget(
         held += 1
         scores = {name: data.draw(st.sampled_from([0.0, 1.0, 2.0])) for name in ranks} if held < 4 else ranks
         remaining = budget - sum(ranks.values())
-        chosen = choose(scores, remaining=remaining, top_h=plan.top_h, increment=increment)
+        chosen = choose(scores, PLENTY, remaining=remaining, top_h=plan.top_h, increment=increment)
         assert len(set(chosen)) == len(chosen) <= plan.top_h
         for name, count in gains(chosen, remaining=remaining, increment=increment).items():
             assert 1 <= count <= increment
@@ -79,12 +81,12 @@ def test_total_rank_never_exceeds_and_ends_exactly_at_the_budget(
 )
 def test_round_is_clamped_to_the_budget(remaining: int, expected: dict[str, int]) -> None:
     scores = {"a": 2.0, "b": 3.0, "c": 1.0, "d": 2.0}
-    chosen = choose(scores, remaining=remaining, top_h=3, increment=2)
+    chosen = choose(scores, PLENTY, remaining=remaining, top_h=3, increment=2)
     assert gains(chosen, remaining=remaining, increment=2) == expected
 
 
 def test_ties_go_to_the_layer_that_comes_first() -> None:
-    assert choose({"z": 1.0, "a": 1.0, "m": 2.0}, remaining=9, top_h=2, increment=1) == ["m", "z"]
+    assert choose({"z": 1.0, "a": 1.0, "m": 2.0}, PLENTY, remaining=9, top_h=2, increment=1) == ["m", "z"]
 
 
 def test_published_cola_settings_give_the_published_rounds() -> None:
