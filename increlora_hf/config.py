@@ -35,7 +35,11 @@ class IncreLoraConfig:
         ValueError: a setting is out of range; the message names the value, the reason and the remedy.
     """
 
-    r_avg: int = _setting(2, "Average rank per adapted layer at the end of growth (r^avg); the budget is n * r_avg.")
+    r_avg: int = _setting(
+        2,
+        "Average rank per adapted layer at the end of growth (r^avg); the budget is n * r_avg. No rank grows above "
+        "its layer's min(in, out).",
+    )
     init_r: int | None = _setting(
         None, "Rank of every layer at the start. Default: 1, or with an overshoot r_avg + overshoot // 2."
     )
