@@ -475,6 +475,14 @@ FAMILIES: Mapping[str, Case] = {
     "Granite mixture": _of(
         "GraniteMoeForCausalLM", "GraniteMoeConfig", language, num_local_experts=4, num_experts_per_tok=2, **DECODER
     ),
+    "PhiMoE": _of(
+        "PhimoeForCausalLM", "PhimoeConfig", language, "routers stay frozen, with a warning", num_local_experts=4,
+        num_experts_per_tok=2, **DECODER,
+    ),
+    "Llama 4": _of(
+        "Llama4ForCausalLM", "Llama4TextConfig", language, "routers stay frozen, with a warning",
+        intermediate_size_mlp=2 * WIDTH, **EXPERTS, **DECODER,
+    ),
     "GPT-OSS": _of("GptOssForCausalLM", "GptOssConfig", language, **{**DECODER, **EXPERTS}),
     "Mamba": _of("MambaForCausalLM", "MambaConfig", language, BYPASSED, time_step_rank=2, **STATE),
     "FalconMamba": _of("FalconMambaForCausalLM", "FalconMambaConfig", language, BYPASSED, time_step_rank=2, **STATE),

@@ -151,6 +151,7 @@ def test_tied_embeddings_stay_tied_and_frozen() -> None:
             r"layers\.0\.mlp\.up_proj' .*stacked weights of the experts",
         ),
         ("Mamba-2", ["in_proj", "out_proj"], r"mixer\.out_proj' of Mamba2.*PEFT refuses 'out_proj'"),
+        ("Llama 4", ["router"], r"feed_forward\.router'.* a Llama4Router computes more than a linear layer"),
         ("SigLIP", ["out_proj"], r"head\.attention\.out_proj'.*nn.MultiheadAttention does not call it"),
     ],
 )

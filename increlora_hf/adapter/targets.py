@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 
 ALL_LINEAR = "all-linear"  # PEFT's word for our default
 CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)  # PEFT does not train them whole
+OF_OTHER_RESULTS = ("num_experts", "n_groups")  # attributes of transformers' routers and grouped layers
 STACKED_MATRICES = 3  # dimensions of a parameter that holds one matrix per expert
 
 
@@ -125,8 +126,16 @@ def _refused_by_peft(model: nn.Module, names: Sequence[str]) -> dict[str, str]:
         if _is_converted(model, probe):
             reasons[part] = f"PEFT takes {part!r} there for the stacked weights of the experts"
     refused = {name: reasons[part] for name in names if (part := name.rpartition(".")[2]) in reasons}
-    bypassed = {name for name in names if isinstance(model.get_submodule(name), NonDynamicallyQuantizableLinear)}
-    return refused | dict.fromkeys(bypassed, "nn.MultiheadAttention does not call it")
+    return refused | {name: reason for name in names if (reason := _other_result(model.get_submodule(name)))}
+
+
+def _other_result(module: nn.Module) -> str:
+    """Why what a model computes with this linear layer is not x Wᵀ + bias; empty where it is."""
+    if isinstance(module, NonDynamicallyQuantizableLinear):
+        return "nn.MultiheadAttention does not call it"
+    if isinstance(module, nn.Linear) and any(hasattr(module, name) for name in OF_OTHER_RESULTS):
+        return f"a {type(module).__name__} computes more than a linear layer"
+    return ""
 
 
 def _is_converted(model: nn.Module, lora_config: LoraConfig) -> bool:
