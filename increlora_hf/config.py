@@ -77,7 +77,10 @@ class IncreLoraConfig:
     """
 
     r_avg: int = _setting(
-        2, "Average rank per adapted layer at the end of growth (r^avg); the budget is n * r_avg.", within=RANK
+        2,
+        "Average rank per adapted layer at the end of growth (r^avg); the budget is n * r_avg. No rank grows above "
+        "its layer's min(in, out).",
+        within=RANK,
     )
     init_r: int | None = _setting(
         None, "Rank of every layer at the start. Default: 1, or with an overshoot r_avg + overshoot // 2.", within=RANK

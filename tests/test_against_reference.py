@@ -34,6 +34,14 @@ CASES = {
     "init-r-2": {"init_r": 2, "r_avg": 3, "top_h": 7},
     "own-lambda-rate": {"lam_lr_multiplier": 5.0},
     "other-betas": {"beta1": 0.5, "beta2": 0.9},
+    "full-layers": {"init_r": 13, "r_avg": 20, "top_h": 11, "orth_reg_weight": 0.0},  # none has more than rank 16
+    "full-layers-nothing-ahead": {
+        **{"init_r": 12, "increment": 2, "r_avg": 20, "top_h": 7, "orth_reg_weight": 0.0},
+        **{"score": "weakest", "advance_learning": False},
+    },
+    "overshoot-of-full-layers": {
+        **{"init_r": 13, "increment": 2, "r_avg": 14, "overshoot": 9, "top_h": 11, "orth_reg_weight": 0.0}
+    },
 }
 
 
@@ -118,7 +126,7 @@ def _compare(settings: NaiveSettings, schedule: str, accumulation: int, tmp_path
     growth = trainer.increlora
     scored = growth.plan.last_step if config.needs_sensitivity else 0
     assert len(growth.rounds) >= 2
-    assert [(r.step, r.layers) for r in growth.rounds] == naive.rounds
+    assert [(r.step, list(dict.fromkeys(r.layers))) for r in growth.rounds] == naive.rounds
     assert growth.total_rank == naive.total_rank() == growth.target_total_rank
     for ours, theirs in zip(trainer.seen, naive.sensitivities[:scored], strict=True):
         assert ours == pytest.approx(theirs, rel=1e-9, abs=0)

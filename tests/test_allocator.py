@@ -1,6 +1,7 @@
 """The schedule of rounds and the choice of layers."""
 
 import math
+from collections import defaultdict
 from typing import Any
 
 import hypothesis
@@ -8,8 +9,9 @@ import pytest
 from hypothesis import HealthCheck, assume, given
 from hypothesis import strategies as st
 
-from increlora_hf.method.allocation import Plan, choose, gains, make_plan, scored_window
+from increlora_hf.method.allocation import Plan, choose, gains, highest_total, make_plan, scored_window
 
+PLENTY = defaultdict(lambda: 10_000)  # of room in every layer
 untimed = hypothesis.settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # the machine may be busy
 
 
@@ -19,9 +21,12 @@ def plan_for(num_layers: int = 36, total_steps: int = 3900, warmup_steps: int = 
         num_layers=num_layers,
         total_steps=total_steps,
         warmup_steps=warmup_steps,
-        initial_total_rank=num_layers * init_r,
-        target_total_rank=num_layers * r_avg,
-        **{"window": 57, **settings},
+        **{
+            "window": 57,
+            "initial_total_rank": num_layers * init_r,
+            "target_total_rank": num_layers * r_avg,
+            **settings,
+        },
     )
 
 
@@ -34,6 +39,7 @@ def plan_for(num_layers: int = 36, total_steps: int = 3900, warmup_steps: int = 
     increment=st.integers(1, 5),
     total_steps=st.integers(20, 4000),
     warmup=st.integers(0, 300),
+    widths=st.lists(st.integers(1, 12), min_size=40, max_size=40) | st.just([1000] * 40),
     data=st.data(),
 )
 def test_total_rank_never_exceeds_and_ends_exactly_at_the_budget(
@@ -44,17 +50,17 @@ def test_total_rank_never_exceeds_and_ends_exactly_at_the_budget(
     increment: int,
     total_steps: int,
     warmup: int,
+    widths: list[int],
     data: st.DataObject,
 ) -> None:
+    limits = {f"layer{i}": widths[i] for i in range(layers)}
+    ranks = {name: min(init_r, limit) for name, limit in limits.items()}
+    budget = min(layers * (init_r + extra), highest_total(ranks, limits, increment))
+    totals = {"initial_total_rank": sum(ranks.values()), "target_total_rank": budget}
     try:
-        plan = plan_for(
-            layers, total_steps, warmup, r_avg=init_r + extra, init_r=init_r, top_h=top_h, increment=increment
-        )
+        plan = plan_for(layers, total_steps, warmup, **totals, top_h=top_h, increment=increment)
     except ValueError:
         assume(False)
-    ranks = {f"layer{i}": init_r for i in range(layers)}
-    budget = layers * (init_r + extra)
-    assert plan.target_total_rank == budget
     held = 0
     for step in range(1, total_steps):
         if not plan.is_due(step):
@@ -62,11 +68,15 @@ def test_total_rank_never_exceeds_and_ends_exactly_at_the_budget(
         held += 1
         scores = {name: data.draw(st.sampled_from([0.0, 1.0, 2.0])) for name in ranks} if held < 4 else ranks
         remaining = budget - sum(ranks.values())
-        chosen = choose(scores, remaining=remaining, top_h=plan.top_h, increment=increment)
-        assert len(set(chosen)) == len(chosen) <= plan.top_h
+        room = {name: limit - ranks[name] for name, limit in limits.items()}
+        chosen = choose(scores, room, remaining=remaining, top_h=plan.top_h, increment=increment)
+        assert len(chosen) <= plan.top_h
+        full = [name for name in ranks if room[name] < increment * (1 + chosen.count(name))]
+        assert len(set(chosen)) == len(chosen) or set(ranks) == {*full, *chosen}
         for name, count in gains(chosen, remaining=remaining, increment=increment).items():
-            assert 1 <= count <= increment
+            assert 1 <= count <= increment * chosen.count(name)
             ranks[name] += count
+            assert ranks[name] <= limits[name]
         assert sum(ranks.values()) <= budget
     assert sum(ranks.values()) == budget
     assert held == plan.rounds
@@ -79,12 +89,12 @@ def test_total_rank_never_exceeds_and_ends_exactly_at_the_budget(
 )
 def test_round_is_clamped_to_the_budget(remaining: int, expected: dict[str, int]) -> None:
     scores = {"a": 2.0, "b": 3.0, "c": 1.0, "d": 2.0}
-    chosen = choose(scores, remaining=remaining, top_h=3, increment=2)
+    chosen = choose(scores, PLENTY, remaining=remaining, top_h=3, increment=2)
     assert gains(chosen, remaining=remaining, increment=2) == expected
 
 
 def test_ties_go_to_the_layer_that_comes_first() -> None:
-    assert choose({"z": 1.0, "a": 1.0, "m": 2.0}, remaining=9, top_h=2, increment=1) == ["m", "z"]
+    assert choose({"z": 1.0, "a": 1.0, "m": 2.0}, PLENTY, remaining=9, top_h=2, increment=1) == ["m", "z"]
 
 
 def test_published_cola_settings_give_the_published_rounds() -> None:
@@ -154,3 +164,11 @@ def test_default_top_h_is_the_smallest_that_fits() -> None:
     smaller = plan_for(72, 3000, 60, r_avg=8, top_h=plan.top_h - 1)
     assert plan.last_step <= 0.4 * 3000 < smaller.last_step
     assert plan.top_h == math.ceil(72 * 7 / (1200 // 60 - 1))
+
+
+def test_layers_without_room_make_way_for_the_next_and_the_best_with_room_grow_again() -> None:
+    scores, limits = {"a": 3.0, "b": 2.0, "c": 1.0}, {"remaining": 9, "top_h": 2, "increment": 2}
+    assert choose(scores, {"a": 1, "b": 2, "c": 9}, **limits) == ["b", "c"]
+    assert choose(scores, {"a": 0, "b": 0, "c": 9}, **limits) == ["c", "c"]
+    assert gains(["c", "c"], remaining=3, increment=2) == {"c": 3}
+    assert choose(scores, {"a": 0, "b": 0, "c": 3}, **limits) == ["c"]

@@ -167,7 +167,8 @@ def test_counts_of_the_best_evaluation_leave_out_what_grew_later(tmp_path: Path)
     cut = {"config": {"increment": 2, "overshoot": 2}, "target_total_rank": 5}  # on average
     rounds.append({"step": 9, "layers": [], "removed": {"wide": [0, 1, 4], "tall": [1]}})
     (tmp_path / "cut").mkdir()
-    (tmp_path / "cut" / "increlora_history.json").write_text(json.dumps({**history, **cut}))
+    left = {"rank_pattern": {"wide": 2, "tall": 3}}
+    (tmp_path / "cut" / "increlora_history.json").write_text(json.dumps({**history, **cut, **left}))
     assert glue_table.gained(tmp_path / "cut")[1:] == [(8, 2 * wide + tall), (9, -3 * wide - tall)]
     rounds.pop()
     (tmp_path / "all_results.json").write_text(json.dumps({"trainable_parameters": 1000}))

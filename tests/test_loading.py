@@ -286,7 +286,7 @@ CHECKPOINT_MUTATIONS: dict[str, tuple[Mutation, str]] = {
     "config-type": (state(put("config", 5)), "config: expected a dict, found 5"),
     "rounds-type": (state(put("rounds", {})), "rounds: expected a list"),
     "round-unknown-layer": (state(lambda held: held["rounds"][0].update(layers=["x"])), "layers of the adapter"),
-    "round-twice": (state(lambda held: held["rounds"][0]["layers"].extend(held["rounds"][0]["layers"])), "distinct"),
+    "round-empty": (state(lambda held: held["rounds"][0]["layers"].clear()), "layer names, or components"),
     "round-field": (state(lambda held: held["rounds"][0].pop("step")), r"rounds\[0\]: expected step, birth_step"),
     "round-negative": (state(lambda held: held["rounds"][0].update(step=-3)), "steps of at least 0"),
     "round-missing": (state(lambda held: held["rounds"].pop()), "rank_pattern"),

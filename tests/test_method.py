@@ -44,16 +44,18 @@ def test_scores_are_the_naive_ones_after_every_step() -> None:
         assert tracker.scores().tolist() == pytest.approx([reference.score(*pair) for pair in averages], rel=1e-12)
 
 
+@pytest.mark.parametrize("room", [[99] * 4, [1, 0, 2, 9], [0, 0, 0, 9], [4, 7, 0, 0]], ids=str)
 @pytest.mark.parametrize("increment", [1, 3])
 @pytest.mark.parametrize("remaining", [1, 4, 100])
 @pytest.mark.parametrize("scores", [[0.1, 0.9, 0.5, 0.2], [0.5, 0.5, 0.9, 0.5], [0.0] * 4], ids=["", "ties", "zeros"])
 def test_a_round_gives_the_naive_layers_as_many_components(
-    scores: list[float], remaining: int, increment: int
+    scores: list[float], remaining: int, increment: int, room: list[int]
 ) -> None:
     names = [str(k) for k in range(len(scores))]
     budget = {"remaining": remaining, "increment": increment}
-    chosen = choose(dict(zip(names, scores, strict=True)), top_h=3, **budget)
-    expected = reference.choose(scores, top_h=3, **budget)
+    remaining = min(remaining, sum(one // increment * increment for one in room))
+    chosen = choose(dict(zip(names, scores, strict=True)), dict(zip(names, room, strict=True)), top_h=3, **budget)
+    expected = reference.choose(scores, room, top_h=3, **budget)
     assert list(gains(chosen, **budget).items()) == [(names[k], count) for k, count in expected.items()]
 
 

@@ -13,9 +13,11 @@ from torch import nn
 from transformers import BertConfig, BertForSequenceClassification, BertModel
 
 from increlora_hf import IncreLoraConfig, IncreLoraTrainer, attach
+from increlora_hf.cli.commands import _planned
 from increlora_hf.cli.estimate import plan_model
 from increlora_hf.files.base_models import TASKS, skeleton
 from increlora_hf.growth.growth import Growth, Round
+from increlora_hf.report.text import plan_line
 
 STEPS = 200
 
@@ -113,6 +115,31 @@ def test_bytes_are_those_of_the_files_of_a_real_run(tmp_path: Path, at: str) -> 
     tolerance = 0.05  # headers, and the few small files
     assert low["optimizer_bytes"] <= optimizer <= high["optimizer_bytes"] * (1 + tolerance)
     assert low["checkpoint_bytes"] <= everything <= high["checkpoint_bytes"] * (1 + tolerance)
+
+
+def narrow() -> nn.Sequential:
+    """Layers that have room for a rank of 3, 5 and 2."""
+    return nn.Sequential(nn.Linear(3, 20), nn.Linear(20, 5), nn.Linear(5, 2))
+
+
+@pytest.mark.parametrize("overshoot", [0, 3])
+def test_ranks_end_at_the_width_of_their_layers_and_the_plan_says_so(overshoot: int) -> None:
+    config = IncreLoraConfig(r_avg=4, overshoot=overshoot, init_r=3, interval=2)
+    planned = plan_model(narrow(), config, max_steps=STEPS)
+    growth = attach(narrow(), config).increlora
+    plan = growth.begin_run(STEPS, 0)
+    assert growth.rank_pattern == {"0": 3, "1": 3, "2": 2}
+    assert held(growth) == planned["start"]["adapter_parameters"]
+    note = "the budget is 10 and not 12, since no rank grows above its layer's min(in, out)"
+    assert note in plan_line(growth, 0)
+    assert note in _planned(planned, config)
+    assert (plan.target_total_rank, plan.is_cut) == (10, False)
+    for step in plan.round_steps:
+        growth.apply(growth.decide(step, 0))
+    assert growth.rank_pattern == {"0": 3, "1": 5, "2": 2}
+    assert held(growth) == planned["end_fewest"]["adapter_parameters"] == planned["end_most"]["adapter_parameters"]
+    growth.rewind()
+    assert growth.rank_pattern == {"0": 3, "1": 3, "2": 2}
 
 
 def test_a_run_too_short_is_refused_with_the_library_s_own_message() -> None:

@@ -212,6 +212,7 @@ def test_long_run_is_drawn_with_its_exact_peak() -> None:
         "plan": None,
         "rounds": [],
         "initial_ranks": {},
+        "rank_pattern": {},
         "target_total_rank": 0,
     }
     steps, rates = learning_rates({**empty, "schedule": schedule})[0]

@@ -122,11 +122,20 @@ def test_resumed_run_ends_with_the_same_bits(schedule: str, precision: str, accu
         IncreLoraConfig(top_h=3, interval=4, start=4, advance_learning=False),
         IncreLoraConfig(top_h=2, interval=4, start=0, increment=5, restart_warmup=False),
         IncreLoraConfig(top_h=3, interval=4, start=4, lam_lr_multiplier=4.0, rank_scaling="per_rank"),
+        IncreLoraConfig(init_r=13, r_avg=20, top_h=11, interval=4, start=0, orth_reg_weight=0.0),
         IncreLoraConfig(rank_pattern={"bert.encoder.layer.0.attention.self.query": 2}),
         IncreLoraConfig(r_avg=1, overshoot=1, top_h=6, interval=4, start=4, score="weakest", advance_learning=False),
         IncreLoraConfig(r_avg=1, overshoot=1, top_h=6, interval=4, start=4, penalty="directions"),
     ],
-    ids=["no-reserve", "narrowed-reserve", "own-lambda-groups", "fixed-ranks", "cut", "cut-after-a-reserve"],
+    ids=[
+        "no-reserve",
+        "narrowed-reserve",
+        "own-lambda-groups",
+        "full-layers",
+        "fixed-ranks",
+        "cut",
+        "cut-after-a-reserve",
+    ],
 )
 def test_resume_holds_for_every_kind_of_growth(config: IncreLoraConfig, tmp_path: Path) -> None:
     whole = make(tmp_path, config, save_at={6, 13, 22})

@@ -48,8 +48,9 @@ class ComparingTracker(ImportanceTracker):
         """Those of every step; and a line on how the window's differ."""
         every, windowed = super().scores(), self.windowed.scores()
         plan: Any = self.growth.plan
+        room: Any = dict(enumerate(layer.max_rank - layer.rank for layer in self.growth.layers.values()))
         limits = {"remaining": self.growth.remaining, "top_h": plan.top_h, "increment": plan.increment}
-        both = [choose(dict(enumerate(scores.tolist())), **limits) for scores in (every, windowed)]  # type: ignore
+        both = [choose(dict(enumerate(scores.tolist())), room, **limits) for scores in (every, windowed)]  # type: ignore
         residual = (windowed / every - 1).abs()
         chosen = residual[torch.tensor(both[0])].max().item()
         same = "the same layers" if set(both[0]) == set(both[1]) else "OTHER LAYERS"

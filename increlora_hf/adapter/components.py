@@ -13,6 +13,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from ..config import DEFAULT_SEED, UNIT_STD, IncreLoraConfig
+from ..method.allocation import highest_total
 from ..method.scores import component_sizes
 from .factors import ADAPTER, GrowingA, GrowingB
 from .fused import fuse
@@ -44,6 +45,12 @@ class AdaptedLayer:
         return self.A.rank
 
     @property
+    def max_rank(self) -> int:
+        """The rank min(in, out) of a full matrix: more components can express nothing more."""
+        module: Any = self.module
+        return min(module.in_features, module.out_features)
+
+    @property
     def scale(self) -> float:
         """The scale s, a number."""
         return self.module.scaling[ADAPTER]
@@ -66,6 +73,11 @@ class AdaptedLayer:
         for factor in (self.A, self.B):
             std = factor.features**-0.5 if init_std == UNIT_STD else float(init_std)
             factor.append(torch.randn(count, factor.features, generator=generator, device="cpu") * std)
+
+    def add_reserve(self, generator: torch.Generator, config: IncreLoraConfig) -> None:
+        """Append a reserve of ``increment`` components, where there is to be one and the layer has room for it."""
+        if config.advance_learning and self.rank + config.increment <= self.max_rank:
+            self.add_components(config.increment, generator, config.init_std)
 
     def activate(self, count: int, lam: float) -> None:
         """Activate ``count`` components of the reserve: their λ becomes trainable and starts from ``lam``.
@@ -111,19 +123,21 @@ def adapted_layers(model: nn.Module) -> dict[str, AdaptedLayer]:
     return {name: AdaptedLayer(name, index, module) for index, (name, module) in enumerate(grown)}
 
 
-def budget(config: IncreLoraConfig, ranks: Mapping[str, int]) -> int:
-    """Return the budget r^final = n · r_avg for these first ranks, or their sum where ranks are fixed."""
-    return sum(ranks.values()) if config.fixed_ranks is not None else len(ranks) * config.r_avg
+def budget(config: IncreLoraConfig, ranks: Mapping[str, int], limits: Mapping[str, int], overshoot: int = 0) -> int:
+    """Return the budget r^final = n · r_avg; with an overshoot, the total rank that growth ends at before the cut.
 
-
-def peak(config: IncreLoraConfig, ranks: Mapping[str, int]) -> int:
-    """Return the total rank n · (r_avg + overshoot) that growth ends at, before the cut down to the `budget`."""
-    return budget(config, ranks) + (0 if config.fixed_ranks is not None else len(ranks) * config.overshoot)
+    It is at most what growth can reach from these first ranks without a layer above its limit. Fixed ranks have their
+    sum.
+    """
+    if config.fixed_ranks is not None:
+        return sum(ranks.values())
+    return min(len(ranks) * (config.r_avg + overshoot), highest_total(ranks, limits, config.increment))
 
 
 def start_components(layers: Mapping[str, AdaptedLayer], ranks: Mapping[str, int], config: IncreLoraConfig) -> None:
     """Put fresh growing factors into the layers, with λ = 0; add a reserve where ranks will grow."""
-    grows = sum(ranks.values()) < peak(config, ranks)
+    limits = {name: layer.max_rank for name, layer in layers.items()}
+    grows = sum(ranks.values()) < budget(config, ranks, limits, config.overshoot)
     for layer in layers.values():
         module: Any = layer.module
         like = next(module.lora_A[ADAPTER].parameters())  # of PEFT's factor, or of the growing one that was there
@@ -133,8 +147,8 @@ def start_components(layers: Mapping[str, AdaptedLayer], ranks: Mapping[str, int
         generator = component_generator(config.seed, layer.index, round_index=0)
         layer.add_components(ranks[layer.name], generator, config.init_std)
         layer.activate(ranks[layer.name], lam=0.0)
-        if config.advance_learning and grows:
-            layer.add_components(config.increment, generator, config.init_std)
+        if grows:
+            layer.add_reserve(generator, config)
 
 
 def record_ranks(peft_model: PeftModel, config: IncreLoraConfig) -> None:

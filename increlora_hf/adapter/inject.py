@@ -16,7 +16,7 @@ from torch.nn import Parameter
 from ..config import IncreLoraConfig
 from ..distributed import is_sharded
 from .components import AdaptedLayer, record_ranks, start_components
-from .targets import head_modules, resolve_targets
+from .targets import first_ranks, head_modules, resolve_targets
 
 
 def inject(
@@ -37,6 +37,7 @@ def inject(
     if ranks is None:
         ranks = config.adapted_ranks
     lora_config, wanted = resolve_targets(model, config, ranks, carried)
+    first = ranks or first_ranks(model, wanted, config)
     peft_model = _wrap(model, lora_config)
     inner = peft_model.get_base_model()
     layers = {name: module for name, module in inner.named_modules() if isinstance(module, LoraLayer)}
@@ -46,7 +47,7 @@ def inject(
             "fully in target_modules."
         )
     handles = {name: AdaptedLayer(name, index, module) for index, (name, module) in enumerate(layers.items())}
-    start_components(handles, {name: ranks[name] if ranks else config.first_rank for name in handles}, config)
+    start_components(handles, first, config)
     record_ranks(peft_model, config)
     return peft_model
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 
 from peft import LoraConfig, TaskType
-from peft.tuners.tuners_utils import check_target_module_exists
+from peft.tuners.tuners_utils import _check_lora_target_modules_mamba, check_target_module_exists
+from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers import PreTrainedModel
 from transformers.models.auto import modeling_auto
 from transformers.pytorch_utils import Conv1D
@@ -18,6 +21,8 @@ from .names import exact_targets, is_head, is_target
 logger = logging.getLogger(__name__)
 
 ALL_LINEAR = "all-linear"  # PEFT's word for our default
+CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)  # PEFT does not train them whole
+OF_OTHER_RESULTS = ("num_experts", "n_groups")  # attributes of transformers' routers and grouped layers
 STACKED_MATRICES = 3  # dimensions of a parameter that holds one matrix per expert
 
 
@@ -37,16 +42,24 @@ def resolve_targets(
     Raises:
         ValueError: a target matches nothing, or a module that is not linear.
     """
-    outside = _outside_backbone(model)
+    outside, single = _outside_backbone(model)
     trained = [] if carried is None else list(head_modules(model, carried.modules_to_save))
     if carried is not None:
         outside = _not_overlapping(model, outside, [*trained, *(ranks or ())])
     if config.modules_to_save is None:
-        _refuse_shared_endings(model, outside)
+        _refuse_unclear_heads(model, outside)
     targets = config.target_modules
     if targets is None or targets == ALL_LINEAR:
-        targets = _backbone_linears(model, outside)
-        _warn_of_experts(model)
+        found = _backbone_linears(model, outside)
+        refused = _refused_by_peft(model, found)
+        targets = [name for name in found if name not in refused]
+        _warn_of_layers(model, refused)
+    if config.modules_to_save is None and single:
+        logger.warning(
+            "IncreLoRA: %s stay frozen and are not saved: PEFT trains whole modules beside the adapter, and no single "
+            "parameters. Put each into a module of its own, whose forward returns it.",
+            ", ".join(single),
+        )
     if ranks is not None:
         targets = list(ranks)
     if targets is not config.target_modules:  # full names
@@ -61,6 +74,8 @@ def resolve_targets(
         task_type=_task_type(model) if carried is None else carried.task_type,  # PEFT chooses heads by it
     )
     wanted = _adapted_names(model, lora_config, config)
+    if isinstance(lora_config.target_modules, str) and _is_converted(model, lora_config):
+        lora_config.target_modules = wanted  # PEFT would take the last parts of the names that the regex matches
     left_out = next((name for name in ranks or () if name not in wanted), None)
     if left_out is not None:
         raise ValueError(
@@ -89,6 +104,12 @@ def _adapted_names(model: nn.Module, lora_config: LoraConfig, config: IncreLoraC
             f"target_modules={idle!r} names {fused[0]!r}, one parameter with the weights of all experts, and "
             "IncreLoRA grows linear layers only. Leave it out: the experts stay frozen."
         )
+    if not wanted and config.target_modules in (None, ALL_LINEAR) and config.fixed_ranks is None:
+        raise ValueError(
+            f"The backbone of {type(model).__name__} has no linear layers that PEFT can adapt, and IncreLoRA grows no "
+            "others. Name linear layers of its head in target_modules, with modules_to_save=[], if it has any; "
+            "convolutions can be adapted with plain peft.LoraConfig and transformers' Trainer."
+        )
     if not wanted or idle:
         raise ValueError(
             f"target_modules={idle or config.target_modules!r} matches no module of {type(model).__name__}. Give "
@@ -100,7 +121,48 @@ def _adapted_names(model: nn.Module, lora_config: LoraConfig, config: IncreLoraC
                 f"target_modules={config.target_modules!r} matches {name!r}, a {type(modules[name]).__name__}, and "
                 "IncreLoRA grows linear layers only. Name the linear layers inside it, or leave it out."
             )
+    refused = _refused_by_peft(model, wanted)
+    if refused:
+        name, reason = next(iter(refused.items()))
+        raise ValueError(
+            f"target_modules={config.target_modules!r} matches {name!r} of {type(model).__name__}, and {reason}. "
+            "Leave out such layers, or leave out target_modules to adapt every layer that PEFT can."
+        )
     return wanted
+
+
+def _refused_by_peft(model: nn.Module, names: Sequence[str]) -> dict[str, str]:
+    """Linear layers that PEFT does not adapt -> why. It decides by the last parts of their names."""
+    reasons: dict[str, str] = {}
+    for part in {name.rpartition(".")[2] for name in names}:
+        probe = LoraConfig(target_modules=[part])
+        try:
+            _check_lora_target_modules_mamba(probe, model, part)
+        except ValueError:
+            reasons[part] = f"PEFT refuses {part!r} there: the model's own kernels bypass such layers"
+        if _is_converted(model, probe):
+            reasons[part] = f"PEFT takes {part!r} there for the stacked weights of the experts"
+    refused = {name: reasons[part] for name in names if (part := name.rpartition(".")[2]) in reasons}
+    return refused | {name: reason for name in names if (reason := _other_result(model.get_submodule(name)))}
+
+
+def _other_result(module: nn.Module) -> str:
+    """Why what a model computes with this linear layer is not x Wᵀ + bias; empty where it is."""
+    if isinstance(module, NonDynamicallyQuantizableLinear):
+        return "nn.MultiheadAttention does not call it"
+    if isinstance(module, nn.Linear) and any(hasattr(module, name) for name in OF_OTHER_RESULTS):
+        return f"a {type(module).__name__} computes more than a linear layer"
+    return ""
+
+
+def _is_converted(model: nn.Module, lora_config: LoraConfig) -> bool:
+    """Whether PEFT replaces these targets in a mixture of experts, since transformers 5 stacks their weights."""
+    converted = copy.deepcopy(lora_config)
+    try:
+        convert_peft_config_for_transformers(converted, model, conversions=None)
+    except ValueError:  # only some of the weights that are fused are targets
+        return True
+    return converted.target_modules != lora_config.target_modules
 
 
 def head_modules(model: nn.Module, modules_to_save: Iterable[str] | None) -> dict[str, nn.Module]:
@@ -122,7 +184,14 @@ def features(module: nn.Module) -> tuple[int, int]:
     return module.nx, module.nf
 
 
-def _warn_of_experts(model: nn.Module) -> None:
+def first_ranks(model: nn.Module, names: Iterable[str], config: IncreLoraConfig) -> dict[str, int]:
+    """Layer ↦ its rank at the start: ``first_rank``, or min(in, out) where that is less."""
+    return {name: min(config.first_rank, *features(model.get_submodule(name))) for name in names}
+
+
+def _warn_of_layers(model: nn.Module, refused: Mapping[str, str]) -> None:
+    for reason, name in {reason: name for name, reason in reversed(list(refused.items()))}.items():
+        logger.warning("IncreLoRA: %r and layers like it stay frozen: %s.", name, reason)
     experts = fused_experts(model)
     if experts:
         logger.warning(
@@ -144,13 +213,18 @@ def fused_experts(model: nn.Module) -> list[str]:
 
 
 def _backbone(model: nn.Module) -> Sequence[nn.Module]:
-    """Return the backbone: transformers' base model; where a class has none, its towers; else the whole model."""
-    if not isinstance(model, PreTrainedModel):
-        return [model]
-    if model.base_model is not model:
+    """Return the backbone: transformers' base model; else those of the models inside; else the whole model."""
+    if isinstance(model, PreTrainedModel) and model.base_model is not model:
         return [model.base_model]
-    towers = [child for child in model.children() if isinstance(child, PreTrainedModel)]
-    return towers or [model]
+    return [part for inner in _outermost_models(model) for part in _backbone(inner)] or [model]
+
+
+def _outermost_models(model: nn.Module) -> list[nn.Module]:
+    """The `PreTrainedModel`s inside, without those inside of them."""
+    found: dict[nn.Module, None] = {}  # in order; a model that is reached twice counts once
+    for child in model.children():
+        found |= dict.fromkeys([child] if isinstance(child, PreTrainedModel) else _outermost_models(child))
+    return list(found)
 
 
 def _backbone_linears(model: nn.Module, outside: Iterable[str]) -> list[str]:
@@ -171,34 +245,42 @@ def _frozen_outputs(model: nn.Module) -> set[int]:
     return {id(one.get_output_embeddings()) for one in inner} | {id(one.weight) for one in embeddings}
 
 
-def _outside_backbone(model: nn.Module) -> list[str]:
+def _outside_backbone(model: nn.Module) -> tuple[list[str], list[str]]:
     """Return the names of what is trained fully: whatever has parameters outside the backbone, and its pooler.
 
-    The pooler belongs to the head by what it does, wherever the model class keeps it. Embeddings stay frozen, and so
-    do the output embeddings of a language model, which are tied to them or as large.
+    And those of parameters outside that belong to no such module.
+
+    The pooler belongs to the head by what it does, wherever the model class keeps it. Embeddings of transformers'
+    models stay frozen, and so do the output embeddings of a language model, which are tied to them or as large.
     """
     backbone = _backbone(model)
-    if not isinstance(model, PreTrainedModel) or backbone == [model]:
-        return []
-    kept = {id(module) for module in (*backbone, model.get_output_embeddings())}
+    if backbone == [model]:
+        return [], []
+    kept = {id(module) for module in backbone} | _frozen_outputs(model)
+    weights = {id(parameter) for tower in backbone for parameter in tower.parameters()}
     names = {id(module): name for name, module in model.named_modules()}
-    outside = []
+    outside: list[str] = []
+    single: list[str] = []
 
-    def collect(module: nn.Module) -> None:
+    def collect(module: nn.Module, theirs: bool) -> None:
+        theirs = theirs or (isinstance(module, PreTrainedModel) and type(module).__module__.startswith("transformers"))
+        for key, parameter in module.named_parameters(names[id(module)], recurse=False):
+            if not theirs and parameter.requires_grad and id(parameter) not in weights:
+                single.append(key)
         for child in module.children():
-            if id(child) in kept or isinstance(child, nn.Embedding) or not _has_parameters(child):
+            is_tied = id(getattr(child, "weight", None)) in weights
+            if id(child) in kept or is_tied or (theirs and isinstance(child, nn.Embedding)):
                 continue
             # PEFT trains modules that have a forward of their own; a container's children are taken one by one
-            holds_kept = any(id(part) in kept for part in child.modules())
-            if holds_kept or isinstance(child, nn.ModuleList | nn.ModuleDict):
-                collect(child)
-            else:
+            if isinstance(child, CONTAINERS) or any(id(part) in kept for part in child.modules()):
+                collect(child, theirs)
+            elif _has_parameters(child):
                 outside.append(names[id(child)])
 
-    collect(model)
+    collect(model, theirs=False)
     poolers = [getattr(tower, "pooler", None) for tower in backbone]
     outside += [names[id(pooler)] for pooler in poolers if isinstance(pooler, nn.Module) and _has_parameters(pooler)]
-    return outside
+    return outside, single
 
 
 def _not_overlapping(model: nn.Module, names: Iterable[str], others: Iterable[str]) -> list[str]:
@@ -207,8 +289,11 @@ def _not_overlapping(model: nn.Module, names: Iterable[str], others: Iterable[st
     return [name for name in names if not any(id(part) in taken for part in model.get_submodule(name).modules())]
 
 
-def _refuse_shared_endings(model: nn.Module, outside: Sequence[str]) -> None:
-    """Refuse a head whose name is the ending of another module's: PEFT would train that one fully too."""
+def _refuse_unclear_heads(model: nn.Module, outside: Sequence[str]) -> None:
+    """Refuse a head that PEFT cannot train by itself.
+
+    PEFT takes a head's name as an ending of others, and trains a copy, which other users of the head do not see.
+    """
     heads = {name for one in outside for name, _ in model.get_submodule(one).named_modules(prefix=one)}
     others = [name for name, _ in model.named_modules() if name and name not in heads]
     for head in outside:
@@ -219,6 +304,26 @@ def _refuse_shared_endings(model: nn.Module, outside: Sequence[str]) -> None:
                 f"as an ending, and {taken[0]!r} ends like it. Rename the head, or name in modules_to_save what is to "
                 "be trained fully."
             )
+        users = _users(model, model.get_submodule(head))
+        if len(users) > 1:
+            raise ValueError(
+                f"The head {head!r} of {type(model).__name__} cannot be trained fully by itself: {users} share it or "
+                "its weights, and PEFT trains a copy of it under one name. Use it under one name, or name in "
+                "modules_to_save what is to be trained fully."
+            )
+
+
+def _users(model: nn.Module, head: nn.Module) -> list[str]:
+    """The names by which modules outside of a head hold it, or a part or parameter of it."""
+    inside = {id(part) for part in head.modules()}
+    own = inside | {id(parameter) for parameter in head.parameters()}
+    return [
+        f"{name}.{key}".removeprefix(".")
+        for name, module in model.named_modules()
+        if id(module) not in inside
+        for key, part in (*module._modules.items(), *module._parameters.items())
+        if id(part) in own
+    ]
 
 
 def _has_parameters(module: nn.Module) -> bool:

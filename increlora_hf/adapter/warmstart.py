@@ -13,7 +13,7 @@ from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from ..config import IncreLoraConfig
-from .components import adapted_layers, peak
+from .components import adapted_layers, budget
 from .inject import inject
 
 KEEPS_BASE = ("true", "false", "gaussian", "orthogonal", "eva")  # init_lora_weights that leave the base weights alone
@@ -46,10 +46,12 @@ def warm_start(model: Any, config: IncreLoraConfig) -> PeftModel:
     ranks = {name: len(singular) for name, (_, singular, _) in factors.items()}
     if config.fixed_ranks is not None:
         raise ValueError("rank_pattern fixes ranks, and the model's adapter has its own. Give one of the two.")
-    if sum(ranks.values()) > peak(config, ranks):
+    limits = {name: min(rows_b.shape[1], rows_a.shape[1]) for name, (rows_b, _, rows_a) in factors.items()}
+    highest = budget(config, ranks, limits, config.overshoot)
+    if sum(ranks.values()) > highest:
         raise ValueError(
             f"r_avg={config.r_avg} and overshoot={config.overshoot} let {len(ranks)} layers grow to a total rank of "
-            f"{peak(config, ranks)}, and the model's adapter has {sum(ranks.values())} already. Raise one of them; "
+            f"{highest}, and the model's adapter has {sum(ranks.values())} already. Raise one of them; "
             "growth only adds rank."
         )
     training = model.training

@@ -8,12 +8,12 @@ from contextlib import contextmanager
 from dataclasses import fields
 from typing import Any
 
-from ..config import IncreLoraArguments
+from ..config import IncreLoraArguments, IncreLoraConfig
 from ..documents import HISTORY_NAME
 from ..errors import AdapterFormatError
 from ..files.export import new_folder, vllm_rank, write_merged, write_peft, write_uniform
 from ..files.saved_adapter import SavedAdapter, read_adapter
-from ..report.text import rank_table
+from ..report.text import budget_note, rank_table
 
 FORMATS = ("peft", "uniform", "merged")
 
@@ -30,19 +30,20 @@ def plan(args: argparse.Namespace) -> Answer:
 
     model = skeleton(args.model, args.task)
     planned = plan_model(model, config, max_steps=args.max_steps, warmup_steps=args.warmup_steps)
-    return planned, _planned(planned)
+    return planned, _planned(planned, config)
 
 
-def _planned(planned: Document) -> str:
+def _planned(planned: Document, config: IncreLoraConfig) -> str:
     plan, moments = planned["plan"], [planned[key] for key in ("start", "end_fewest", "end_most", "peak")]
     steps = f"every {plan['interval']:,} steps from {plan['first_step']:,} to {plan['last_step']:,}"
     rounds = f"{plan['rounds']}, of {plan['top_h']} layers each, {steps} of {plan['total_steps']:,}"
     cut = f", cut to {plan['target_total_rank']:,} at {plan['cut_step']:,}" if plan["cut_step"] else ""
+    note = budget_note(config, len(planned["layers"]), plan["target_total_rank"])
     facts = {
         "model": f"{planned['model']}, {_millions(planned['parameters'])} parameters",
         "layers": f"{len(planned['layers'])}, such as {planned['layers'][0]}",
         "heads": ", ".join([*planned["heads"], f"{_millions(planned['head_parameters'])} parameters"]),
-        "rank": f"{plan['initial_total_rank']:,} to {plan['peak_total_rank']:,}{cut}",
+        "rank": f"{plan['initial_total_rank']:,} to {plan['peak_total_rank']:,}{cut}{note}",
         "rounds": rounds if plan["rounds"] else "none" if plan["cut_step"] else "none, the ranks are fixed",
     }
     if planned["frozen_experts"]:

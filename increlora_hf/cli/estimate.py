@@ -8,11 +8,11 @@ from typing import Any
 
 from torch import nn
 
-from ..adapter.components import budget, peak
-from ..adapter.targets import features, fused_experts, head_modules, resolve_targets
+from ..adapter.components import budget
+from ..adapter.targets import features, first_ranks, fused_experts, head_modules, resolve_targets
 from ..config import IncreLoraConfig
 from ..growth.growth import plan_for
-from ..report.text import added_parameters
+from ..report.text import added_parameters, most_gained
 
 FLOAT32 = 4  # bytes
 ADAMW = 2 * FLOAT32  # bytes of the optimizer's state for a parameter: its two averages
@@ -48,21 +48,25 @@ def plan_model(model: nn.Module, config: IncreLoraConfig, *, max_steps: int, war
         ValueError: the settings do not fit the model, or the run is too short for them.
     """
     lora_config, names = resolve_targets(model, config, config.adapted_ranks)
-    ranks = config.adapted_ranks or dict.fromkeys(names, config.first_rank)
-    totals = (sum(ranks.values()), peak(config, ranks), budget(config, ranks))
+    ranks = config.adapted_ranks or first_ranks(model, names, config)
+    sizes = {name: features(model.get_submodule(name)) for name in names}  # (in, out)
+    limits = {name: min(size) for name, size in sizes.items()}
+    peak, final = (budget(config, ranks, limits, more) for more in (config.overshoot, 0))
+    totals = (sum(ranks.values()), peak, final)
     plan = plan_for(config, num_layers=len(names), ranks=totals, total_steps=max_steps, warmup_steps=warmup_steps)
     heads = list(lora_config.modules_to_save or [])
     head = _num_parameters(head_modules(model, heads).values())
 
-    widths = [sum(features(model.get_submodule(name))) for name in names]  # in + out
-    start = sum(ranks[name] * (width + 1) for name, width in zip(names, widths, strict=True))
-    costs = [width + 1 for width in widths]  # λ, A and B of a component
-    reserve = config.increment * sum(widths) if config.advance_learning and plan.rounds else 0
+    costs = [sum(sizes[name]) + 1 for name in names]  # A, B and λ of a component
+    room = [limits[name] - ranks[name] for name in names]
+    start = sum(ranks[name] * cost for name, cost in zip(names, costs, strict=True))
+    wide = sum(cost - 1 for cost, left in zip(costs, room, strict=True) if left >= config.increment)
+    reserve = config.increment * wide if config.advance_learning and plan.rounds else 0
 
     def after(rounds: int, reserve: int) -> list[Moment]:
         """With growth in the smallest layers, and in the largest."""
         gained = min(totals[1] - totals[0], rounds * plan.top_h * plan.increment)
-        added = added_parameters(costs, gained, rounds * plan.increment)
+        added = added_parameters(costs, gained, most_gained(room, gained, rounds * plan.increment))
         rank = totals[0] + gained
         return [Moment.of(active=start + more, total_rank=rank, reserve=reserve, head=head) for more in added]
 
@@ -70,7 +74,10 @@ def plan_model(model: nn.Module, config: IncreLoraConfig, *, max_steps: int, war
     before_last = after(max(plan.rounds - 1, 0), reserve)[1]
     ends = grown
     if plan.cut_step:  # it may leave any components
-        bounds = added_parameters(costs, totals[2], max(ranks.values()) + plan.rounds * plan.increment)
+        most = most_gained(room, totals[1] - totals[0], plan.rounds * plan.increment)
+        bounds = added_parameters(
+            costs, totals[2], [ranks[name] + more for name, more in zip(names, most, strict=True)]
+        )
         ends = [Moment.of(active=active, total_rank=totals[2], reserve=0, head=head) for active in bounds]
     largest = max([begin, before_last, *grown], key=lambda moment: moment.optimizer_bytes)
     return {

@@ -132,6 +132,8 @@ def _require_plain_lora(path: Path, document: Mapping[str, Any]) -> None:
             raise AdapterFormatError(path, key, "a setting that peft knows", repr(value)[:80])
         default = defaults[key]
         off = value is None and default in (None, {})
+        if key == "target_parameters" and value == []:  # what PEFT writes for a mixture of experts
+            continue
         if not off and not (type(value) is type(default) and value == default):
             raise AdapterFormatError(path, key, "plain LoRA", repr(value)[:80])
 

@@ -103,8 +103,8 @@ def _check_round(path: Path, index: int, record: Any, layers: Mapping[str, int])
     if not all(isinstance(step, int) and not isinstance(step, bool) and step >= 0 for step in steps):
         raise AdapterFormatError(path, key, "steps of at least 0", repr(steps))
     chosen, scores, removed = record["layers"], record["scores"], record["removed"]
-    if not isinstance(chosen, list) or bool(chosen) == bool(removed) or len(set(map(str, chosen))) != len(chosen):
-        raise AdapterFormatError(path, f"{key}.layers", "distinct layer names", repr(chosen)[:80])
+    if not isinstance(chosen, list) or bool(chosen) == bool(removed):
+        raise AdapterFormatError(path, f"{key}.layers", "layer names, or components to remove", repr(chosen)[:80])
     unknown = [name for name in chosen if name not in layers]
     if unknown:
         raise AdapterFormatError(path, f"{key}.layers", "layers of the adapter", repr(unknown[0]))

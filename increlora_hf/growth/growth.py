@@ -16,7 +16,6 @@ from ..adapter.components import (
     adapted_layers,
     budget,
     component_generator,
-    peak,
     record_ranks,
     start_components,
 )
@@ -96,14 +95,18 @@ class Growth:
 
     @property
     def target_total_rank(self) -> int:
-        """The budget r^final = n · r_avg; with a fixed rank pattern its sum."""
-        return budget(self.config, self.initial_ranks)
+        """The budget r^final = n · r_avg, or what the layers have room for; with a fixed rank pattern its sum."""
+        return self._budget(overshoot=0)
 
     @property
     def peak_total_rank(self) -> int:
         """The total rank n · (r_avg + overshoot) that growth ends at; after the cut it is the budget."""
         is_cut = any(record.removed for record in self.rounds)
-        return self.target_total_rank if is_cut else peak(self.config, self.initial_ranks)
+        return self._budget(overshoot=0 if is_cut else self.config.overshoot)
+
+    def _budget(self, overshoot: int) -> int:
+        limits = {name: layer.max_rank for name, layer in self.layers.items()}
+        return budget(self.config, self.initial_ranks, limits, overshoot)
 
     @property
     def remaining(self) -> int:
@@ -168,7 +171,9 @@ class Growth:
             sizes = {name: layer.component_sizes().tolist() for name, layer in self.layers.items()}
             removed = smallest(sizes, self.total_rank - self.target_total_rank)
         else:
-            chosen = choose(scores, remaining=self.remaining, top_h=self.plan.top_h, increment=self.config.increment)
+            room = {name: layer.max_rank - layer.rank for name, layer in self.layers.items()}
+            limits = {"remaining": self.remaining, "top_h": self.plan.top_h, "increment": self.config.increment}
+            chosen = choose(scores, room, **limits)
         return Round(step=step, birth_step=birth_step, layers=chosen, scores=scores, removed=removed)
 
     def apply(self, record: Round) -> None:
@@ -184,23 +189,20 @@ class Growth:
             record_ranks(self._model, config)
             return
         gained = gains(record.layers, remaining=self.remaining, increment=config.increment)
+        is_last = self.remaining == sum(gained.values())
         self.rounds.append(record)
         for name, count in gained.items():
-            if not config.advance_learning:
-                self._add_components(name, count)
-            self.layers[name].activate(count, config.reserve_lambda if config.advance_learning else 0.0)
-        if self.remaining == 0:
+            layer = self.layers[name]
+            generator = component_generator(config.seed, layer.index, len(self.rounds))
+            if count > layer.A.reserve:  # there is none, or the layer grows several times in this round
+                layer.add_components(count - layer.A.reserve, generator, config.init_std)
+            layer.activate(count, config.reserve_lambda if config.advance_learning else 0.0)
+            if not is_last:
+                layer.add_reserve(generator, config)
+        if is_last:
             for layer in self.layers.values():
                 layer.drop_reserve()
-        elif config.advance_learning:
-            for name in gained:
-                self._add_components(name, config.increment)
         record_ranks(self._model, config)
-
-    def _add_components(self, name: str, count: int) -> None:
-        layer = self.layers[name]
-        generator = component_generator(self.config.seed, layer.index, len(self.rounds))
-        layer.add_components(count, generator, self.config.init_std)
 
     def parameters(self) -> list[Parameter]:
         """All λ, A and B, reserves included."""

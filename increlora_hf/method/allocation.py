@@ -161,21 +161,37 @@ def _unreachable(plan: Plan) -> str:
     )
 
 
-def choose(scores: Mapping[str, float], *, remaining: int, top_h: int, increment: int) -> list[str]:
+def highest_total(ranks: Mapping[str, int], limits: Mapping[str, int], increment: int) -> int:
+    """The total rank that growth by ``increment`` can reach from these ranks, no layer above its limit."""
+    return sum(rank + max(0, limits[name] - rank) // increment * increment for name, rank in ranks.items())
+
+
+def choose(
+    scores: Mapping[str, float], room: Mapping[str, int], *, remaining: int, top_h: int, increment: int
+) -> list[str]:
     """The layers that grow this round, best first, never more than the remaining budget has components for.
 
-    Ties go to the layer that comes first in ``scores``, which is the order of the model.
+    Ties go to the layer that comes first in ``scores``, which is the order of the model. Layers without room for
+    ``increment`` components are left out. Where fewer than ``top_h`` have room, the best are named again.
+
+    Args:
+        room: components that each layer can still gain.
     """
-    affordable = math.ceil(remaining / increment)
-    return sorted(scores, key=lambda name: -scores[name])[: min(top_h, affordable)]
+    ordered = sorted(scores, key=lambda name: -scores[name])
+    wanted = min(top_h, math.ceil(remaining / increment))
+    chosen: list[str] = []
+    while len(chosen) < wanted and (fit := [n for n in ordered if room[n] // increment > chosen.count(n)]):
+        chosen += fit[: wanted - len(chosen)]
+    return chosen
 
 
 def gains(layers: Iterable[str], *, remaining: int, increment: int) -> dict[str, int]:
-    """Components that each chosen layer gains: ``increment``, the last one by what is left of the budget."""
-    gained = {}
+    """Components that each chosen layer gains: ``increment`` each time, at last what is left of the budget."""
+    gained: dict[str, int] = {}
     for name in layers:
-        gained[name] = min(increment, remaining)
-        remaining -= gained[name]
+        count = min(increment, remaining)
+        gained[name] = gained.get(name, 0) + count
+        remaining -= count
     return gained
 
 

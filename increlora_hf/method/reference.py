@@ -91,18 +91,30 @@ def is_due(t: int, *, start: int, interval: int, remaining: int) -> bool:
     return remaining > 0 and t > start and t % interval == 0
 
 
-def choose(scores: Sequence[float], *, remaining: int, top_h: int, increment: int) -> dict[int, int]:
+def highest_rank(first: int, limit: int, increment: int) -> int:
+    """The highest rank up to min(in, out), the limit, that a layer reaches from its first in steps of increment."""
+    while first + increment <= limit:
+        first += increment
+    return first
+
+
+def choose(
+    scores: Sequence[float], room: Sequence[int], *, remaining: int, top_h: int, increment: int
+) -> dict[int, int]:
     """Layer ↦ components that it gains in a round, best layer first; ties go to the layer that comes first.
 
     The h layers with the highest S gain ``increment`` components each while the budget lasts; the last of them may
-    gain fewer. Together they gain at most ``remaining``.
+    gain fewer. Together they gain at most ``remaining``. A layer without room for ``increment`` more is passed over.
+    Where fewer than h layers have room, the best of them gain again, until h times ``increment`` are given.
     """
     gained: dict[int, int] = {}
-    for k in sorted(range(len(scores)), key=lambda k: (-scores[k], k))[:top_h]:
-        count = min(increment, remaining)
-        if count > 0:
-            gained[k] = count
-        remaining -= count
+    left, before = min(remaining, top_h * increment), 0
+    while left > 0 and left != before:
+        before = left
+        for k in sorted(range(len(scores)), key=lambda k: (-scores[k], k)):
+            if left > 0 and room[k] - gained.get(k, 0) >= increment:
+                gained[k] = gained.get(k, 0) + min(increment, left)
+                left -= min(increment, left)
     return gained
 
 
@@ -202,6 +214,7 @@ class NaiveIncreLora:
 
     Attributes:
         layers: the adapted layers, in the order of their names.
+        most: the highest rank that each of them can reach.
         heads: what is trained fully, by name.
         smoothed, uncertainty: Ī and U of every layer.
         sensitivities: I of every layer, one list per step.
@@ -243,12 +256,16 @@ class NaiveIncreLora:
             for name, parameter in self.model.named_parameters()
             if any(name.startswith(f"{head}.") for head in heads)
         }
+        held = dict(self.model.named_parameters())
+        limits = [min(held[f"{name}.weight"].shape) for name in names]
+        self.first = [min(settings.init_r, limit) for limit in limits]
+        self.most = [highest_rank(r, limit, settings.increment) for r, limit in zip(self.first, limits, strict=True)]
         self.layers = [self._adapt(k, name) for k, name in enumerate(names)]
         self.smoothed = [0.0] * len(names)
         self.uncertainty = [0.0] * len(names)
         self.sensitivities: list[list[float]] = []
         self.rounds: list[tuple[int, list[str]]] = []
-        self.is_cut = settings.overshoot == 0
+        self.is_cut = self._total(settings.overshoot) == self._total(0)
         self.lrs: list[list[float]] = []
         self._moments: dict[int, tuple[Any, Any, int]] = {}  # AdamW's, by id of the tensor
 
@@ -258,15 +275,20 @@ class NaiveIncreLora:
         assert isinstance(base, nn.Linear)
         layer = NaiveLinear(base, s)
         self.model.set_submodule(name, layer)
-        first, ahead = self.draw(k, 0, [s.init_r, self._reserve()])
+        grows = self._total(s.overshoot) > sum(self.first)
+        first, ahead = self.draw(k, 0, [self.first[k], self._reserve(k, self.first[k]) if grows else 0])
         layer.components = [self._component(ab, 0.0, True, 0) for ab in first]  # λ = 0, so that ΔW = 0
         layer.components += [self._component(ab, s.reserve_lambda, False, 0) for ab in ahead]
         return layer
 
-    def _reserve(self) -> int:
-        """Components of one layer's reserve."""
+    def _total(self, overshoot: int) -> int:
+        """n · (r_avg + overshoot), or the total of the layers' highest ranks where that is less."""
+        return min((self.settings.r_avg + overshoot) * len(self.names), sum(self.most))
+
+    def _reserve(self, k: int, rank: int) -> int:
+        """Components of the reserve of layer k at this rank: none where it cannot grow."""
         s = self.settings
-        return s.increment if s.advance_learning and s.r_avg + s.overshoot > s.init_r else 0
+        return s.increment if s.advance_learning and rank < self.most[k] else 0
 
     def _component(self, ab: tuple[Tensor, Tensor], lam: float, active: bool, birth: int) -> Component:
         a, b = (vector.clone().requires_grad_() for vector in ab)
@@ -316,8 +338,7 @@ class NaiveIncreLora:
 
     def remaining(self) -> int:
         """Components that growth still adds: up to n · (r_avg + overshoot), and after the cut none."""
-        average = self.settings.r_avg + (0 if self.is_cut else self.settings.overshoot)
-        return average * len(self.layers) - self.total_rank()
+        return self._total(0 if self.is_cut else self.settings.overshoot) - self.total_rank()
 
     def total_rank(self) -> int:
         """Σ_k r_k."""
@@ -370,22 +391,20 @@ class NaiveIncreLora:
         """
         s, number = self.settings, len(self.rounds) + 1
         scores = [self._score(k) for k in range(len(self.layers))]
-        gained = choose(scores, remaining=self.remaining(), top_h=s.top_h, increment=s.increment)
+        room = [most - layer.rank() for most, layer in zip(self.most, self.layers, strict=True)]
+        gained = choose(scores, room, remaining=self.remaining(), top_h=s.top_h, increment=s.increment)
         self.rounds.append((t, [self.names[k] for k in gained]))
         for k, count in gained.items():
             layer = self.layers[k]
-            if s.advance_learning:
-                self._activate(layer, count, t)
-            else:  # nothing was trained ahead: fresh components begin with λ = 0
-                (fresh,) = self.draw(k, number, [count])
-                layer.components += [self._component(ab, 0.0, True, t) for ab in fresh]
+            missing = max(0, count - sum(not c.active for c in layer.components))
+            fresh, ahead = self.draw(k, number, [missing, self._reserve(k, layer.rank() + count)])
+            first_lam = s.reserve_lambda if s.advance_learning else 0.0
+            self._activate(layer, count, t)
+            layer.components += [self._component(ab, first_lam, True, t) for ab in fresh]  # not trained ahead
+            layer.components += [self._component(ab, s.reserve_lambda, False, t) for ab in ahead]
         if self.remaining() == 0:
             for layer in self.layers:
                 layer.components = [c for c in layer.components if c.active]
-        elif s.advance_learning:
-            for k in gained:
-                (fresh,) = self.draw(k, number, [s.increment])
-                self.layers[k].components += [self._component(ab, s.reserve_lambda, False, t) for ab in fresh]
 
     def _score(self, k: int) -> float:
         """Of layer k: S, or the size of its smallest component."""
@@ -401,7 +420,7 @@ class NaiveIncreLora:
     def _cut(self, t: int) -> None:
         """The round after step t that removes the smallest components of the model; a layer may lose all its own."""
         sizes = [[component_size(c, layer.scale()) for c in layer.components] for layer in self.layers]
-        gone = smallest(sizes, self.total_rank() - self.settings.r_avg * len(self.layers))
+        gone = smallest(sizes, self.total_rank() - self._total(0))
         for k, layer in enumerate(self.layers):
             layer.components = [c for i, c in enumerate(layer.components) if (k, i) not in gone]
         self.rounds.append((t, []))

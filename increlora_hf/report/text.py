@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ..method.allocation import gains
 
 if TYPE_CHECKING:  # the rank table needs no torch
+    from ..config import IncreLoraConfig
     from ..growth.growth import Growth
 
 TOTAL_RANK = "increlora/total_rank"  # as Trainer logs it; its integrations put `train/` before it
@@ -26,8 +27,9 @@ def plan_line(growth: Growth, other_trainable: int) -> str:
     assert plan is not None
     now = sum(p.numel() for p in growth.parameters())
     head = f" plus head {_millions(other_trainable)} M" if other_trainable else ""
+    note = budget_note(growth.config, len(layers), plan.target_total_rank)
     if not (plan.rounds or plan.cut_step):
-        ranks = f"{plan.target_total_rank}, fixed"
+        ranks = f"{plan.target_total_rank}, fixed{note}"
         return f"IncreLoRA: {len(layers)} layers, total rank {ranks}; trainable {_millions(now)} M{head}"
     low, high = _final_parameters(growth)
     cut = f"cut to {plan.target_total_rank} at step {plan.cut_step:,}; " if plan.cut_step else ""
@@ -35,8 +37,16 @@ def plan_line(growth: Growth, other_trainable: int) -> str:
         f"IncreLoRA: {len(layers)} layers, rank {plan.initial_total_rank} → {plan.peak_total_rank} in {plan.rounds} "
         f"rounds of {plan.top_h} every {plan.interval:,} steps from step {plan.first_step:,}, last at "
         f"{plan.last_step:,} of {plan.total_steps:,} ({plan.last_step / plan.total_steps:.0%}); "
-        f"{cut}trainable {_millions(now)} M → {_millions(low)}-{_millions(high)} M{head}"
+        f"{cut}trainable {_millions(now)} M → {_millions(low)}-{_millions(high)} M{head}{note}"
     )
+
+
+def budget_note(config: IncreLoraConfig, num_layers: int, budget: int) -> str:
+    """Say that the layers have no room for n · r_avg; empty where they have."""
+    asked = num_layers * config.r_avg
+    if config.fixed_ranks is not None or budget >= asked:
+        return ""
+    return f"; the budget is {budget} and not {asked}, since no rank grows above its layer's min(in, out)"
 
 
 def _millions(count: int) -> str:
@@ -47,30 +57,47 @@ def _final_parameters(growth: Growth) -> tuple[int, int]:
     """The fewest and the most adapter parameters that are possible at the end of growth."""
     plan, layers = growth.plan, growth.layers.values()
     assert plan is not None
-    costs, gained = [layer.num_parameters(1) for layer in layers], plan.rounds * plan.increment
+    costs = [layer.num_parameters(1) for layer in layers]
+    room = [layer.max_rank - layer.rank for layer in layers]
+    most = most_gained(room, growth.remaining, plan.rounds * plan.increment)
     if plan.cut_step:  # the cut may leave any of them
-        return added_parameters(costs, plan.target_total_rank, max(growth.rank_pattern.values()) + gained)
-    low, high = added_parameters(costs, growth.remaining, gained)
+        held = [layer.rank + gained for layer, gained in zip(layers, most, strict=True)]
+        return added_parameters(costs, plan.target_total_rank, held)
+    low, high = added_parameters(costs, growth.remaining, most)
     start = growth.num_parameters()
     return start + low, start + high
 
 
-def added_parameters(costs: Iterable[int], components: int, most_per_layer: int) -> tuple[int, int]:
+def most_gained(room: Iterable[int], components: int, once_a_round: int) -> list[int]:
+    """How many components each layer can gain in all rounds together.
+
+    Args:
+        room: how many more each can hold; below 0 where it holds too many.
+        components: how many are added in all.
+        once_a_round: how many a layer gains that grows once in every round. Layers grow more often only where the
+            others have no room.
+    """
+    most = [max(0, one) for one in room]
+    limited = [min(one, once_a_round) for one in most]
+    return limited if sum(limited) >= components else most
+
+
+def added_parameters(costs: Iterable[int], components: int, most: Iterable[int]) -> tuple[int, int]:
     """The fewest and the most parameters that new components can have.
 
     Args:
         costs: parameters of one component, for each layer.
         components: how many are added in all.
-        most_per_layer: how many one layer can gain.
+        most: how many each layer can gain.
     """
-    ordered = sorted(costs)
-    return _fill(ordered, components, most_per_layer), _fill(reversed(ordered), components, most_per_layer)
+    ordered = sorted(zip(costs, most, strict=True))
+    return _fill(ordered, components), _fill(reversed(ordered), components)
 
 
-def _fill(costs: Iterable[int], components: int, most_per_layer: int) -> int:
+def _fill(layers: Iterable[tuple[int, int]], components: int) -> int:
     total = 0
-    for cost in costs:
-        taken = min(components, most_per_layer)
+    for cost, most in layers:
+        taken = min(components, most)
         total += cost * taken
         components -= taken
     return total
@@ -110,9 +137,8 @@ def rank_grid(ranks: Mapping[str, int]) -> tuple[list[str], list[str], dict[tupl
 
 def rank_changes(history: Mapping[str, Any]) -> list[dict[str, int]]:
     """For each round of a history, by layer, the components that it added; below 0 the number that the cut took."""
-    config, layers = history["config"], history["initial_ranks"]
-    peak = history["target_total_rank"] + config.get("overshoot", 0) * len(layers)
-    left, found = peak - sum(layers.values()), []
+    config, cut = history["config"], [len(p) for one in history["rounds"] for p in one.get("removed", {}).values()]
+    left, found = sum(history["rank_pattern"].values()) + sum(cut) - sum(history["initial_ranks"].values()), []
     for record in history["rounds"]:
         added = gains(record["layers"], remaining=left, increment=config["increment"])
         left -= sum(added.values())
