@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from pathlib import Path
 from types import MethodType
 from typing import Any
@@ -34,16 +35,28 @@ def attach(model: nn.Module, config: IncreLoraConfig | None = None) -> PeftModel
         config: default `IncreLoraConfig()`.
 
     Raises:
-        ValueError: the settings do not fit the model, it holds adapters that cannot grow, or bitsandbytes has repacked
-            its 4-bit weights for the CPU; the model is left as it was.
+        ValueError: the settings do not fit the model, it is one of sentence-transformers, it holds adapters that
+            cannot grow, or bitsandbytes has repacked its 4-bit weights for the CPU; the model is left as it was.
     """
     if is_attached(model):
         return _already_attached(model, config)
     config = config or IncreLoraConfig()
     require_unpacked(model)
+    _refuse_sentence_transformers(model)
     if isinstance(model, PeftModel):
         return _hold(warm_start(model, config), config)
     return _hold(inject(model, config), config)
+
+
+def _refuse_sentence_transformers(model: nn.Module) -> None:
+    """Refuse a model whose own library could not load the adapter: it holds its transformer as one of its modules."""
+    library: Any = sys.modules.get("sentence_transformers.base.model")
+    if library is not None and isinstance(model, library.BaseModel):
+        name = type(model).__name__
+        raise ValueError(
+            f"{name} would save an adapter that {name}(FOLDER) cannot load. Train it with a Trainer of "
+            "increlora_hf.sentence_transformers; in a loop of your own, model[0].model = attach(model[0].model)."
+        )
 
 
 def _hold(peft_model: PeftModel, config: IncreLoraConfig) -> PeftModel:

@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import torch
 from peft import LoraConfig, PeftModel
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import Parameter
 
 from ..adapter.components import (
@@ -55,6 +55,8 @@ class Growth:
         rounds_before_optimizer: how many of them the optimizer was made after; what they gave is in its first groups.
         schedule: the learning rate's, with the names and values that `restart_curves` takes; None until then, too.
         tracker: Ī and U of all layers.
+        model: the model that grows.
+        trained: holds all that training changes: the model, unless a Trainer trains more, such as a loss.
     """
 
     def __init__(self, model: PeftModel, config: IncreLoraConfig) -> None:
@@ -70,7 +72,8 @@ class Growth:
         self.run_start_rank = self.total_rank  # Σ r_k when the current training began
         self.run_peak_rank = self.peak_total_rank  # where its growth ends
         self.rounds_before_run = 0
-        self._model = model
+        self.model = model
+        self.trained: nn.Module = model
         self._peft_config = cast(LoraConfig, model.peft_config[ADAPTER])
         self._targets = self._peft_config.target_modules
         self._lams_at_start = [layer.A.active_lam.detach().clone() for layer in self.layers.values()]
@@ -153,7 +156,7 @@ class Growth:
         self.rounds = []
         self.tracker = ImportanceTracker(len(self.layers), self.config.beta1, self.config.beta2)
         self._peft_config.target_modules = self._targets
-        record_ranks(self._model, self.config)
+        record_ranks(self.model, self.config)
 
     def scores(self) -> dict[str, float]:
         """The score of every layer."""
@@ -181,7 +184,7 @@ class Growth:
             self.rounds.append(record)
             for name, places in record.removed.items():
                 self.layers[name].remove(places)
-            record_ranks(self._model, config)
+            record_ranks(self.model, config)
             return
         gained = gains(record.layers, remaining=self.remaining, increment=config.increment)
         self.rounds.append(record)
@@ -195,7 +198,7 @@ class Growth:
         elif config.advance_learning:
             for name in gained:
                 self._add_components(name, config.increment)
-        record_ranks(self._model, config)
+        record_ranks(self.model, config)
 
     def _add_components(self, name: str, count: int) -> None:
         layer = self.layers[name]
@@ -278,7 +281,7 @@ class Growth:
             key = next(name for name, rank in self.rank_pattern.items() if state["rank_pattern"].get(name) != rank)
             expected = f"{self.rank_pattern[key]} by its rounds"
             raise AdapterFormatError(source, f"rank_pattern[{key!r}]", expected, f"{state['rank_pattern'].get(key)}")
-        live = training_tensors(self._model)
+        live = training_tensors(self.trained)
         check_tensors(source, tensors, {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in live.items()})
         with torch.no_grad():
             for name, tensor in live.items():
