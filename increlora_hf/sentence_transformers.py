@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +35,9 @@ class SentenceTransformersMixin(IncreLoraTrainerMixin):
     parameters of the loss train fully; a checkpoint holds them.
     """
 
+    model: Any
+    loss: Any
+
     def __init__(self, model: BaseModel | None = None, *args: Any, **kwargs: Any) -> None:
         """Take the arguments of `IncreLoraTrainerMixin`."""
         if model is not None and not isinstance(model, BaseModel):
@@ -45,7 +47,7 @@ class SentenceTransformersMixin(IncreLoraTrainerMixin):
             )
         super().__init__(model, *args, **kwargs)
 
-    def _attach(self, model: BaseModel) -> BaseModel:
+    def _attach(self, model: Any) -> Any:
         """Attach the transformer in the first module; raises ValueError where it is not the only one."""
         name = _transformer(model)
         transformer = model.get_submodule(name)
@@ -90,10 +92,10 @@ def _transformer(model: BaseModel) -> str:
         ):
             found.append(name)
     if len(found) != 1 or model.get_submodule(found[0].rpartition(".")[0]) is not model[0]:
-        name = type(model).__name__
+        name, places = type(model).__name__, ", ".join(found) or "no place"
         raise ValueError(
-            f"This {name} has its transformer at {', '.join(found) or 'no place'}, and {name}(FOLDER) loads an adapter "
-            "for one transformer in the first module only. Train a model of that form; a Router can take its modules "
+            f"This {name} has its transformer at {places}, and {name}(FOLDER) loads the adapter of one transformer "
+            "only, in the first module. Train a model of that form; a Router can take its modules "
             "once the adapter is merged into them."
         )
     return found[0]

@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import tiny_bert
 from datasets import Dataset
-from glue_fixtures import VOCABULARY, WORDS, save_tokenizer, sentence_pairs
+from glue_fixtures import VOCABULARY, save_tokenizer, sentence_pairs
 from peft import LoraConfig, PeftModel
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification, set_seed
