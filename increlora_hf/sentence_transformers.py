@@ -76,27 +76,24 @@ class SentenceTransformersMixin(IncreLoraTrainerMixin):
             super(PublishingMixin, self).create_model_card(*args, **kwargs)
             self._write_card(Path(str(self.args.output_dir)))
 
-    def _write_card(self, folder: Path) -> None:
-        """Add the ranks to the card that the library has just written."""
-        path = folder / CARD_NAME
-        if path.exists():
-            path.write_text(path.read_text(encoding="utf-8") + growth_section(describe(self, folder, None)), "utf-8")
+    def _card(self, folder: Path) -> str:
+        """The card that the library has just written, and the ranks."""
+        return (folder / CARD_NAME).read_text(encoding="utf-8") + growth_section(describe(self, folder, None))
 
 
 def _transformer(model: BaseModel) -> str:
     """The name of the one transformer in ``model``; raises ValueError where the library could not load its adapter."""
     found: list[str] = []
     for name, module in model.named_modules():
-        if isinstance(module, PreTrainedModel | PeftModel) and not any(
-            name.startswith(f"{outer}.") for outer in found
-        ):
+        is_inside = any(name.startswith(f"{outer}.") for outer in found)
+        if isinstance(module, PreTrainedModel | PeftModel) and not is_inside:
             found.append(name)
     if len(found) != 1 or model.get_submodule(found[0].rpartition(".")[0]) is not model[0]:
         name, places = type(model).__name__, ", ".join(found) or "no place"
         raise ValueError(
             f"This {name} has its transformer at {places}, and {name}(FOLDER) loads the adapter of one transformer "
-            "only, in the first module. Train a model of that form; a Router can take its modules "
-            "once the adapter is merged into them."
+            "only, in the first module. Train a model of that form; a Router can take its modules once the adapter is "
+            "merged into them."
         )
     return found[0]
 
