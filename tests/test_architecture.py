@@ -17,10 +17,11 @@ ORDER = [
     *["_version", "config", "errors", "documents", "distributed"],  # modules at the top level
     *["method", "adapter", "growth", "files", "report", "hub", "trainer"],
 ]
-LAST = ["cli", "tasks", "sft"]
+LAST = ["cli", "tasks", "sft", "sentence_transformers"]
 RANKS = {place: rank for rank, place in enumerate(ORDER)} | dict.fromkeys(LAST, len(ORDER))
 FOR_WORK_ON_IT = {"demo", "dev", "docs", "test"}  # extras that users do not need
-OPTIONAL = {"ipython", "matplotlib", "pillow", "trl"}  # imported where a user asks for what they do, and not before
+# imported where a user asks for what they do, and not before
+OPTIONAL = {"ipython", "matplotlib", "pillow", "sentence-transformers", "trl"}
 ABOVE_ALL = {PACKAGE / "__init__.py", PACKAGE / "__main__.py"}  # the names of the package, and its program
 MODULES = [path for path in sorted(PACKAGE.rglob("*.py")) if path not in ABOVE_ALL]
 

@@ -12,6 +12,7 @@ from glue_fixtures import save_tiny_llama, save_tiny_model
 from peft import PeftModel
 from PIL import Image
 from transformers import (
+    AutoModel,
     AutoModelForCausalLM,
     AutoModelForImageClassification,
     AutoModelForSequenceClassification,
@@ -26,6 +27,7 @@ SIZES = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "i
 AUTO = {
     "text_classification": AutoModelForSequenceClassification,
     "causal_lm": AutoModelForCausalLM,
+    "sentence_embeddings": AutoModel,
     "image_classification": AutoModelForImageClassification,
 }
 
@@ -44,6 +46,13 @@ def causal_lm(folder: Path) -> Path:
     return data
 
 
+def sentence_embeddings(folder: Path) -> Path:
+    save_tiny_model(folder / "model")
+    data = folder / "pairs.csv"
+    data.write_text("anchor,positive\n" + "".join(f"{text},{text} blue\n" for text in TEXTS))
+    return data
+
+
 def image_classification(folder: Path) -> Path:
     ViTImageProcessorPil(size={"height": 16, "width": 16}).save_pretrained(folder / "model")
     ViTForImageClassification(ViTConfig(image_size=16, patch_size=8, **SIZES)).save_pretrained(folder / "model")
@@ -54,7 +63,7 @@ def image_classification(folder: Path) -> Path:
     return folder / "pictures"
 
 
-MAKERS = {make.__name__: make for make in (text_classification, causal_lm, image_classification)}
+MAKERS = {make.__name__: make for make in (text_classification, causal_lm, sentence_embeddings, image_classification)}
 
 
 @pytest.mark.parametrize("name", MAKERS)

@@ -119,6 +119,16 @@ SEAMS = [
          "left out of the scheduler's state: there are fewer of them than groups"),
     Seam("growth/tensors.py", "torch.nn.modules.batchnorm._NormBase", PRESENT,
          "finds every kind of layer with running statistics"),
+    Seam("growth/attach.py", "sentence_transformers.base.model.BaseModel", PRESENT,
+         "refuses models whose library could not load the adapter"),
+    Seam("sentence_transformers.py", "sentence_transformers.base.model.BaseModel", PRESENT,
+         "the library's models, of every kind"),
+    Seam("sentence_transformers.py", "sentence_transformers.base.modules.Transformer.modality_config", PRESENT,
+         "says which output of the transformer is used, so that an idle pooler is left out"),
+    Seam("sentence_transformers.py", "sentence_transformers.base.model_card.BaseModelCardData.set_best_model_step",
+         "(self, step)", "names the best step in the library's card"),
+    Seam("sentence_transformers.py", TRAINER + "_load_best_model", "(self)",
+         "overridden: the card names the step"),
     Seam("files/export.py", MODULE + "_parameters", PRESENT, "finds weights that several modules share"),
     Seam("files/loading.py", "peft.tuners.tuners_utils.check_target_module_exists", "(config, key)",
          "asks PEFT which layers a stranger's configuration selects"),
@@ -204,8 +214,8 @@ SEAMS = [
 @pytest.mark.parametrize("seam", SEAMS, ids=lambda seam: f"{seam.ours}-{seam.theirs}")
 def test_upstream_has_what_we_lean_on(seam: Seam) -> None:
     package = seam.theirs.partition(".")[0]
-    if package == "trl":
-        pytest.importorskip("trl")
+    if package in ("sentence_transformers", "trl"):
+        pytest.importorskip(package)
     if seam.since and _numbers(version(package)) < _numbers(seam.since):
         pytest.skip(f"{package} has it since {seam.since}")
     found = _find(seam.theirs)

@@ -29,7 +29,7 @@ def write_state(folder: Path, model: PeftModel, *, loss_divides: bool | None = N
         loss_divides: what the Trainer has found out about its loss.
     """
     growth: Growth = model.increlora
-    tensors = {name: tensor.contiguous() for name, tensor in training_tensors(model).items()}
+    tensors = {name: tensor.contiguous() for name, tensor in training_tensors(growth.trained).items()}
     save_file(tensors, folder / STATE_TENSORS, metadata={"format": "pt"})
     document = {"format_version": STATE_FORMAT, **growth.state_dict(), "loss_divides": loss_divides}
     write_json(folder / STATE_JSON, document)

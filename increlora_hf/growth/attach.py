@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,13 +35,14 @@ def attach(model: nn.Module, config: IncreLoraConfig | None = None) -> PeftModel
         config: default `IncreLoraConfig()`.
 
     Raises:
-        ValueError: the settings do not fit the model, it holds adapters that cannot grow, or bitsandbytes has repacked
-            its 4-bit weights for the CPU; the model is left as it was.
+        ValueError: the settings do not fit the model, it is one of sentence-transformers, it holds adapters that
+            cannot grow, or bitsandbytes has repacked its 4-bit weights for the CPU; the model is left as it was.
     """
     if is_attached(model):
         return _already_attached(model, config)
     config = config or IncreLoraConfig()
     require_unpacked(model)
+    _refuse_sentence_transformers(model)
     with unchanged_on_error(model):
         if not holds_adapter(model):
             require_no_adapter(model)
@@ -50,6 +52,17 @@ def attach(model: nn.Module, config: IncreLoraConfig | None = None) -> PeftModel
     # PEFT has no hook for saving a file of one's own beside the adapter. A bound method could not be unpickled.
     peft_model.save_pretrained = partial(_save_with_history, peft_model)  # type: ignore[method-assign]
     return peft_model
+
+
+def _refuse_sentence_transformers(model: nn.Module) -> None:
+    """Refuse a model whose own library could not load the adapter: it holds its transformer as one of its modules."""
+    library: Any = sys.modules.get("sentence_transformers.base.model")
+    if library is not None and isinstance(model, library.BaseModel):
+        name = type(model).__name__
+        raise ValueError(
+            f"{name} would save an adapter that {name}(FOLDER) cannot load. Train it with a Trainer of "
+            "increlora_hf.sentence_transformers; in a loop of your own, model[0].model = attach(model[0].model)."
+        )
 
 
 def is_attached(model: Any) -> bool:

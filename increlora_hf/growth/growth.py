@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import torch
 from peft import LoraConfig, PeftModel
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import Parameter
 
 from ..adapter.components import (
@@ -54,6 +54,8 @@ class Growth:
         rounds_before_optimizer: how many of them the optimizer was made after; what they gave is in its first groups.
         schedule: the learning rate's, with the names and values that `restart_curves` takes; None until then, too.
         tracker: Ī and U of all layers.
+        model: the model that grows.
+        trained: holds all that training changes: the model, unless a Trainer trains more, such as a loss.
     """
 
     def __init__(self, model: PeftModel, config: IncreLoraConfig) -> None:
@@ -69,7 +71,8 @@ class Growth:
         self.run_start_rank = self.total_rank  # Σ r_k when the current training began
         self.run_peak_rank = self.peak_total_rank  # where its growth ends
         self.rounds_before_run = 0
-        self._model = model
+        self.model = model
+        self.trained: nn.Module = model
         self._peft_config = cast(LoraConfig, model.peft_config[ADAPTER])
         self._targets = self._peft_config.target_modules
         self._lams_at_start = [layer.A.active_lam.detach().clone() for layer in self.layers.values()]
@@ -156,7 +159,7 @@ class Growth:
         self.rounds = []
         self.tracker = ImportanceTracker(len(self.layers), self.config.beta1, self.config.beta2)
         self._peft_config.target_modules = self._targets
-        record_ranks(self._model, self.config)
+        record_ranks(self.model, self.config)
 
     def scores(self) -> dict[str, float]:
         """The score of every layer."""
@@ -186,7 +189,7 @@ class Growth:
             self.rounds.append(record)
             for name, places in record.removed.items():
                 self.layers[name].remove(places)
-            record_ranks(self._model, config)
+            record_ranks(self.model, config)
             return
         gained = gains(record.layers, remaining=self.remaining, increment=config.increment)
         is_last = self.remaining == sum(gained.values())
@@ -202,7 +205,7 @@ class Growth:
         if is_last:
             for layer in self.layers.values():
                 layer.drop_reserve()
-        record_ranks(self._model, config)
+        record_ranks(self.model, config)
 
     def parameters(self) -> list[Parameter]:
         """All λ, A and B, reserves included."""
@@ -280,7 +283,7 @@ class Growth:
             key = next(name for name, rank in self.rank_pattern.items() if state["rank_pattern"].get(name) != rank)
             expected = f"{self.rank_pattern[key]} by its rounds"
             raise AdapterFormatError(source, f"rank_pattern[{key!r}]", expected, f"{state['rank_pattern'].get(key)}")
-        live = training_tensors(self._model)
+        live = training_tensors(self.trained)
         check_tensors(source, tensors, {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in live.items()})
         with torch.no_grad():
             for name, tensor in live.items():

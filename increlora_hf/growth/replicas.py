@@ -9,7 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..distributed import checksums, is_sharded, num_processes, require_equal
 from .growth import Growth
@@ -19,7 +19,7 @@ PACKAGES = ("torch", "transformers", "peft", "accelerate")
 UNTRAINED_HEAD = ".original_module."  # PEFT's copy of a head as it was: new heads may be drawn differently
 
 
-def require_same_start(growth: Growth, model: nn.Module, more: Mapping[str, Any]) -> None:
+def require_same_start(growth: Growth, more: Mapping[str, Any]) -> None:
     """Check that all processes agree before the first collective of tensors; see `require_equal`.
 
     Args:
@@ -32,11 +32,11 @@ def require_same_start(growth: Growth, model: nn.Module, more: Mapping[str, Any]
     facts |= {f"the setting {name}": value for name, value in growth.config.to_dict().items()}
     facts |= more
     facts |= {f"the plan's {name}": value for name, value in asdict(growth.plan).items()} if growth.plan else {}
-    facts["the model's class"] = type(model).__name__
-    facts |= {f"the form of {name}": _form(parameter) for name, parameter in model.named_parameters()}
+    facts["the model's class"] = type(growth.model).__name__
+    facts |= {f"the form of {name}": _form(parameter) for name, parameter in growth.trained.named_parameters()}
     sampled = [
         (name, parameter.data)
-        for name, parameter in model.named_parameters()
+        for name, parameter in growth.trained.named_parameters()
         if not parameter.requires_grad and type(parameter.data) is Tensor and UNTRAINED_HEAD not in name
     ]
     sums = checksums(data.reshape(-1)[:: max(1, data.numel() // SAMPLE)] for _, data in sampled)
@@ -55,7 +55,7 @@ def _code() -> str:
     return digest.hexdigest()[:16]
 
 
-def require_same_replicas(growth: Growth, model: nn.Module) -> None:
+def require_same_replicas(growth: Growth) -> None:
     """Raise ValueError, naming layer and ranks, where the processes hold different ranks or weights."""
     if num_processes() == 1:
         return
@@ -63,7 +63,7 @@ def require_same_replicas(growth: Growth, model: nn.Module) -> None:
     known = {id(parameter) for parameter in ours}
     heads = {
         name: parameter
-        for name, parameter in model.named_parameters()
+        for name, parameter in growth.trained.named_parameters()
         if parameter.requires_grad and id(parameter) not in known and not is_sharded(parameter)
     }
     sums = iter(checksums([*ours, *heads.values()]))

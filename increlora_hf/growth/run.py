@@ -203,7 +203,7 @@ class GrowthRun:
             growth.tracker.update(self._sensitivities)
         is_due = growth.plan.is_due(self.step)
         if is_due:
-            require_same_replicas(growth, self._model)
+            require_same_replicas(growth)
             growth.tracker = broadcast_object(growth.tracker)
             birth_step = self.lr_scheduler.last_epoch + 1 if growth.config.restart_warmup else 0
             record = broadcast_object(growth.decide(self.step, birth_step))
@@ -278,9 +278,9 @@ class GrowthRun:
         Raises:
             ValueError: they differ; the message says in what.
         """
-        require_same_start(self.growth, self._model, facts or {})
-        broadcast_tensors(t for t in training_tensors(self._model).values() if not is_sharded(t))
-        self._statistics = [t for t in running_statistics(self._model).values() if t.is_floating_point()]
+        require_same_start(self.growth, facts or {})
+        broadcast_tensors(t for t in training_tensors(self.growth.trained).values() if not is_sharded(t))
+        self._statistics = [t for t in running_statistics(self.growth.trained).values() if t.is_floating_point()]
 
     def state_dict(self) -> dict[str, Any]:
         """All that the run and the model's training hold, between two updates; the optimizer has a state of its own.
@@ -289,7 +289,7 @@ class GrowthRun:
         """
         return {
             **self.growth.state_dict(),
-            "tensors": training_tensors(self._model),
+            "tensors": training_tensors(self.growth.trained),
             "step": self.step,
             "lr_scheduler": self.lr_scheduler.state_dict(),
         }

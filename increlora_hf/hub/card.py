@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +104,12 @@ def card_text(
     return f"---\n{metadata.to_yaml()}\n---\n\n" + "\n\n".join(part for part in parts if part) + "\n"
 
 
+def growth_section(run: RunSummary) -> str:
+    """The part of a card on ranks and settings, to end the card that another library writes."""
+    settings = _settings(replace(run, hyperparameters={}))
+    return "\n\n".join(["", "## Ranks", _summary(run, run.base), _ranks(run), settings]) + "\n"
+
+
 def _without_losses(run: RunSummary) -> dict[str, float]:
     return {name: value for name, value in run.metrics.items() if not name.endswith("loss")}
 
@@ -187,5 +193,7 @@ def _settings(run: RunSummary) -> str:
     shown = {name: value for name, value in chosen.items() if name == "r_avg" or value != defaults[name]}
     if shown.get("rank_pattern"):
         shown["rank_pattern"] = "as above"
+    if shown.get("target_modules") == list(run.history["rank_pattern"]):
+        shown["target_modules"] = "as above"
     rows = {**{f"increlora {name}": value for name, value in shown.items()}, **run.hyperparameters}
     return "\n".join(["| setting | value |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())])

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
 from transformers import ProgressCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
@@ -91,7 +90,7 @@ class IncreLoraTrainerMixin(ItemCountsMixin, PublishingMixin):
         """Plan, rounds and ranks of the model being trained."""
         return self.model.increlora  # type: ignore[union-attr, return-value]
 
-    def _attach(self, model: nn.Module) -> PeftModel:
+    def _attach(self, model: Any) -> Any:
         if is_attached(model):
             return attach(model, self.increlora_config)
         config = self.increlora_config or IncreLoraConfig()
@@ -224,14 +223,13 @@ class IncreLoraTrainerMixin(ItemCountsMixin, PublishingMixin):
         Raises:
             ValueError: a method of the Trainer class kept ours from being called, or the processes differ.
         """
-        assert isinstance(self.model, nn.Module)
         if self.growth_run is None or self.lr_scheduler is not self.growth_run.lr_scheduler:
             raise ValueError(
                 f"create_scheduler of {type(self).__name__} leaves IncreLoRA's out, and so the learning rates would "
                 "not follow the growth. Let it end with `return super().create_scheduler(...)`."
             )
         self.growth_run.start_at(self.state.global_step)
-        self._frozen_norms = frozen_batch_norms(self.model)
+        self._frozen_norms = frozen_batch_norms(self.increlora.model)
         loader = self.callback_handler.train_dataloader
         arguments = {name: value for name, value in self.args.to_dict().items() if name not in OWN_ARGUMENTS}
         facts = {f"the training argument {name}": value for name, value in arguments.items()}
@@ -242,9 +240,8 @@ class IncreLoraTrainerMixin(ItemCountsMixin, PublishingMixin):
         """Do nothing: Trainer would watch the parameters of this moment only, and the run averages later ones too."""
 
     def _other_trainable(self) -> int:
-        assert isinstance(self.model, nn.Module)
         ours = {id(p) for p in self.increlora.parameters()}
-        return sum(p.numel() for p in self.model.parameters() if p.requires_grad and id(p) not in ours)
+        return sum(p.numel() for p in self.increlora.trained.parameters() if p.requires_grad and id(p) not in ours)
 
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
         """Compute the loss; frozen batch norms stay in evaluation mode: the adapter does not hold their statistics."""

@@ -247,10 +247,12 @@ class PublishingMixin(_Base):
 
     def _write_card(self, folder: Path) -> None:
         try:
-            text = card_text(describe(self, folder, self.hub_model_id), **self._card_options)
-            (folder / CARD_NAME).write_text(text, encoding="utf-8")
+            (folder / CARD_NAME).write_text(self._card(folder), encoding="utf-8")
         except Exception as error:  # of any kind: it must not cost the checkpoint
             logger.warning("IncreLoRA: the model card of %s could not be written: %s", folder, error)
+
+    def _card(self, folder: Path) -> str:
+        return card_text(describe(self, folder, self.hub_model_id), **self._card_options)
 
 
 def _listed(value: str | Sequence[str] | None) -> list[str]:

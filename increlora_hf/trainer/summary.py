@@ -25,7 +25,8 @@ AT_BEST = "adapter_parameters_at_best"  # in the log, of the moment when the bes
 
 def describe(trainer: Any, folder: Path, repository: str | None) -> RunSummary:
     """Summarize the run of an IncreLoraTrainer so far, for a card in ``folder``."""
-    growth, model = trainer.increlora, trainer.model
+    growth = trainer.increlora
+    model = growth.model
     out = Path(str(trainer.args.output_dir)).absolute()
     config = model.peft_config[model.active_adapter]
     state = trainer.state
