@@ -93,7 +93,7 @@ class IncreLoraTrainerMixin(ItemCountsMixin, PublishingMixin, SearchMixin):
         return self.model.increlora  # type: ignore[union-attr, return-value]
 
     def _attach(self, model: nn.Module, **trial_settings: Any) -> PeftModel:
-        held = model.increlora.config if is_attached(model) else None
+        held: IncreLoraConfig | None = model.increlora.config if is_attached(model) else None  # type: ignore
         config = dataclasses.replace(self.increlora_config or held or IncreLoraConfig(), **trial_settings)
         if config.seed is None and held is None:
             config = dataclasses.replace(config, seed=self._increlora_seed)
