@@ -220,7 +220,8 @@ def test_peft_merges_the_factors_of_uniform_adapters(two_adapters: list[Path], k
 
 def test_linear_merge_of_uniform_adapters_is_that_of_their_padded_factors(two_adapters: list[Path]) -> None:
     merged = merged_by_peft([uniform(folder) for folder in two_adapters], "linear")
-    rows, columns = {}, {}
+    rows: dict[str, Any] = {}
+    columns: dict[str, Any] = {}
     for folder, weight in zip(two_adapters, MERGE_WEIGHTS, strict=True):
         for name, (a, b) in factors(folder).items():  # PEFT sums each factor times sqrt(weight · scale)
             share, missing = (weight * 16 / 2) ** 0.5, 3 - a.shape[0]

@@ -202,6 +202,15 @@ def test_mlflow_gets_every_setting_as_a_parameter(tmp_path: Path, monkeypatch: A
     assert SETTINGS.items() <= parameters.items()
 
 
+def test_weights_and_biases_gets_every_setting_in_its_configuration(tmp_path: Path, monkeypatch: Any) -> None:
+    wandb = MagicMock()
+    for name in ("wandb", "wandb.sdk", "wandb.sdk.lib", "wandb.sdk.lib.config_util"):
+        monkeypatch.setitem(sys.modules, name, wandb)
+    monkeypatch.setattr("transformers.integrations.integration_utils.is_wandb_available", lambda: True)
+    make(tmp_path, WandbCallback(), max_steps=17).train()
+    assert SETTINGS.items() <= wandb.config.update.call_args_list[0].args[0].items()
+
+
 @pytest.mark.parametrize("first", ["train", "evaluate"])
 def test_integrations_get_the_settings_whichever_event_sets_them_up(first: str, tmp_path: Path) -> None:
     class Reader(TrainerCallback):
