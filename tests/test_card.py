@@ -93,6 +93,13 @@ def test_counts_ranks_settings_and_versions_are_the_runs():
     assert text.split("## Software")[1].strip() == "increlora-hf 0.1.0, peft 0.21.2"
 
 
+def test_ranks_that_differ_come_with_the_command_for_programs_of_one_rank():
+    command = "`increlora export user/adapter --format uniform --output FOLDER`"
+    assert command in card_text(SUMMARY).split("## Results")[0]
+    ranks = {"encoder.layer.0.query": 2, "encoder.layer.0.key": 2, "encoder.layer.0.value": 0}  # 0 is not saved
+    assert command not in card_text(replace(SUMMARY, history={**SUMMARY.history, "rank_pattern": ranks}))
+
+
 def test_images_are_shown_where_they_are_there(tmp_path):
     run = IncreLoraTrainer(
         tiny_bert(), arguments(tmp_path), train_dataset=token_rows(), increlora_config=IncreLoraConfig(r_avg=2)

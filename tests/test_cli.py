@@ -218,6 +218,16 @@ def test_export_says_what_vllm_does_not_take(increlora: Run, adapter: Path, tmp_
     assert "vLLM takes no rank as high as this." in out
 
 
+def test_export_and_push_say_what_programs_of_one_rank_need(
+    increlora: Run, adapter: Path, lora: Path, hub: Hub, tmp_path: Path
+) -> None:
+    for folder, differs in ((adapter, True), (lora, False)):
+        _, exported, _ = increlora("export", folder, "--format", "peft", "--output", tmp_path / folder.name)
+        _, pushed, _ = increlora("push", folder, "me/it")
+        for out, name in ((exported, folder), (pushed, "me/it")):
+            assert (f"run `increlora export {name} --format uniform --output FOLDER` first." in out) is differs
+
+
 def test_export_merged_takes_base_and_task(increlora: Run, adapter: Path, tmp_path: Path) -> None:
     tiny_bert().save_pretrained(tmp_path / "base")
     (tmp_path / "base" / "vocab.txt").write_text("[UNK]\n[CLS]\n[SEP]\n[PAD]\n[MASK]\none\n")

@@ -9,6 +9,7 @@ import torch
 from conftest import tiny_bert, with_random_values
 from glue_fixtures import save_tokenizer
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.utils.hotswap import hotswap_adapter
 from safetensors.torch import load_file, save_file
 from test_adapter import logits, unequal
 from test_saved_adapter import PATTERNS, change, lora_layers, plain_lora
@@ -16,6 +17,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -30,6 +32,7 @@ from increlora_hf.adapter.names import PREFIX
 from increlora_hf.files.export import VLLM_RANKS, new_folder, vllm_rank, write_merged, write_peft, write_uniform
 from increlora_hf.files.saved_adapter import read_adapter
 
+MERGE_WEIGHTS = (0.7, 0.3)
 PER_RANK = IncreLoraConfig(r_avg=3, rank_scaling="per_rank")
 
 
@@ -125,6 +128,118 @@ def test_more_than_a_plain_lora_is_not_made_uniform(tmp_path: Path) -> None:
     adapter = read_adapter(plain_lora(tmp_path / "a", use_dora=True))
     with pytest.raises(AdapterFormatError, match="use_dora: expected plain LoRA, found True"):
         write_uniform(adapter, tmp_path / "b")
+
+
+# ---- Other programs, by the rules that docs/how-to/serve-and-convert.md tells ------------------------------------
+
+
+def uniform(source: Path) -> Path:
+    target = source.with_name(f"uniform-{source.name}")
+    target.mkdir()
+    write_uniform(read_adapter(source), target)
+    return target
+
+
+def factors(folder: Path) -> dict[str, tuple[Tensor, Tensor]]:
+    """A (r, in) and B (out, r) of every layer, as they are in the file."""
+    tensors = load_file(folder / "adapter_model.safetensors")
+    layers = read_adapter(folder).layers
+    return {name: (tensors[layer.key_a], tensors[layer.key_b]) for name, layer in layers.items()}
+
+
+def deltas_of_llama_cpp(folder: Path) -> dict[str, Tensor]:
+    """ΔW with the scale of llama.cpp and Ollama: one alpha for the file, over the rank of each tensor."""
+    alpha = json.loads((folder / "adapter_config.json").read_text())["lora_alpha"]
+    return {name: alpha / a.shape[0] * b @ a for name, (a, b) in factors(folder).items()}
+
+
+def deltas_of_vllm(folder: Path) -> dict[str, Tensor]:
+    """ΔW with the scale of vLLM: the configuration's alpha over its r, whatever the rank of a tensor."""
+    config = json.loads((folder / "adapter_config.json").read_text())
+    return {name: config["lora_alpha"] / config["r"] * b @ a for name, (a, b) in factors(folder).items()}
+
+
+def wrong_layers(found: dict[str, Tensor], expected: dict[str, Tensor]) -> set[str]:
+    return {name for name, delta in expected.items() if not torch.allclose(found[name], delta, rtol=1e-5, atol=1e-6)}
+
+
+@pytest.mark.parametrize("kind, wrong_for", [("grown", "llama.cpp"), ("grown per rank", "vLLM")])
+def test_uniform_adapter_is_right_by_the_rules_of_other_programs(tmp_path: Path, kind: str, wrong_for: str) -> None:
+    source = saved(tmp_path / "a", kind)
+    target, expected, ranks = uniform(source), deltas(source), read_adapter(source).ranks
+    below = {name for name, rank in ranks.items() if rank < max(ranks.values())}
+    for program, rule in {"llama.cpp": deltas_of_llama_cpp, "vLLM": deltas_of_vllm}.items():
+        assert wrong_layers(rule(source), expected) == (below if program == wrong_for else set())
+        assert not wrong_layers(rule(target), expected)
+
+
+def tiny_llama() -> LlamaForCausalLM:
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2}
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(vocab_size=60, intermediate_size=24, **sizes))
+
+
+@pytest.fixture
+def two_adapters(tmp_path: Path) -> list[Path]:
+    """Of the same layers, both with ranks 1 to 3, in other places."""
+    names = list(attach(tiny_llama()).increlora.layers)
+    for folder, ranks in (("a", [1, 2, 3, 1, 2, 3, 2]), ("b", [3, 3, 2, 1, 1, 2, 2])):
+        config = IncreLoraConfig(r_avg=2, rank_pattern=dict(zip(names, ranks, strict=True)))
+        with_random_values(attach(tiny_llama(), config), 0.2).save_pretrained(tmp_path / folder)
+    return [tmp_path / "a", tmp_path / "b"]
+
+
+def test_peft_swaps_uniform_adapters_into_a_live_model(two_adapters: list[Path]) -> None:
+    live = PeftModel.from_pretrained(tiny_llama(), two_adapters[0])
+    with pytest.raises(ValueError, match="alpha_pattern"):
+        hotswap_adapter(live, str(two_adapters[1]), adapter_name="default")
+    first, second = map(uniform, two_adapters)
+    live = PeftModel.from_pretrained(tiny_llama(), first)
+    hotswap_adapter(live, str(second), adapter_name="default")
+    expected = PeftModel.from_pretrained(tiny_llama(), two_adapters[1])
+    for name, layer in lora_layers(live).items():
+        wanted = lora_layers(expected)[name].get_delta_weight("default")
+        torch.testing.assert_close(layer.get_delta_weight("default"), wanted, rtol=1e-5, atol=1e-6)
+
+
+def merged_by_peft(folders: list[Path], kind: str, **options: Any) -> dict[str, Tensor]:
+    model = PeftModel.from_pretrained(tiny_llama(), folders[0], adapter_name="a")
+    model.load_adapter(folders[1], "b")
+    model.add_weighted_adapter(["a", "b"], list(MERGE_WEIGHTS), "merged", combination_type=kind, **options)
+    return {name: layer.get_delta_weight("merged").detach() for name, layer in lora_layers(model).items()}
+
+
+@pytest.mark.parametrize("kind", ["linear", "ties", "dare_linear", "dare_ties", "magnitude_prune"])
+def test_peft_merges_the_factors_of_uniform_adapters(two_adapters: list[Path], kind: str) -> None:
+    options = {} if kind == "linear" else {"density": 0.9}
+    with pytest.raises(RuntimeError, match="equal size"):
+        merged_by_peft(two_adapters, kind, **options)
+    merged = merged_by_peft([uniform(folder) for folder in two_adapters], kind, **options)
+    assert all(delta.any() for delta in merged.values())
+
+
+def test_linear_merge_of_uniform_adapters_is_that_of_their_padded_factors(two_adapters: list[Path]) -> None:
+    merged = merged_by_peft([uniform(folder) for folder in two_adapters], "linear")
+    rows: dict[str, Any] = {}
+    columns: dict[str, Any] = {}
+    for folder, weight in zip(two_adapters, MERGE_WEIGHTS, strict=True):
+        for name, (a, b) in factors(folder).items():  # PEFT sums each factor times sqrt(weight · scale)
+            share, missing = (weight * 16 / 2) ** 0.5, 3 - a.shape[0]
+            rows[name] = rows.get(name, 0) + share * pad(a, (0, 0, 0, missing))
+            columns[name] = columns.get(name, 0) + share * pad(b, (0, missing))
+    for name, delta in merged.items():
+        torch.testing.assert_close(delta, columns[name] @ rows[name], rtol=1e-5, atol=1e-6)
+
+
+def test_peft_concatenates_adapters_of_any_ranks(two_adapters: list[Path]) -> None:
+    merged = merged_by_peft(two_adapters, "cat")
+    models = [PeftModel.from_pretrained(tiny_llama(), folder) for folder in two_adapters]
+    first, second = (
+        {name: m.get_delta_weight("default") for name, m in lora_layers(model).items()} for model in models
+    )
+    for name, delta in merged.items():
+        expected = MERGE_WEIGHTS[0] * first[name] + MERGE_WEIGHTS[1] * second[name]
+        torch.testing.assert_close(delta, expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("rank, expected", [(1, 1), (2, 8), (8, 8), (9, 16), (257, 320), (512, 512), (513, None)])

@@ -2,20 +2,23 @@
 
 import json
 import logging
+import pickle
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 from conftest import arguments, tiny_bert, token_rows
 from PIL.Image import Image
 from PIL.Image import open as open_image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from transformers import TrainerCallback
-from transformers.integrations import TrackioCallback, WandbCallback
+from transformers import TrainerCallback, TrainingArguments
+from transformers.integrations import MLflowCallback, TrackioCallback, WandbCallback
 
 from increlora_hf import IncreLoraConfig, IncreLoraTrainer
 from increlora_hf.report.callback import GrowthReportCallback
@@ -171,6 +174,71 @@ def test_other_processes_report_nothing(tmp_path: Path, pictures: None, caplog: 
     assert not service.logged
     assert not [record for record in caplog.records if record.name == "increlora_hf.report.callback"]
     assert not drawn(tmp_path)
+
+
+# ---- Settings -----------------------------------------------------------------------------------------------------
+
+
+SETTINGS = {f"increlora_{name}": value for name, value in replace(CONFIG, seed=42).to_dict().items()}
+
+
+def test_tensorboard_shows_the_settings_among_the_training_arguments(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "events"))
+    trainer = make(tmp_path / "out", report_to="tensorboard")
+    trainer.train()
+    (event,) = events(tmp_path / "events").Tensors("args/text_summary")
+    shown = json.loads(event.tensor_proto.string_val[0])
+    assert SETTINGS.items() <= shown.items()
+    assert shown["learning_rate"] == trainer.args.learning_rate
+
+
+def test_mlflow_gets_every_setting_as_a_parameter(tmp_path: Path, monkeypatch: Any) -> None:
+    mlflow = MagicMock(__version__="3.0.0")
+    mlflow.utils.validation.MAX_PARAM_VAL_LENGTH, mlflow.utils.validation.MAX_PARAMS_TAGS_PER_BATCH = 500, 100
+    monkeypatch.setitem(sys.modules, "mlflow", mlflow)
+    monkeypatch.setattr("transformers.integrations.integration_utils.is_mlflow_available", lambda: True)
+    make(tmp_path, MLflowCallback()).train()
+    parameters = {name: value for call in mlflow.log_params.call_args_list for name, value in call.args[0].items()}
+    assert SETTINGS.items() <= parameters.items()
+
+
+def test_weights_and_biases_gets_every_setting_in_its_configuration(tmp_path: Path, monkeypatch: Any) -> None:
+    wandb = MagicMock()
+    for name in ("wandb", "wandb.sdk", "wandb.sdk.lib", "wandb.sdk.lib.config_util"):
+        monkeypatch.setitem(sys.modules, name, wandb)
+    monkeypatch.setattr("transformers.integrations.integration_utils.is_wandb_available", lambda: True)
+    make(tmp_path, WandbCallback(), max_steps=17).train()
+    assert SETTINGS.items() <= wandb.config.update.call_args_list[0].args[0].items()
+
+
+@pytest.mark.parametrize("first", ["train", "evaluate"])
+def test_integrations_get_the_settings_whichever_event_sets_them_up(first: str, tmp_path: Path) -> None:
+    class Reader(TrainerCallback):
+        """Sends the training arguments at the first event, as Weights & Biases, Trackio, Comet and others do."""
+
+        sent: Any = None
+
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            self.sent = self.sent or args.to_dict()
+
+        def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            self.sent = self.sent or args.to_dict()
+
+    reader = Reader()
+    trainer = make(tmp_path, reader)
+    getattr(trainer, first)()
+    assert SETTINGS.items() <= reader.sent.items()
+
+
+def test_settings_are_shown_without_changing_what_is_saved(tmp_path: Path) -> None:
+    trainer = make(tmp_path, save_strategy="steps", save_steps=10)
+    before = trainer.args.to_dict()
+    trainer.train()
+    assert trainer.args.to_dict() == before
+    assert "to_dict" not in vars(pickle.loads(pickle.dumps(trainer.args)))
+    saved = json.loads((tmp_path / "checkpoint-10" / "training_args.json").read_text())
+    assert TrainingArguments(**saved).learning_rate == trainer.args.learning_rate
+    assert "increlora" not in trainer.model.config.to_json_string()
 
 
 # ---- Terminal -----------------------------------------------------------------------------------------------------

@@ -310,7 +310,7 @@ def tuned(
         scores = {key: score(results.done[run.key], best=False) for key, run in runs.items() if run.key in results.done}
         best, is_inside = {}, True
         for cell, grid in grids.items():
-            found = {rate: scores[*cell, rate] for rate in grid if (*cell, rate) in scores}
+            found = {rate: scores[(*cell, rate)] for rate in grid if (*cell, rate) in scores}
             if not found:
                 continue
             best[cell] = rate = max(found, key=found.__getitem__)

@@ -11,7 +11,7 @@ from typing import Any
 from ..config import IncreLoraArguments, IncreLoraConfig
 from ..documents import HISTORY_NAME
 from ..errors import AdapterFormatError
-from ..files.export import new_folder, vllm_rank, write_merged, write_peft, write_uniform
+from ..files.export import new_folder, uniform_hint, vllm_rank, write_merged, write_peft, write_uniform
 from ..files.saved_adapter import SavedAdapter, read_adapter
 from ..report.text import budget_note, rank_table
 
@@ -151,7 +151,14 @@ def export(args: argparse.Namespace) -> Answer:
         rank = max(adapter.ranks.values())
         document |= {"rank": rank, "max_lora_rank": vllm_rank(adapter), "heads": adapter.heads}
         lines += [f"Every layer has rank {rank}.", *_for_vllm(adapter)]
+    if args.format == "peft":
+        lines += _hint(args.adapter, adapter)
     return document, "\n".join(lines)
+
+
+def _hint(name: str, adapter: SavedAdapter) -> list[str]:
+    hint = uniform_hint(name, adapter.ranks.values())
+    return [on_a_line(hint)] if hint else []
 
 
 def _for_vllm(adapter: SavedAdapter) -> list[str]:
@@ -168,7 +175,7 @@ def push(args: argparse.Namespace) -> Answer:
     from ..hub.upload import push_folder
 
     url = push_folder(adapter.folder, args.repo, private=args.private or None, revision=args.revision)
-    return {"url": url}, on_a_line(url)
+    return {"url": url}, "\n".join([on_a_line(url), *_hint(args.repo, adapter)])
 
 
 def _facts(facts: dict[str, Any]) -> str:

@@ -22,7 +22,7 @@ from .commands import Answer, on_a_line
 
 DONE, REFUSED = 0, 1  # argparse itself exits with 2
 FORMAT_HELP = """\
-peft: the adapter alone; uniform: one rank and one scale everywhere, for servers that read no patterns; merged: the
+peft: the adapter alone; uniform: one rank and one scale everywhere, for programs that read no patterns; merged: the
 whole model"""
 ABOUT = "IncreLoRA: plan a run, look at LoRA adapters, and hand them on."
 EPILOG = """\
@@ -33,7 +33,7 @@ examples:
   increlora inspect adapter
   increlora plot adapter --output pictures
   increlora compare adapter other-adapter
-  increlora export adapter --format uniform --output for-vllm
+  increlora export adapter --format uniform --output for-llama
   increlora push adapter my-name/my-adapter --private
 
 An adapter is a folder or a Hub repository. Nothing but safetensors and JSON is

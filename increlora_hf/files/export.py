@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+import shlex
 import shutil
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -41,6 +42,14 @@ def write_peft(adapter: SavedAdapter, folder: Path) -> None:
     files = [own_file(adapter.folder, CONFIG_NAME), own_file(adapter.folder, WEIGHTS_NAME)]
     for path in [*files, *adapter.tokenizer_files()]:
         shutil.copyfile(path, folder / path.name)
+
+
+def uniform_hint(adapter: str, ranks: Iterable[int]) -> str:
+    """The command for programs that expect one rank, where ``ranks`` differ; an empty text where they do not."""
+    if len(set(ranks)) < 2:
+        return ""
+    command = shlex.join(["increlora", "export", adapter, "--format", "uniform", "--output", "FOLDER"])
+    return f"Its layers differ in rank: for llama.cpp, SGLang and others that expect one rank, run `{command}` first."
 
 
 def write_uniform(adapter: SavedAdapter, folder: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData
 
 from ..config import IncreLoraConfig
+from ..files.export import uniform_hint
 from ..report.text import rank_table
 from .snippet import DEFAULT_LABELS, is_hub_id, snippet
 
@@ -158,13 +159,16 @@ def _use(run: RunSummary, base: str) -> str:
         num_labels=len(run.labels),
         has_tokenizer=run.has_tokenizer,
     )
-    return f"```python\n{code}\n```" + _label_names(run)
+    hint = uniform_hint(
+        run.repository, filter(None, run.history["rank_pattern"].values())
+    )  # layers of rank 0 are not saved
+    return "\n\n".join(part for part in [f"```python\n{code}\n```", hint, _label_names(run)] if part)
 
 
 def _label_names(run: RunSummary) -> str:
     if len(run.labels) < DEFAULT_LABELS:
         return ""
-    return "\n\nLabels: " + ", ".join(f"{index} = {name}" for index, name in sorted(run.labels.items()))
+    return "Labels: " + ", ".join(f"{index} = {name}" for index, name in sorted(run.labels.items()))
 
 
 def _scores(run: RunSummary, data: str) -> str:

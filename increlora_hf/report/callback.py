@@ -6,6 +6,7 @@ import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,13 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.integrations import INTEGRATION_TO_CALLBACK, TensorBoardCallback, TrackioCallback, WandbCallback
 from transformers.trainer_callback import CallbackHandler
 
+from ..config import FLAG_PREFIX, IncreLoraConfig
 from ..growth.growth import Growth
 from .text import RANK_OF, TOTAL_RANK, round_line
 
 RANK_MAP = "train/increlora/rank_map"  # with the `train/` that integrations put before names of numbers
 INTEGRATIONS: tuple[type[TrainerCallback], ...] = tuple(INTEGRATION_TO_CALLBACK.values())
+SET_UP = ("on_train_begin", "on_log")  # the events at which integrations send the training arguments, once
 
 logger = logging.getLogger(__name__)
 
@@ -27,8 +30,9 @@ logger = logging.getLogger(__name__)
 class GrowthReportCallback(TrainerCallback):
     """Shows every round, and draws the whole growth at the end of training; on the main process only.
 
-    - To Trainer's integrations (``report_to``): the total rank and the ranks that changed, at the step of the round,
-      and the rank map as a picture where TensorBoard, Weights & Biases or Trackio is among them.
+    - To Trainer's integrations (``report_to``): the settings as ``increlora_<name>``, among the training arguments;
+      the total rank and the ranks that changed, at the step of the round; and the rank map as a picture where
+      TensorBoard, Weights & Biases or Trackio is among them.
     - To the log, a line; in a notebook, the rank map, which replaces the one before. Neither with ``disable_tqdm``.
     - To ``output_dir``, at the end, the pictures of `plots.draw_all`.
 
@@ -39,8 +43,21 @@ class GrowthReportCallback(TrainerCallback):
     def __init__(self, handler: CallbackHandler) -> None:
         """``handler`` calls the callbacks of the Trainer, its integrations among them."""
         self._handler = handler
+        self._call_event = handler.call_event
+        handler.call_event = self._call_with_settings  # type: ignore[method-assign]
         self._reported = 0  # rounds
         self._display: Any = None
+
+    def _call_with_settings(self, event: str, args: TrainingArguments, *rest: Any, **kwargs: Any) -> Any:
+        """Call all callbacks; at `SET_UP`, ``args.to_dict()`` holds the settings of IncreLoRA too."""
+        if event not in SET_UP:
+            return self._call_event(event, args, *rest, **kwargs)
+        growth: Growth = self._handler.model.increlora
+        args.to_dict = partial(_arguments_and_settings, args, growth.config)  # type: ignore[method-assign]
+        try:
+            return self._call_event(event, args, *rest, **kwargs)
+        finally:
+            vars(args).pop("to_dict", None)  # an event inside this one may have done it
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
@@ -111,6 +128,11 @@ class GrowthReportCallback(TrainerCallback):
                 self._display = display(picture, display_id=True)
             else:
                 self._display.update(picture)
+
+
+def _arguments_and_settings(args: TrainingArguments, config: IncreLoraConfig) -> dict[str, Any]:
+    settings = {FLAG_PREFIX + name: value for name, value in config.to_dict().items()}
+    return {**type(args).to_dict(args), **settings}
 
 
 def _rank_map(growth: Growth) -> Any:

@@ -33,6 +33,7 @@ from .loss_accounting import ItemCountsMixin
 from .publishing import PublishingMixin, refuse_pickles
 from .refusals import refuse_other_parallelism, refuse_unsupported
 from .resuming import has_ended, require_on_every_node, same_checkpoint
+from .search import SearchMixin
 
 OWN_ARGUMENTS = {"output_dir", "run_name", "local_rank", "hub_token", "report_to", "disable_tqdm", "log_level"}
 # These may differ between processes and change nothing that is trained.
@@ -40,7 +41,7 @@ OWN_ARGUMENTS = {"output_dir", "run_name", "local_rank", "hub_token", "report_to
 logger = logging.getLogger(__name__)
 
 
-class IncreLoraTrainerMixin(ItemCountsMixin, PublishingMixin):
+class IncreLoraTrainerMixin(ItemCountsMixin, PublishingMixin, SearchMixin):
     """IncreLoRA on any Trainer class: ``class MyTrainer(IncreLoraTrainerMixin, SomeTrainer): pass``.
 
     A plain model is wrapped by `attach` with ``increlora_config``; a model that is already attached is taken as it is.
@@ -90,17 +91,16 @@ class IncreLoraTrainerMixin(ItemCountsMixin, PublishingMixin):
         """Plan, rounds and ranks of the model being trained."""
         return self.model.increlora  # type: ignore[union-attr, return-value]
 
-    def _attach(self, model: Any) -> Any:
-        if is_attached(model):
-            return attach(model, self.increlora_config)
-        config = self.increlora_config or IncreLoraConfig()
-        if config.seed is None:
+    def _attach(self, model: Any, **trial_settings: Any) -> Any:
+        held: IncreLoraConfig | None = model.increlora.config if is_attached(model) else None
+        config = dataclasses.replace(self.increlora_config or held or IncreLoraConfig(), **trial_settings)
+        if config.seed is None and held is None:
             config = dataclasses.replace(config, seed=self._increlora_seed)
         return attach(model, config)
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
-        """Attach the model that ``model_init`` returns."""
-        return self._attach(super().call_model_init(trial))
+        """Attach the model that ``model_init`` returns, with the settings that the trial of a search chooses."""
+        return self._attach(super().call_model_init(trial), **self.trial_settings(trial))
 
     def create_accelerator_and_postprocess(self) -> None:
         """Create the accelerator; it wraps no DistributedDataParallel, which forgets parameters born after it.
