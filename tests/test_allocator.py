@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from increlora_hf.method.allocation import Plan, choose, gains, highest_total, make_plan, scored_window
 
-PLENTY = defaultdict(lambda: 10_000)  # of room in every layer
+PLENTY: dict[str, int] = defaultdict(lambda: 10_000)  # of room in every layer
 untimed = hypothesis.settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # the machine may be busy
 
 
