@@ -307,7 +307,9 @@ def tuned(
         }
         waiting = [(run, held_out(settings.data, run.task, settings.cache / "held-out")) for run in runs.values()]
         run_all(waiting, results, settings)
-        scores = {key: score(results.done[run.key], best=False) for key, run in runs.items() if run.key in results.done}
+        scores = {
+            key: score(results.done[run.key], best=False) for key, run in runs.items() if run.key in results.done
+        }
         best, is_inside = {}, True
         for cell, grid in grids.items():
             found = {rate: scores[(*cell, rate)] for rate in grid if (*cell, rate) in scores}
