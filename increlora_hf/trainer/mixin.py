@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import ProgressCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments, set_seed
+from transformers import ProgressCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, has_length
 
@@ -30,8 +30,9 @@ from ..report.callback import GrowthReportCallback
 from ..report.text import ORTH_LOSS, TOTAL_RANK, final_ranks, plan_line
 from .loss_accounting import ItemCountsMixin
 from .publishing import PublishingMixin, refuse_pickles
-from .refusals import refuse_other_parallelism, refuse_unsupported
+from .refusals import refuse_other_classes, refuse_other_order, refuse_other_parallelism, refuse_unsupported
 from .resuming import require_on_every_node, same_checkpoint
+from .trl_models import load_by_name, reference_of_the_start
 
 OWN_ARGUMENTS = {"output_dir", "run_name", "local_rank", "hub_token", "report_to", "disable_tqdm", "log_level"}
 # These may differ between processes and change nothing that is trained.
@@ -56,6 +57,11 @@ class IncreLoraTrainerMixin(ItemCountsMixin, PublishingMixin):
         ValueError: a setting that IncreLoRA cannot work with, before anything is trained or written.
     """
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Refuse a class that names the mixin too late."""
+        super().__init_subclass__(**kwargs)
+        refuse_other_order(cls, IncreLoraTrainerMixin)
+
     def __init__(
         self,
         model: Any = None,
@@ -65,23 +71,24 @@ class IncreLoraTrainerMixin(ItemCountsMixin, PublishingMixin):
         **kwargs: Any,
     ) -> None:
         """Take the Trainer's arguments and two more."""
+        refuse_other_classes(type(self))
         if isinstance(increlora_config, Mapping):
             increlora_config = IncreLoraConfig.from_dict(increlora_config)
         self.increlora_config = increlora_config
-        training_args = kwargs.get("args", args[0] if args else None) or TrainingArguments(output_dir="tmp_trainer")
+        found = [value for value in (*args, kwargs.get("args")) if isinstance(value, TrainingArguments)]
+        training_args = found[0] if found else TrainingArguments(output_dir="tmp_trainer")
         refuse_unsupported(training_args, kwargs)
         refuse_other_parallelism(training_args, model)
         refuse_pickles(training_args, allow_pickles_on_hub)
-        self._increlora_seed = training_args.seed
         if isinstance(model, str):
-            model = _load_by_name(model, training_args, kwargs.pop("quantization_config", None))
+            model = load_by_name(model, training_args, kwargs.pop("quantization_config", None))
         if model is not None:
-            model = self._attach(model)
+            model = self._attach(model, training_args.seed)
         self.growth_run: GrowthRun | None = None
         self._resuming: dict[str, Any] | None = None  # the state of growth in the checkpoint to resume
         self._frozen_norms: list[nn.Module] = []
         self._optimizer_is_users = kwargs.get("optimizers", (None, None))[0] is not None
-        with _sharded_runs_can_resume(training_args, model):
+        with _sharded_runs_can_resume(training_args, model), reference_of_the_start(model):
             super().__init__(model, *args, **kwargs)
         self.add_callback(_GrowthCallback(self))
         self.add_callback(GrowthReportCallback(self.callback_handler))
@@ -91,17 +98,19 @@ class IncreLoraTrainerMixin(ItemCountsMixin, PublishingMixin):
         """Plan, rounds and ranks of the model being trained."""
         return self.model.increlora  # type: ignore[union-attr, return-value]
 
-    def _attach(self, model: nn.Module) -> PeftModel:
+    def _attach(self, model: nn.Module, seed: int) -> PeftModel:
         if is_attached(model):
             return attach(model, self.increlora_config)
         config = self.increlora_config or IncreLoraConfig()
         if config.seed is None:
-            config = dataclasses.replace(config, seed=self._increlora_seed)
+            config = dataclasses.replace(config, seed=seed)
         return attach(model, config)
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
-        """Attach the model that ``model_init`` returns."""
-        return self._attach(super().call_model_init(trial))
+        """Attach the model that ``model_init`` returns; growth takes the seed of this training."""
+        if trial is not None:
+            self._hp_search_setup(trial)  # Trainer lets the trial choose the seed later
+        return self._attach(super().call_model_init(trial), self.args.seed)
 
     def create_accelerator_and_postprocess(self) -> None:
         """Create the accelerator; it wraps no DistributedDataParallel, which forgets parameters born after it.
@@ -145,7 +154,6 @@ class IncreLoraTrainerMixin(ItemCountsMixin, PublishingMixin):
         if resume_from_checkpoint:
             folder = same_checkpoint(resume_from_checkpoint, str(self.args.output_dir))
             self._resuming = read_state(folder)
-            self.increlora.require_same_settings(self._resuming, self._resuming["source"])
             self.take_decision(self._resuming["loss_divides"])
             resumed_step = TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME)).global_step
         try:
@@ -172,6 +180,7 @@ class IncreLoraTrainerMixin(ItemCountsMixin, PublishingMixin):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Bring the model back to where the optimizer was made; `create_scheduler` then replays the other rounds."""
         assert self._resuming is not None
+        self.increlora.require_same_settings(self._resuming, self._resuming["source"])
         self._start_over()
         self.increlora.replay(self._resuming, self._resuming["rounds_before_optimizer"])
         if not self._optimizer_is_users:
@@ -332,18 +341,6 @@ def _sharded_runs_can_resume(args: TrainingArguments, model: Any) -> Iterator[No
         yield
     finally:
         args.save_only_model = only_model
-
-
-def _load_by_name(name: str, args: Any, quantization_config: Any) -> nn.Module:
-    """Load the model as TRL's trainers would, before they do."""
-    from trl.trainer.utils import create_model_from_path  # an optional package
-
-    options = dict(getattr(args, "model_init_kwargs", None) or {})
-    options.setdefault("trust_remote_code", getattr(args, "trust_remote_code", False))
-    if quantization_config is not None:
-        options["quantization_config"] = quantization_config
-    set_seed(args.seed)  # as they do, for weights that are not in the file
-    return create_model_from_path(name, **options)
 
 
 class IncreLoraTrainer(IncreLoraTrainerMixin, Trainer):
