@@ -80,7 +80,9 @@ class IncreLoraTrainerMixin(ItemCountsMixin, PublishingMixin):
         refuse_unsupported(training_args, kwargs)
         refuse_other_parallelism(training_args, model)
         refuse_pickles(training_args, allow_pickles_on_hub)
+        borrowed: dict[str, Any] = {}
         if isinstance(model, str):
+            borrowed["model_init_kwargs"] = None  # TRL refuses them beside a model that is loaded
             model = load_by_name(model, training_args, kwargs.pop("quantization_config", None))
         if model is not None:
             model = self._attach(model, training_args.seed)
@@ -88,7 +90,9 @@ class IncreLoraTrainerMixin(ItemCountsMixin, PublishingMixin):
         self._resuming: dict[str, Any] | None = None  # the state of growth in the checkpoint to resume
         self._frozen_norms: list[nn.Module] = []
         self._optimizer_is_users = kwargs.get("optimizers", (None, None))[0] is not None
-        with _sharded_runs_can_resume(training_args, model), reference_of_the_start(model):
+        if getattr(model, "is_distributed_loading_by_transformers", False):
+            borrowed["save_only_model"] = True  # allows to save: here the optimizer holds nothing sharded
+        with _borrowed(training_args, borrowed), reference_of_the_start(model):
             super().__init__(model, *args, **kwargs)
         self.add_callback(_GrowthCallback(self))
         self.add_callback(GrowthReportCallback(self.callback_handler))
@@ -99,10 +103,12 @@ class IncreLoraTrainerMixin(ItemCountsMixin, PublishingMixin):
         return self.model.increlora  # type: ignore[union-attr, return-value]
 
     def _attach(self, model: nn.Module, seed: int) -> PeftModel:
+        config = self.increlora_config
         if is_attached(model):
-            return attach(model, self.increlora_config)
-        config = self.increlora_config or IncreLoraConfig()
-        if config.seed is None:
+            seed = model.increlora.config.seed
+        elif config is None:
+            config = IncreLoraConfig()
+        if config is not None and config.seed is None:
             config = dataclasses.replace(config, seed=seed)
         return attach(model, config)
 
@@ -333,14 +339,14 @@ class _GrowthCallback(TrainerCallback):
 
 
 @contextmanager
-def _sharded_runs_can_resume(args: TrainingArguments, model: Any) -> Iterator[None]:
-    """Let Trainer save beside a sharded base: here the optimizer holds nothing sharded, and the run can resume."""
-    only_model = args.save_only_model
-    args.save_only_model = only_model or bool(getattr(model, "is_distributed_loading_by_transformers", False))
+def _borrowed(args: TrainingArguments, values: Mapping[str, Any]) -> Iterator[None]:
+    """Give the arguments these values, and restore their own afterwards."""
+    own = {name: getattr(args, name) for name in values}
+    vars(args).update(values)
     try:
         yield
     finally:
-        args.save_only_model = only_model
+        vars(args).update(own)
 
 
 class IncreLoraTrainer(IncreLoraTrainerMixin, Trainer):
