@@ -2,9 +2,10 @@
 
 import copy
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import pytest
@@ -79,8 +80,8 @@ class Case(NamedTuple):
     theirs: type
     arguments: type
     rows: dict[str, list[Any]]
-    settings: dict[str, Any] = {}
-    others: dict[str, Any] = {}
+    settings: Mapping[str, Any] = MappingProxyType({})
+    others: Mapping[str, Any] = MappingProxyType({})
 
 
 CASES = {
@@ -281,7 +282,14 @@ def test_a_model_takes_other_adapters_once_its_trainer_is_made(folder: Path, tmp
 def test_trainer_takes_the_name_of_a_model(name: str, folder: Path, tmp_path: Path) -> None:
     by_object = make(name, tmp_path, folder, load(folder, name), max_steps=5, seed=0, save_strategy="no")
     by_name = make(
-        name, tmp_path, folder, str(folder), max_steps=5, seed=0, save_strategy="no", model_init_kwargs={"dtype": "float32"}
+        name,
+        tmp_path,
+        folder,
+        str(folder),
+        max_steps=5,
+        seed=0,
+        save_strategy="no",
+        model_init_kwargs={"dtype": "float32"},
     )
     for trainer in (by_object, by_name):
         trainer.train()
@@ -292,3 +300,33 @@ def test_training_arguments_are_found_in_any_position(folder: Path, tmp_path: Pa
     args = GRPOConfig(str(tmp_path), use_cpu=True, bf16=False, lr_scheduler_type="greedy", eval_strategy="epoch")
     with pytest.raises(ValueError, match="greedy"):
         IncreLoraGRPOTrainer(load(folder), length, args)
+
+
+def test_an_adapter_configuration_beside_ours_is_refused(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"peft_config=LoraConfig\(\.\.\.\).*Leave it out, and give increlora_config"):
+        IncreLoraSFTTrainer(
+            model=load(folder),
+            args=SFTConfig(str(tmp_path), report_to="none", use_cpu=True, bf16=False),
+            train_dataset=Dataset.from_dict(CASES["SFT"].rows),
+            peft_config=LoraConfig(),
+        )
+    assert not list(tmp_path.iterdir())
+
+
+def test_sft_accumulation_changes_neither_loss_nor_growth(folder: Path, tmp_path: Path) -> None:
+    whole, parts = (
+        make(
+            "SFT",
+            tmp_path,
+            folder,
+            per_device_train_batch_size=batch,
+            gradient_accumulation_steps=8 // batch,
+            train_sampling_strategy="sequential",
+            save_strategy="no",
+        )
+        for batch in (8, 2)
+    )
+    for trainer in (whole, parts):
+        trainer.train()
+    assert losses(whole) == pytest.approx(losses(parts), rel=1e-3)
+    assert [r.layers for r in whole.increlora.rounds] == [r.layers for r in parts.increlora.rounds]

@@ -40,9 +40,9 @@ def attach(model: nn.Module, config: IncreLoraConfig | None = None) -> PeftModel
     """
     if is_compiled_module(model):
         raise ValueError(
-            f"The model is compiled ({type(model).__name__}), and its code would not follow the growth. Pass the model "
-            "as it was before torch.compile, and set torch_compile=True in the training arguments; in a loop of your "
-            "own, compile what attach() returns, and give GrowthRun compiled=True."
+            f"The model is compiled ({type(model).__name__}), and its code would not follow the growth. Pass the "
+            "model as it was before torch.compile, and set torch_compile=True in the training arguments; in a loop of "
+            "your own, compile what attach() returns, and give GrowthRun compiled=True."
         )
     if is_attached(model):
         return _already_attached(model, config)

@@ -17,7 +17,14 @@ from torch.optim import Optimizer
 from transformers.trainer_utils import SchedulerType
 
 from ..adapter.probes import SensitivityProbes
-from ..distributed import all_gather_objects, average_gradients, broadcast_object, broadcast_tensors, is_sharded, num_processes
+from ..distributed import (
+    all_gather_objects,
+    average_gradients,
+    broadcast_object,
+    broadcast_tensors,
+    is_sharded,
+    num_processes,
+)
 from ..method.penalties import add_orthogonality_gradient
 from .attach import is_attached
 from .growth import Growth, Round
@@ -167,7 +174,8 @@ class GrowthRun:
         if self._backward_passes == 0:
             self.after_backward()
         config = self.growth.config
-        self._is_reached = self._is_reached or any(p.grad is not None for p in self.growth.parameters())
+        if not (self._is_penalised or self._is_reached):  # the penalty's gradient does not count
+            self._is_reached = any(p.grad is not None for p in self.growth.parameters())
         if not self._is_penalised and config.orth_reg_weight > 0:
             sign = -1 if self.optimizer.param_groups[0].get("maximize") else 1
             weight = sign * config.orth_reg_weight * self._loss_scale()

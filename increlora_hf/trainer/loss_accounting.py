@@ -24,6 +24,7 @@ class ItemCountsMixin(_Base):
     """Trainer's loss; it knows whether model or Trainer divides by ``num_items_in_batch``."""
 
     loss_divides: bool | None = None  # whether the loss divides by ``num_items_in_batch``; None until one has told
+    current_gradient_accumulation_steps = 1  # for a training_step before `train`, where Trainer counts them
     _micro_batch: tuple[Any, Any] | None = None  # inputs and ``num_items_in_batch`` of the loss computed last
 
     def compute_loss(

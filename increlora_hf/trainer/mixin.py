@@ -105,7 +105,7 @@ class IncreLoraTrainerMixin(ItemCountsMixin, PublishingMixin):
     def _attach(self, model: nn.Module, seed: int) -> PeftModel:
         config = self.increlora_config
         if is_attached(model):
-            seed = model.increlora.config.seed
+            seed = model.increlora.config.seed  # type: ignore[union-attr, assignment]
         elif config is None:
             config = IncreLoraConfig()
         if config is not None and config.seed is None:

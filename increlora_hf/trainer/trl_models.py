@@ -30,7 +30,7 @@ def load_by_name(name: str, args: Any, quantization_config: Any) -> nn.Module:
         options["quantization_config"] = quantization_config
     set_seed(args.seed)  # as they do, for weights that are not in the file
     if isinstance(args, RewardConfig):
-        return create_model_from_path(name, AutoModelForSequenceClassification, **{**options, "num_labels": 1})
+        options |= {"architecture": AutoModelForSequenceClassification, "num_labels": 1}
     return create_model_from_path(name, **options)
 
 
