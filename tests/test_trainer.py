@@ -115,7 +115,7 @@ def test_model_init_is_attached_anew_for_every_training(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("trial", [None, {"seed": 314}], ids=["set", "searched"])
-def test_growth_takes_the_seed_of_each_training(trial: Any, tmp_path: Path) -> None:
+def test_growth_takes_the_seed_of_each_training(trial: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def make(seed: int) -> Any:
         args = arguments(tmp_path, seed=seed)
         return IncreLoraTrainer(
@@ -127,6 +127,7 @@ def test_growth_takes_the_seed_of_each_training(trial: Any, tmp_path: Path) -> N
         trainer.args.seed = 314
     else:  # as hyperparameter_search does
         trainer.hp_search_backend, trainer.hp_name = HPSearchBackend.RAY, None
+        monkeypatch.setattr("transformers.integrations.hp_params", dict)  # it asks whether ray is installed
     trainer.train(trial=trial)
     expected.train()
     assert trainer.increlora.config.seed == 314
@@ -159,6 +160,7 @@ def test_training_step_before_train_is_plain_trainers(tmp_path: Path) -> None:
     assert trainer.increlora.total_rank == 24
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # torch's own
 @pytest.mark.parametrize(
     "wrap", [torch.compile, lambda model: torch.compile(attach(model))], ids=["plain", "attached"]
 )
