@@ -114,8 +114,7 @@ def test_model_init_is_attached_anew_for_every_training(tmp_path: Path) -> None:
     assert all(torch.equal(first[name], delta) for name, delta in deltas(trainer).items())
 
 
-@pytest.mark.parametrize("trial", [None, {"seed": 314}], ids=["set", "searched"])
-def test_growth_takes_the_seed_of_each_training(trial: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_growth_takes_the_seed_of_each_training(tmp_path: Path) -> None:
     def make(seed: int) -> Any:
         args = arguments(tmp_path, seed=seed)
         return IncreLoraTrainer(
@@ -123,13 +122,14 @@ def test_growth_takes_the_seed_of_each_training(trial: Any, tmp_path: Path, monk
         )
 
     trainer, expected = make(42), make(314)
-    if trial is None:
-        trainer.args.seed = 314
-    else:  # as hyperparameter_search does
-        trainer.hp_search_backend, trainer.hp_name = HPSearchBackend.RAY, None
-        monkeypatch.setattr("transformers.integrations.hp_params", dict)  # it asks whether ray is installed
-    trainer.train(trial=trial)
-    expected.train()
+    start = {name: value.clone() for name, value in expected.model.named_parameters()}
+    trainer.hp_search_backend = HPSearchBackend.WANDB
+    searched = trainer.call_model_init({"seed": 314})  # as in hyperparameter_search
+    assert all(torch.equal(start[name], value) for name, value in searched.named_parameters())
+    trainer = make(42)
+    trainer.args.seed = 314
+    for each in (trainer, expected):
+        each.train()
     assert trainer.increlora.config.seed == 314
     assert all(torch.equal(deltas(expected)[name], delta) for name, delta in deltas(trainer).items())
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from ..growth.tensors import frozen_batch_norms
 from ..method.penalties import orthogonality
 from ..report.callback import GrowthReportCallback
 from ..report.text import ORTH_LOSS, TOTAL_RANK, final_ranks, plan_line
-from .loss_accounting import ItemCountsMixin
+from .loss_accounting import ItemCountsMixin, borrowed
 from .publishing import PublishingMixin, refuse_pickles
 from .refusals import refuse_other_classes, refuse_other_order, refuse_other_parallelism, refuse_unsupported
 from .resuming import require_on_every_node, same_checkpoint
@@ -80,9 +80,9 @@ class IncreLoraTrainerMixin(ItemCountsMixin, PublishingMixin):
         refuse_unsupported(training_args, kwargs)
         refuse_other_parallelism(training_args, model)
         refuse_pickles(training_args, allow_pickles_on_hub)
-        borrowed: dict[str, Any] = {}
+        for_trainer: dict[str, Any] = {}
         if isinstance(model, str):
-            borrowed["model_init_kwargs"] = None  # TRL refuses them beside a model that is loaded
+            for_trainer["model_init_kwargs"] = None  # TRL refuses them beside a model that is loaded
             model = load_by_name(model, training_args, kwargs.pop("quantization_config", None))
         if model is not None:
             model = self._attach(model, training_args.seed)
@@ -91,8 +91,8 @@ class IncreLoraTrainerMixin(ItemCountsMixin, PublishingMixin):
         self._frozen_norms: list[nn.Module] = []
         self._optimizer_is_users = kwargs.get("optimizers", (None, None))[0] is not None
         if getattr(model, "is_distributed_loading_by_transformers", False):
-            borrowed["save_only_model"] = True  # allows to save: here the optimizer holds nothing sharded
-        with _borrowed(training_args, borrowed), reference_of_the_start(model):
+            for_trainer["save_only_model"] = True  # allows to save: here the optimizer holds nothing sharded
+        with borrowed(training_args, for_trainer), reference_of_the_start(model):
             super().__init__(model, *args, **kwargs)
         self.add_callback(_GrowthCallback(self))
         self.add_callback(GrowthReportCallback(self.callback_handler))
@@ -271,11 +271,9 @@ class IncreLoraTrainerMixin(ItemCountsMixin, PublishingMixin):
         folder = Path(output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         with new_checkpoint(folder) if self.args.should_save else nullcontext():
             barrier()  # what was left there is gone
-            limit, self.args.save_total_limit = self.args.save_total_limit, None  # Trainer would rotate too early
-            try:
+            limit = self.args.save_total_limit
+            with borrowed(self.args, {"save_total_limit": None}):  # Trainer would rotate too early
                 super()._save_checkpoint(model, trial)
-            finally:
-                self.args.save_total_limit = limit
             if self.args.should_save:
                 self._write_arguments(folder)  # again, with the limit in place
                 write_state(folder, self.model, loss_divides=self.loss_divides)  # type: ignore[arg-type]
@@ -336,17 +334,6 @@ class _GrowthCallback(TrainerCallback):
         growth = self._trainer.increlora
         log = logger.warning if growth.total_rank > growth.target_total_rank else logger.info
         log("IncreLoRA: %s", final_ranks(growth))
-
-
-@contextmanager
-def _borrowed(args: TrainingArguments, values: Mapping[str, Any]) -> Iterator[None]:
-    """Give the arguments these values, and restore their own afterwards."""
-    own = {name: getattr(args, name) for name in values}
-    vars(args).update(values)
-    try:
-        yield
-    finally:
-        vars(args).update(own)
 
 
 class IncreLoraTrainer(IncreLoraTrainerMixin, Trainer):
