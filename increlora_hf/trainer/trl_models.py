@@ -45,9 +45,16 @@ def reference_of_the_start(model: Any) -> Iterator[None]:
     if not isinstance(model, PeftModel):
         yield
         return
-    get_parameter = model.get_parameter
+    add_adapter, get_parameter = model.add_adapter, model.get_parameter
+
+    def add(name: str, *args: Any, **kwargs: Any) -> None:
+        if name == REFERENCE:
+            _add_copy(model, name)
+        else:
+            add_adapter(name, *args, **kwargs)
+
     replaced = {
-        "add_adapter": lambda name, config: _add_copy(model, name),
+        "add_adapter": add,
         "get_parameter": lambda name: get_parameter(name.replace(f".{REFERENCE}.", f".{ADAPTER}.")),  # onto itself
     }
     vars(model).update(replaced)
