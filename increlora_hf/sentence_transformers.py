@@ -47,13 +47,13 @@ class SentenceTransformersMixin(IncreLoraTrainerMixin):
             )
         super().__init__(model, *args, **kwargs)
 
-    def _attach(self, model: Any, **trial_settings: Any) -> Any:
+    def _attach(self, model: Any, seed: int, **trial_settings: Any) -> Any:
         """Attach the transformer in the first module; raises ValueError where it is not the only one."""
         name = _transformer(model)
         transformer = model.get_submodule(name)
         if isinstance(transformer, PreTrainedModel):
             self.increlora_config = _without_idle_pooler(self.increlora_config, model[0], transformer)
-        attached = super()._attach(transformer, **trial_settings)
+        attached = super()._attach(transformer, seed, **trial_settings)
         model.set_submodule(name, attached)
         model.increlora = attached.increlora
         model.model_card_data.add_tags(list(TAGS))

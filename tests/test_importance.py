@@ -115,6 +115,17 @@ def test_layer_that_is_called_several_times_has_the_gradient_of_all_calls(
             torch.testing.assert_close(found, expected, rtol=1e-9, atol=0)
 
 
+def test_calls_without_gradient_do_not_make_a_layer_shared() -> None:
+    """As in generating text before the loss: a shared layer's gradient is kept whole, which takes memory."""
+    model, probes = ready()
+    with torch.no_grad():
+        for _ in range(3):
+            model(input_ids=ROWS)
+    model(input_ids=ROWS, labels=LABELS).loss.backward()
+    assert all(layer.A.probe.matrix.grad is None for layer in model.increlora.layers.values())
+    torch.testing.assert_close(probes.read(), dense_sensitivities(model, ROWS, LABELS, "mean"), rtol=1e-9, atol=0)
+
+
 def test_probes_change_neither_outputs_nor_gradients_nor_the_state() -> None:
     def run(model: nn.Module) -> list[Tensor]:
         loss = model(input_ids=ROWS, labels=LABELS).loss

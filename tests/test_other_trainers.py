@@ -1,4 +1,4 @@
-"""The mixin on the Trainer classes of others: Seq2SeqTrainer, and TRL's SFTTrainer."""
+"""The mixin on the Trainer classes of others, and on classes that are none."""
 
 import copy
 from pathlib import Path
@@ -6,36 +6,17 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import arguments
-from datasets import Dataset
-from glue_fixtures import save_tiny_llama
+from conftest import arguments, tiny_bert, token_rows
 from model_zoo import ZOO
-from peft import LoraConfig, PeftModel
 from torch import nn
-from transformers import (
-    AutoModelForCausalLM,
-    Seq2SeqTrainer,
-    Seq2SeqTrainingArguments,
-)
+from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer
 
-from increlora_hf import IncreLoraConfig, IncreLoraTrainerMixin
-
-pytest.importorskip("trl")
-from trl import SFTConfig, SFTTrainer
-
-from increlora_hf.sft import IncreLoraSFTTrainer
-
-pytestmark = pytest.mark.filterwarnings("ignore:`.*gradient_checkpointing` is deprecated:FutureWarning")  # trl's
+from increlora_hf import IncreLoraConfig, IncreLoraTrainer, IncreLoraTrainerMixin
 
 CONFIG = IncreLoraConfig(r_avg=2, interval=2, start=2)
-TEXTS = ["red cat runs", "blue dog sleeps green", "bird runs", "green bird sleeps red cat"] * 8
 
 
 class IncreLoraSeq2SeqTrainer(IncreLoraTrainerMixin, Seq2SeqTrainer):
-    pass
-
-
-class Direct(IncreLoraTrainerMixin, SFTTrainer):
     pass
 
 
@@ -63,66 +44,90 @@ def test_seq2seq_trainer_trains_generates_saves_and_resumes(tmp_path: Path) -> N
     assert same_bits(trainer.model, run(str(tmp_path / "checkpoint-5")).model)
 
 
-@pytest.fixture(scope="module")
-def language_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a tiny Llama and its tokenizer."""
-    return save_tiny_llama(tmp_path_factory.mktemp("llama"))
+class Swallows(Trainer):
+    """Catches what goes wrong in a step and goes on, as GLiNER's Trainer does."""
+
+    fails_until = 0
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        try:
+            if self.state.global_step < self.fails_until:
+                raise RuntimeError("out of memory")
+            return super().training_step(*args, **kwargs)
+        except RuntimeError:
+            self.model.zero_grad(set_to_none=True)
+            return torch.tensor(0.0)
 
 
-def sft(model: Any, out: Path, trainer_class: type = IncreLoraSFTTrainer, **settings: Any) -> Any:
-    defaults = {"max_steps": 12, "per_device_train_batch_size": 4, "learning_rate": 1e-2, "logging_steps": 4}
-    quiet = {"report_to": "none", "use_cpu": True, "disable_tqdm": True, "bf16": False, "save_steps": 5}
-    args = SFTConfig(str(out), **{**defaults, **quiet, "dataloader_pin_memory": False, **settings})
-    rows = Dataset.from_dict({"text": TEXTS})
-    return trainer_class(model=model, args=args, train_dataset=rows, increlora_config=CONFIG)
+class IncreLoraSwallows(IncreLoraTrainerMixin, Swallows):
+    pass
 
 
-@pytest.mark.parametrize("trainer_class", [IncreLoraSFTTrainer, Direct])
-def test_sft_trainer_trains_saves_and_resumes(language_model: Path, tmp_path: Path, trainer_class: type) -> None:
-    def load() -> nn.Module:
-        return AutoModelForCausalLM.from_pretrained(language_model)
-
-    trainer = sft(load(), tmp_path, trainer_class)
-    trainer.train()
-    assert trainer.increlora.total_rank == 2 * 14
-    trainer.save_model(str(tmp_path / "adapter"))
-    resumed = sft(load(), tmp_path, trainer_class)
-    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
-    assert same_bits(trainer.model, resumed.model)
-    ids = torch.tensor([[3, 4, 5, 6]])
-    reloaded = PeftModel.from_pretrained(load(), tmp_path / "adapter").eval()
-    with torch.no_grad():
-        ours, theirs = (model(input_ids=ids).logits for model in (trainer.model.eval(), reloaded))
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
-
-
-def test_sft_trainer_takes_the_name_of_a_model(language_model: Path, tmp_path: Path) -> None:
-    trainer = sft(str(language_model), tmp_path / "name", model_init_kwargs={"dtype": "float32"})
-    trainer.train()
-    by_object = sft(AutoModelForCausalLM.from_pretrained(language_model), tmp_path / "object")
-    by_object.train()
-    assert same_bits(trainer.model, by_object.model)
-
-
-def test_sft_accumulation_changes_neither_loss_nor_growth(language_model: Path, tmp_path: Path) -> None:
-    def run(batch: int, steps: int) -> Any:
-        model = AutoModelForCausalLM.from_pretrained(language_model)
-        size = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": steps, "logging_steps": 1}
-        trainer = sft(model, tmp_path / f"{batch}", train_sampling_strategy="sequential", **size)
+@pytest.mark.parametrize("score", ["paper", "weakest"])
+def test_a_round_after_steps_without_any_gradient_is_an_error(score: str, tmp_path: Path) -> None:
+    config = IncreLoraConfig(r_avg=2, interval=2, start=2, score=score)
+    trainer = IncreLoraSwallows(tiny_bert(), arguments(tmp_path), train_dataset=token_rows(), increlora_config=config)
+    trainer.fails_until = 99
+    with pytest.raises(RuntimeError, match=r"^4 steps .* no gradient has reached the adapter.*training_step of some"):
         trainer.train()
-        return trainer
-
-    whole, parts = run(8, 1), run(2, 4)
-    losses = [[entry["loss"] for entry in run.state.log_history if "loss" in entry] for run in (whole, parts)]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+    assert trainer.increlora.total_rank == 12
+    assert not trainer.increlora.rounds
 
 
-def test_an_adapter_configuration_beside_ours_is_refused(language_model: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"peft_config=LoraConfig\(\.\.\.\).*Leave it out, and give increlora_config"):
-        IncreLoraSFTTrainer(
-            model=AutoModelForCausalLM.from_pretrained(language_model),
-            args=SFTConfig(str(tmp_path), report_to="none", use_cpu=True, bf16=False),
-            train_dataset=Dataset.from_dict({"text": TEXTS}),
-            peft_config=LoraConfig(),
-        )
-    assert not list(tmp_path.iterdir())
+def test_an_adapter_that_the_loss_does_not_depend_on_is_an_error(tmp_path: Path) -> None:
+    class HeadAlone(IncreLoraTrainer):
+        def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+            return model.get_base_model().classifier(torch.ones(1, 16)).square().sum()
+
+    trainer = HeadAlone(tiny_bert(), arguments(tmp_path), train_dataset=token_rows(), increlora_config=CONFIG)
+    with pytest.raises(RuntimeError, match="Either the loss does not depend on the adapted layers"):
+        trainer.train()
+
+
+def test_steps_that_fail_now_and_then_do_not_end_the_training(tmp_path: Path) -> None:
+    trainer = IncreLoraSwallows(tiny_bert(), arguments(tmp_path), train_dataset=token_rows(), increlora_config=CONFIG)
+    trainer.fails_until = 3
+    trainer.train()
+    assert trainer.increlora.total_rank == 24
+
+
+def test_gradients_that_are_0_do_not_end_the_training(tmp_path: Path) -> None:
+    """As those of GRPO are while all rewards are equal."""
+
+    class Zero(IncreLoraTrainer):
+        def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+            return 0 * super().compute_loss(*args, **kwargs)
+
+    trainer = Zero(tiny_bert(), arguments(tmp_path), train_dataset=token_rows(), increlora_config=CONFIG)
+    trainer.train()
+    assert trainer.increlora.total_rank == 24
+
+
+def test_a_class_that_is_no_transformers_trainer_is_refused() -> None:
+    class SetFitTrainer:  # it has a train() of its own
+        def __init__(self, model: Any = None, args: Any = None) -> None: ...
+
+    class Mixed(IncreLoraTrainerMixin, SetFitTrainer):
+        pass
+
+    model = tiny_bert()
+    with pytest.raises(TypeError, match=r"Mixed extends SetFitTrainer, which is no transformers\.Trainer.*GrowthRun"):
+        Mixed(model)
+    assert not any("lora" in name for name, _ in model.named_parameters())
+
+
+def test_the_mixin_after_the_trainer_class_is_refused() -> None:
+    with pytest.raises(TypeError, match=r"Mixed names IncreLoraTrainerMixin after .* Write class Mixed\(IncreLoraTra"):
+
+        class Mixed(Seq2SeqTrainer, IncreLoraTrainerMixin):
+            pass
+
+
+def test_the_mixin_may_be_extended_before_it_meets_a_trainer(tmp_path: Path) -> None:
+    class Ours(IncreLoraTrainerMixin):
+        pass
+
+    class Mixed(Ours, Trainer):
+        pass
+
+    assert Mixed(tiny_bert(), arguments(tmp_path), increlora_config=CONFIG).increlora.total_rank == 12

@@ -234,14 +234,16 @@ def test_resume_with_an_optimizer_of_the_user(tmp_path: Path) -> None:
         whole.train(resume_from_checkpoint=str(tmp_path / "checkpoint-12"))
 
 
-def test_resume_with_model_init(tmp_path: Path) -> None:
+def test_resume_with_model_init_and_another_seed(tmp_path: Path) -> None:
     def trainer() -> Any:
-        return IncreLoraTrainer(
+        made = IncreLoraTrainer(
             args=arguments(tmp_path, max_steps=STEPS, save_strategy="steps", save_steps=12),
             train_dataset=token_rows(),
             model_init=lambda: tiny_bert(dropout=0.1),
             increlora_config=CONFIG,
         )
+        made.args.seed = 314
+        return made
 
     whole, resumed = trainer(), trainer()
     whole.train()
@@ -304,6 +306,17 @@ def test_named_checkpoint_that_is_damaged_is_refused(run: Path) -> None:
     (run / "checkpoint-18" / "scheduler.pt").unlink()
     with pytest.raises(AdapterFormatError, match=r"scheduler.pt: file: expected \d+ bytes, found no such file"):
         make(run).train(resume_from_checkpoint=str(run / "checkpoint-18"))
+
+
+def test_named_checkpoint_that_is_not_there_is_told_from_those_that_are(run: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"checkpoint-999': there is no such folder; .* holds checkpoint-18, checkp"):
+        make(run).train(resume_from_checkpoint=str(run / "checkpoint-999"))
+    with pytest.raises(ValueError, match=r"empty': there is no such folder; .* holds no checkpoint\. Name one"):
+        make(run).train(resume_from_checkpoint=str(tmp_path / "empty"))
+    with pytest.raises(
+        ValueError, match=r"is an output folder and no checkpoint; it holds checkpoint-18, .*give True"
+    ):
+        make(run).train(resume_from_checkpoint=str(run))
 
 
 def test_nothing_to_resume_is_an_error_with_the_reasons(run: Path, tmp_path: Path) -> None:

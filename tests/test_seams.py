@@ -9,6 +9,7 @@ import importlib
 import inspect
 import pkgutil
 import re
+import sys
 import textwrap
 from collections.abc import Iterator
 from functools import cache
@@ -185,12 +186,20 @@ SEAMS = [
     Seam("trainer/mixin.py", TRAINER + "call_model_init", "(self, trial=None)", "overridden: attaches the new model"),
     Seam("trainer/mixin.py", TRAINER + "create_accelerator_and_postprocess", "(self)",
          "overridden: the place where the accelerator has just been made"),
-    Seam("trainer/mixin.py", "trl.trainer.utils.create_model_from_path", "(model_id, architecture=None, **kwargs)",
+    Seam("trainer/mixin.py", TRAINER + "_hp_search_setup", "(self, trial)",
+         "lets a trial choose the seed before the model is attached"),
+    Seam("trainer/trl_models.py", "trl.trainer.utils.create_model_from_path",
+         "(model_id, architecture=None, **kwargs)",
          "loads a model by name as TRL's trainers do"),
     Seam("trainer/search.py", TRAINER + "_hp_search_setup", "(self, trial)",
          "overridden: does not warn of the settings of IncreLoRA in a trial"),
     Seam("trainer/search.py", TRAINER + "hp_search_backend", PRESENT, "tells what a trial is"),
     Seam("trainer/search.py", TRAINER + "hp_space", PRESENT, "what a trial of Optuna chooses"),
+    Seam("trainer/trl_models.py", "peft.PeftModel.add_adapter",
+         "(self, adapter_name, peft_config, low_cpu_mem_usage=False, autocast_adapter_dtype=True)",
+         "replaced on the instance while one of TRL's trainers is made: it would copy growing factors by their names"),
+    Seam("trainer/trl_models.py", MODULE + "get_parameter", "(self, target)", "replaced likewise"),
+    Seam("trainer/trl_models.py", "peft.utils.ModulesToSaveWrapper.modules_to_save", PRESENT, "copies trained heads"),
     Seam("trainer/refusals.py", "transformers.TrainingArguments.deepspeed_plugin", PRESENT, "refuses DeepSpeed"),
     Seam("trainer/refusals.py", "transformers.PreTrainedModel.tp_size", PRESENT, "refuses tensor parallelism"),
     Seam("trainer/publishing.py", TRAINER + "_save", "(self, output_dir=None, state_dict=None)",
@@ -232,6 +241,16 @@ def test_upstream_has_what_we_lean_on(seam: Seam) -> None:
     assert found is not None, f"{breaks} That name is gone."
     if seam.signature:
         assert _signature(found) == seam.signature, f"{breaks} Its signature has changed."
+
+
+def test_trl_copies_an_adapter_into_ref_as_we_count_on() -> None:
+    """trainer/trl_models.py stands in for these two calls."""
+    trl = pytest.importorskip("trl")
+    for trainer in (trl.DPOTrainer, trl.KTOTrainer, trl.RLOOTrainer, trl.GRPOTrainer):
+        source = inspect.getsource(sys.modules[trainer.__module__])
+        assert 'model.add_adapter("ref", default_config)' in source
+        assert "ref_param = model.get_parameter(ref_name)" in source
+        assert 'adapter_name="ref" if "ref" in' in source
 
 
 @pytest.mark.parametrize("seam", SEAMS, ids=lambda seam: f"{seam.ours}-{seam.theirs}")

@@ -23,6 +23,7 @@ from transformers import (
     TrainerCallback,
     set_seed,
 )
+from transformers.trainer_utils import HPSearchBackend
 
 from increlora_hf import IncreLoraConfig, IncreLoraTrainer, IncreLoraTrainerMixin, attach
 
@@ -111,6 +112,67 @@ def test_model_init_is_attached_anew_for_every_training(tmp_path: Path) -> None:
     trainer.train()
     assert trainer.increlora.total_rank == 24
     assert all(torch.equal(first[name], delta) for name, delta in deltas(trainer).items())
+
+
+def test_growth_takes_the_seed_of_each_training(tmp_path: Path) -> None:
+    def make(seed: int) -> Any:
+        args = arguments(tmp_path, seed=seed)
+        return IncreLoraTrainer(
+            args=args, train_dataset=token_rows(), model_init=lambda: tiny_bert(), increlora_config=QUICK
+        )
+
+    trainer, expected = make(42), make(314)
+    start = {name: value.clone() for name, value in expected.model.named_parameters()}
+    trainer.hp_search_backend = HPSearchBackend.WANDB
+    searched = trainer.call_model_init({"seed": 314})  # as in hyperparameter_search
+    assert all(torch.equal(start[name], value) for name, value in searched.named_parameters())
+    trainer = make(42)
+    trainer.args.seed = 314
+    for each in (trainer, expected):
+        each.train()
+    assert trainer.increlora.config.seed == 314
+    assert all(torch.equal(deltas(expected)[name], delta) for name, delta in deltas(trainer).items())
+
+
+@pytest.mark.parametrize("config", [None, QUICK], ids=["", "with its settings again"])
+def test_model_of_one_trainer_goes_on_in_another(config: IncreLoraConfig | None, tmp_path: Path) -> None:
+    model = IncreLoraTrainer(tiny_bert(), arguments(tmp_path), increlora_config=QUICK).model
+    other = IncreLoraTrainer(model, arguments(tmp_path, seed=7), increlora_config=config)
+    assert other.model is model
+    assert other.increlora.config.seed == 42
+
+
+def test_training_step_before_train_is_plain_trainers(tmp_path: Path) -> None:
+    trainer = IncreLoraTrainer(tiny_bert(), arguments(tmp_path), train_dataset=token_rows(), increlora_config=QUICK)
+    batch = next(iter(trainer.get_train_dataloader()))
+    loss = trainer.training_step(trainer.model, dict(batch), num_items_in_batch=torch.tensor(8))
+    with torch.no_grad():
+        expected = trainer.model(**batch).loss
+    torch.testing.assert_close(loss, expected)
+    trainer.model.zero_grad()
+    trainer.training_step(trainer.model, dict(batch))
+    gradients = [p.grad.clone() for p in trainer.increlora.parameters()]
+    trainer.model.zero_grad()
+    trainer.model(**batch).loss.backward()
+    torch.testing.assert_close(gradients, [p.grad for p in trainer.increlora.parameters()])
+    trainer.model.zero_grad()
+    trainer.train()
+    assert trainer.increlora.total_rank == 24
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # torch's own
+@pytest.mark.parametrize(
+    "wrap", [torch.compile, lambda model: torch.compile(attach(model))], ids=["plain", "attached"]
+)
+def test_compiled_model_is_refused_and_left_as_it_was(wrap: Any, tmp_path: Path) -> None:
+    model = wrap(tiny_bert())
+    names = [name for name, _ in model.named_parameters()]
+    for take in (attach, lambda model: IncreLoraTrainer(model, arguments(tmp_path))):
+        with pytest.raises(
+            ValueError, match=r"compiled \(OptimizedModule\).*set torch_compile=True in the training arg"
+        ):
+            take(model)
+    assert [name for name, _ in model.named_parameters()] == names
 
 
 def test_attached_model_is_trained_as_it_is(tmp_path: Path) -> None:

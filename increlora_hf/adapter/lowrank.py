@@ -39,17 +39,26 @@ class Probe:
         self.scalar = zero.clone().requires_grad_()  # its gradient is I
         self.matrix = zero.expand(shape).requires_grad_()  # its gradient is G; it holds no memory itself
         self.calls = 0  # since the last reading
+        self.calls_without_gradient = 0  # likewise
         self.is_shared = False  # whether there were ever several
 
     def count_call(self) -> None:
         """Count a call in the forward pass; activation checkpointing's second calls come in the backward pass.
 
+        Calls without gradient (generating text, computing references) do not count, unless it turns out in the
+        backward pass that reentrant checkpointing made them.
+
         Compiled code does not ask: it sees checkpointing as a whole. It is compiled anew once a layer proves shared;
         until then, for one reading, the first call's I stands beside the others' G.
         """
         if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == NO_GRAPH_TASK:
-            self.calls += 1
-            self.is_shared = self.is_shared or self.calls > 1
+            if torch.is_grad_enabled():
+                self.calls += 1
+            else:
+                self.calls_without_gradient += 1
+        elif self.calls == 0:
+            self.calls = self.calls_without_gradient
+        self.is_shared = self.is_shared or self.calls > 1
 
     def read(self, delta_weight: Callable[[], Tensor]) -> Tensor | None:
         """I for the one backward pass since the last reading, None where no gradient arrived.
@@ -59,7 +68,7 @@ class Probe:
         """
         gradient, value = self.matrix.grad, self.scalar.grad
         self.matrix.grad = self.scalar.grad = None
-        self.calls = 0
+        self.calls = self.calls_without_gradient = 0
         if gradient is None:
             return value
         of_all_calls = sensitivity(delta_weight().to(gradient), gradient, self.reduction)

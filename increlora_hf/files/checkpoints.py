@@ -136,7 +136,7 @@ def resolve_checkpoint(wanted: str | Path | bool, output_dir: str) -> Path:
 
     Raises:
         AdapterFormatError: the named one is not complete.
-        ValueError: there is none, or it holds no optimizer state.
+        ValueError: there is none, it is another kind of folder, or it holds no optimizer state.
     """
     if wanted is True:
         folder, skipped = newest_complete(output_dir)
@@ -147,6 +147,7 @@ def resolve_checkpoint(wanted: str | Path | bool, output_dir: str) -> Path:
             raise ValueError(f"No valid checkpoint found in output directory ({output_dir}): {reasons}.")
     else:
         folder = Path(str(wanted))
+        _require_checkpoint(folder)
         check_manifest(folder)
     if not (folder / OPTIMIZER_NAME).is_file():
         raise ValueError(
@@ -154,6 +155,22 @@ def resolve_checkpoint(wanted: str | Path | bool, output_dir: str) -> Path:
             "bit. Resume from a checkpoint with optimizer state, or attach its adapter to start a new run."
         )
     return folder
+
+
+def _require_checkpoint(folder: Path) -> None:
+    within = [path.name for path in checkpoints(folder)]
+    beside = [path.name for path in checkpoints(folder.parent)]
+    if not folder.is_dir():
+        there = f"{folder.parent} holds {', '.join(beside)}" if beside else f"{folder.parent} holds no checkpoint"
+        raise ValueError(
+            f"resume_from_checkpoint={str(folder)!r}: there is no such folder; {there}. Name one that is there, or "
+            "give True for the newest complete one in output_dir."
+        )
+    if within and not (folder / MANIFEST_NAME).exists():
+        raise ValueError(
+            f"resume_from_checkpoint={str(folder)!r} is an output folder and no checkpoint; it holds "
+            f"{', '.join(within)}. Name one of these, or give True for the newest complete one in output_dir."
+        )
 
 
 def newest_complete(output_dir: str | Path) -> tuple[Path | None, dict[str, str]]:

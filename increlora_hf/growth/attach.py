@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from accelerate.utils import is_compiled_module
 from peft import PeftModel
 from torch import nn
 
@@ -35,9 +36,16 @@ def attach(model: nn.Module, config: IncreLoraConfig | None = None) -> PeftModel
         config: default `IncreLoraConfig()`.
 
     Raises:
-        ValueError: the settings do not fit the model, it is one of sentence-transformers, it holds adapters that
-            cannot grow, or bitsandbytes has repacked its 4-bit weights for the CPU; the model is left as it was.
+        ValueError: the settings do not fit the model, it is compiled or one of sentence-transformers, it holds
+            adapters that cannot grow, or bitsandbytes has repacked its 4-bit weights for the CPU; the model is left as
+            it was.
     """
+    if is_compiled_module(model):
+        raise ValueError(
+            f"The model is compiled ({type(model).__name__}), and its code would not follow the growth. Pass the "
+            "model as it was before torch.compile, and set torch_compile=True in the training arguments; in a loop of "
+            "your own, compile what attach() returns, and give GrowthRun compiled=True."
+        )
     if is_attached(model):
         return _already_attached(model, config)
     config = config or IncreLoraConfig()

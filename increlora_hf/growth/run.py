@@ -17,7 +17,14 @@ from torch.optim import Optimizer
 from transformers.trainer_utils import SchedulerType
 
 from ..adapter.probes import SensitivityProbes
-from ..distributed import average_gradients, broadcast_object, broadcast_tensors, is_sharded, num_processes
+from ..distributed import (
+    all_gather_objects,
+    average_gradients,
+    broadcast_object,
+    broadcast_tensors,
+    is_sharded,
+    num_processes,
+)
 from ..method.penalties import add_orthogonality_gradient
 from .attach import is_attached
 from .growth import Growth, Round
@@ -97,6 +104,7 @@ class GrowthRun:
         self._sensitivities: Tensor | None = None  # of the update so far
         self._backward_passes = 0
         self._is_penalised = self._is_averaged = False
+        self._is_reached = state is not None  # whether a gradient has reached the adapter
         self.growth.begin_run(total_steps, warmup_steps, state)
         self._packing = self._take_over()
         self.growth.schedule = {
@@ -166,6 +174,8 @@ class GrowthRun:
         if self._backward_passes == 0:
             self.after_backward()
         config = self.growth.config
+        if not (self._is_penalised or self._is_reached):  # the penalty's gradient does not count
+            self._is_reached = any(p.grad is not None for p in self.growth.parameters())
         if not self._is_penalised and config.orth_reg_weight > 0:
             sign = -1 if self.optimizer.param_groups[0].get("maximize") else 1
             weight = sign * config.orth_reg_weight * self._loss_scale()
@@ -203,6 +213,7 @@ class GrowthRun:
             growth.tracker.update(self._sensitivities)
         is_due = growth.plan.is_due(self.step)
         if is_due:
+            self._require_gradients()
             require_same_replicas(growth)
             growth.tracker = broadcast_object(growth.tracker)
             birth_step = self.lr_scheduler.last_epoch + 1 if growth.config.restart_warmup else 0
@@ -213,6 +224,15 @@ class GrowthRun:
         self._begin_update()
         self._watch()
         return growth.rounds[-1] if is_due else None
+
+    def _require_gradients(self) -> None:
+        if not any(all_gather_objects(self._is_reached)):
+            raise RuntimeError(
+                f"{self.step} steps of the optimizer are done, and no gradient has reached the adapter: nothing was "
+                "learned, and all scores of the round that is due are 0. Either the loss does not depend on the "
+                "adapted layers, or an error in the forward or backward pass is caught before you see it, as by the "
+                "training_step of some Trainer classes. Compute the loss of one batch and call backward() on it."
+            )
 
     def skip_update(self) -> None:
         """Forget an update whose gradients will not be used, such as one that is not finite; zero them yourself."""

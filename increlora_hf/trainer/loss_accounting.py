@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import nn
-from transformers import Trainer
+from transformers import Trainer, TrainingArguments
 
 from ..distributed import broadcast_object, num_processes
 
@@ -24,6 +24,7 @@ class ItemCountsMixin(_Base):
     """Trainer's loss; it knows whether model or Trainer divides by ``num_items_in_batch``."""
 
     loss_divides: bool | None = None  # whether the loss divides by ``num_items_in_batch``; None until one has told
+    current_gradient_accumulation_steps = 1  # for a training_step before `train`, where Trainer counts them
     _micro_batch: tuple[Any, Any] | None = None  # inputs and ``num_items_in_batch`` of the loss computed last
 
     def compute_loss(
@@ -71,11 +72,8 @@ class ItemCountsMixin(_Base):
 
     def own_items(self, inputs: Any) -> Any:
         """Return the items of this process's micro-batch; Trainer would count those of all processes."""
-        across, self.args.average_tokens_across_devices = self.args.average_tokens_across_devices, False
-        try:
+        with borrowed(self.args, {"average_tokens_across_devices": False}):
             return self._get_num_items_in_batch([inputs], self.args.device)
-        finally:
-            self.args.average_tokens_across_devices = across
 
     def take_micro_batch_weight(self) -> float:
         """Factor that makes the last loss's gradients 1/M of those of its own mean loss, M micro-batches a step.
@@ -94,6 +92,17 @@ class ItemCountsMixin(_Base):
             return 0.0
         processes = num_processes() if self.args.average_tokens_across_devices else 1
         return float(num_items_in_batch / own_items) / (self.current_gradient_accumulation_steps * processes)
+
+
+@contextmanager
+def borrowed(args: TrainingArguments, values: Mapping[str, Any]) -> Iterator[None]:
+    """Give the arguments these values, and restore their own afterwards."""
+    own = {name: getattr(args, name) for name in values}
+    vars(args).update(values)
+    try:
+        yield
+    finally:
+        vars(args).update(own)
 
 
 @contextmanager

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import ProgressCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments, set_seed
+from transformers import ProgressCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, has_length
 
@@ -29,11 +29,12 @@ from ..growth.tensors import frozen_batch_norms
 from ..method.penalties import orthogonality
 from ..report.callback import GrowthReportCallback
 from ..report.text import ORTH_LOSS, TOTAL_RANK, final_ranks, plan_line
-from .loss_accounting import ItemCountsMixin
+from .loss_accounting import ItemCountsMixin, borrowed
 from .publishing import PublishingMixin, refuse_pickles
-from .refusals import refuse_other_parallelism, refuse_unsupported
+from .refusals import refuse_other_classes, refuse_other_order, refuse_other_parallelism, refuse_unsupported
 from .resuming import has_ended, require_on_every_node, same_checkpoint
 from .search import SearchMixin
+from .trl_models import load_by_name, reference_of_the_start
 
 OWN_ARGUMENTS = {"output_dir", "run_name", "local_rank", "hub_token", "report_to", "disable_tqdm", "log_level"}
 # These may differ between processes and change nothing that is trained.
@@ -58,6 +59,11 @@ class IncreLoraTrainerMixin(ItemCountsMixin, PublishingMixin, SearchMixin):
         ValueError: a setting that IncreLoRA cannot work with, before anything is trained or written.
     """
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Refuse a class that names the mixin too late."""
+        super().__init_subclass__(**kwargs)
+        refuse_other_order(cls, IncreLoraTrainerMixin)
+
     def __init__(
         self,
         model: Any = None,
@@ -67,22 +73,29 @@ class IncreLoraTrainerMixin(ItemCountsMixin, PublishingMixin, SearchMixin):
         **kwargs: Any,
     ) -> None:
         """Take the Trainer's arguments and two more."""
+        refuse_other_classes(type(self))
         if isinstance(increlora_config, Mapping):
             increlora_config = IncreLoraConfig.from_dict(increlora_config)
         self.increlora_config = increlora_config
-        training_args = kwargs.get("args", args[0] if args else None) or TrainingArguments(output_dir="tmp_trainer")
+        found = [value for value in (*args, kwargs.get("args")) if isinstance(value, TrainingArguments)]
+        training_args = found[0] if found else TrainingArguments(output_dir="tmp_trainer")
         refuse_unsupported(training_args, kwargs)
         refuse_other_parallelism(training_args, model)
         refuse_pickles(training_args, allow_pickles_on_hub)
-        self._increlora_seed = training_args.seed
+        for_trainer: dict[str, Any] = {}
         if isinstance(model, str):
-            model = _load_by_name(model, training_args, kwargs.pop("quantization_config", None))
+            for_trainer["model_init_kwargs"] = None  # TRL refuses them beside a model that is loaded
+            model = load_by_name(model, training_args, kwargs.pop("quantization_config", None))
         self.growth_run: GrowthRun | None = None
         self._resuming: dict[str, Any] | None = None  # the state of growth in the checkpoint to resume
         self._frozen_norms: list[nn.Module] = []
         self._optimizer_is_users = kwargs.get("optimizers", (None, None))[0] is not None
-        with unchanged_on_error(model), _sharded_runs_can_resume(training_args, model):
-            super().__init__(None if model is None else self._attach(model), *args, **kwargs)
+        if getattr(model, "is_distributed_loading_by_transformers", False):
+            for_trainer["save_only_model"] = True  # allows to save: here the optimizer holds nothing sharded
+        with unchanged_on_error(model), borrowed(training_args, for_trainer):
+            attached = None if model is None else self._attach(model, training_args.seed)
+            with reference_of_the_start(attached):
+                super().__init__(attached, *args, **kwargs)
         self.add_callback(_GrowthCallback(self))
         self.add_callback(GrowthReportCallback(self.callback_handler))
 
@@ -91,16 +104,18 @@ class IncreLoraTrainerMixin(ItemCountsMixin, PublishingMixin, SearchMixin):
         """Plan, rounds and ranks of the model being trained."""
         return self.model.increlora  # type: ignore[union-attr, return-value]
 
-    def _attach(self, model: Any, **trial_settings: Any) -> Any:
+    def _attach(self, model: Any, seed: int, **trial_settings: Any) -> Any:
         held: IncreLoraConfig | None = model.increlora.config if is_attached(model) else None
         config = dataclasses.replace(self.increlora_config or held or IncreLoraConfig(), **trial_settings)
-        if config.seed is None and held is None:
-            config = dataclasses.replace(config, seed=self._increlora_seed)
+        if config.seed is None:
+            config = dataclasses.replace(config, seed=seed if held is None else held.seed)
         return attach(model, config)
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
-        """Attach the model that ``model_init`` returns, with the settings that the trial of a search chooses."""
-        return self._attach(super().call_model_init(trial), **self.trial_settings(trial))
+        """Attach the model that ``model_init`` returns, with the settings and the seed of the trial of a search."""
+        if trial is not None:
+            self._hp_search_setup(trial)  # Trainer lets the trial choose the seed later
+        return self._attach(super().call_model_init(trial), self.args.seed, **self.trial_settings(trial))
 
     def create_accelerator_and_postprocess(self) -> None:
         """Create the accelerator; it wraps no DistributedDataParallel, which forgets parameters born after it.
@@ -144,7 +159,6 @@ class IncreLoraTrainerMixin(ItemCountsMixin, PublishingMixin, SearchMixin):
         if resume_from_checkpoint:
             folder = same_checkpoint(resume_from_checkpoint, str(self.args.output_dir))
             self._resuming = read_state(folder)
-            self.increlora.require_same_settings(self._resuming, self._resuming["source"])
             self.take_decision(self._resuming["loss_divides"])
             state = TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME))
             resumed_step = state.global_step
@@ -175,6 +189,7 @@ class IncreLoraTrainerMixin(ItemCountsMixin, PublishingMixin, SearchMixin):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Bring the model back to where the optimizer was made; `create_scheduler` then replays the other rounds."""
         assert self._resuming is not None
+        self.increlora.require_same_settings(self._resuming, self._resuming["source"])
         self._start_over()
         self.increlora.replay(self._resuming, self._resuming["rounds_before_optimizer"])
         if not self._optimizer_is_users:
@@ -257,11 +272,9 @@ class IncreLoraTrainerMixin(ItemCountsMixin, PublishingMixin, SearchMixin):
         folder = Path(output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         with new_checkpoint(folder) if self.args.should_save else nullcontext():
             barrier()  # what was left there is gone
-            limit, self.args.save_total_limit = self.args.save_total_limit, None  # Trainer would rotate too early
-            try:
+            limit = self.args.save_total_limit
+            with borrowed(self.args, {"save_total_limit": None}):  # Trainer would rotate too early
                 super()._save_checkpoint(model, trial)
-            finally:
-                self.args.save_total_limit = limit
             if self.args.should_save:
                 self._write_arguments(folder)  # again, with the limit in place
                 write_state(folder, self.model, loss_divides=self.loss_divides)  # type: ignore[arg-type]
@@ -330,29 +343,6 @@ class _GrowthCallback(TrainerCallback):
         growth = self._trainer.increlora
         log = logger.warning if growth.total_rank > growth.target_total_rank else logger.info
         log("IncreLoRA: %s", final_ranks(growth))
-
-
-@contextmanager
-def _sharded_runs_can_resume(args: TrainingArguments, model: Any) -> Iterator[None]:
-    """Let Trainer save beside a sharded base: here the optimizer holds nothing sharded, and the run can resume."""
-    only_model = args.save_only_model
-    args.save_only_model = only_model or bool(getattr(model, "is_distributed_loading_by_transformers", False))
-    try:
-        yield
-    finally:
-        args.save_only_model = only_model
-
-
-def _load_by_name(name: str, args: Any, quantization_config: Any) -> nn.Module:
-    """Load the model as TRL's trainers would, before they do."""
-    from trl.trainer.utils import create_model_from_path  # an optional package
-
-    options = dict(getattr(args, "model_init_kwargs", None) or {})
-    options.setdefault("trust_remote_code", getattr(args, "trust_remote_code", False))
-    if quantization_config is not None:
-        options["quantization_config"] = quantization_config
-    set_seed(args.seed)  # as they do, for weights that are not in the file
-    return create_model_from_path(name, **options)
 
 
 class IncreLoraTrainer(IncreLoraTrainerMixin, Trainer):

@@ -6,10 +6,31 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from transformers import TrainingArguments
+from transformers import Trainer, TrainingArguments
 from transformers.training_args import ParallelMode
 
 from ..growth.schedule import require_curve
+
+
+def refuse_other_classes(cls: type) -> None:
+    """Raise TypeError for a class with the mixin that is no Trainer of transformers."""
+    if not issubclass(cls, Trainer):
+        others = [base.__name__ for base in cls.__bases__ if not base.__module__.startswith("increlora_hf")]
+        raise TypeError(
+            f"{cls.__name__} extends {', '.join(others) or 'no other class'}, which is no transformers.Trainer, and "
+            "the mixin works through that class's hooks. Give it a subclass of transformers.Trainer, or train the "
+            "model of attach() with a GrowthRun in a loop of your own."
+        )
+
+
+def refuse_other_order(cls: type, mixin: type) -> None:
+    """Raise TypeError where Trainer comes before the mixin, which would then never be called."""
+    order = cls.__mro__
+    if Trainer in order and order.index(Trainer) < order.index(mixin):
+        raise TypeError(
+            f"{cls.__name__} names {mixin.__name__} after the Trainer class, whose methods would be called in the "
+            f"place of the mixin's. Write class {cls.__name__}({mixin.__name__}, ...), the mixin first."
+        )
 
 
 def refuse_unsupported(args: TrainingArguments, kwargs: Mapping[str, Any]) -> None:
