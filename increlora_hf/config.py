@@ -93,7 +93,8 @@ class IncreLoraConfig:
     increment: int = _setting(1, "Components that a chosen layer gains in one round (k).", within=RANK)
     interval: int | None = _setting(
         None,
-        "Optimizer steps between rounds (nu). Default: the warm-up steps, else 2.5 % of the run, at least 10.",
+        "Optimizer steps between rounds (nu). Default: the warm-up steps, else 2.5 % of the run, at least 10; less "
+        "where a round would otherwise name more than half of the layers.",
         within=STEPS,
     )
     overshoot: int = _setting(

@@ -257,6 +257,10 @@ def test_deberta_v3_base_has_72_layers_and_the_published_size(r_avg: int, total:
 REFUSED_TARGETS: dict[str, tuple[dict[str, Any], str]] = {
     "nothing": ({"target_modules": ["no_such_layer"]}, r"no_such_layer.*matches no module"),
     "one-of-two": ({"target_modules": ["query", "valeu"]}, r"\['valeu'\] matches no module"),
+    "no-such-head": (
+        {"modules_to_save": ["classifer"]},
+        "modules_to_save names 'classifer', which is no module of .* Did you mean 'classifier'",
+    ),
     "regex": ({"target_modules": "xyz.*"}, "'xyz.*' matches no module"),
     "not-linear": ({"target_modules": ["query", "LayerNorm"]}, r"matches 'bert.embeddings.LayerNorm', a LayerNorm"),
     "embedding": ({"target_modules": ["word_embeddings"]}, "an? Embedding"),

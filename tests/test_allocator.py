@@ -114,6 +114,34 @@ def test_default_interval_without_warm_up_is_a_fortieth_of_the_run_and_at_least_
     assert plan_for(warmup_steps=0, total_steps=100).interval == 10
 
 
+@pytest.mark.parametrize(
+    "total_steps, warmup, r_avg, interval, top_h, last",
+    [
+        (30, 0, 2, 4, 18, 12),
+        (60, 0, 2, 8, 18, 24),
+        (500, 100, 2, 66, 18, 198),
+        (200, 150, 2, 26, 18, 78),
+        (1000, 100, 8, 26, 18, 390),
+    ],
+)
+def test_short_runs_get_intervals_with_which_a_round_chooses(
+    total_steps: int, warmup: int, r_avg: int, interval: int, top_h: int, last: int
+) -> None:
+    plan = plan_for(36, total_steps, warmup, r_avg=r_avg)
+    assert (plan.interval, plan.top_h, plan.last_step) == (interval, top_h, last)
+    assert plan.is_choice
+    assert plan.last_step <= 0.4 * total_steps
+
+
+def test_a_plan_that_names_every_layer_in_every_round_is_no_choice() -> None:
+    assert not plan_for(36, 20, 0).is_choice
+    assert not plan_for(36, 1000, 0, interval=100, top_h=36, r_avg=3).is_choice
+    assert plan_for(
+        36, 1000, 0, interval=100, top_h=36, target_total_rank=80
+    ).is_choice  # the last round leaves some out
+    assert plan_for(36, 1000, 0, interval=100, top_h=36, peak_total_rank=144).is_choice  # the cut chooses
+
+
 @untimed
 @given(interval=st.integers(1, 30), start=st.integers(0, 90), rounds=st.integers(1, 6), window=st.integers(1, 70))
 def test_scored_steps_are_the_last_window_before_each_round(
@@ -133,7 +161,7 @@ def test_window_is_the_smallest_power_below_the_tolerance() -> None:
 
 @pytest.mark.parametrize(
     "settings",
-    [{"top_h": 1}, {"top_h": 2, "interval": 100}, {"r_avg": 16}, {"interval": 300, "start": 300}],
+    [{"top_h": 1}, {"top_h": 2, "interval": 100}, {"r_avg": 16, "interval": 40}, {"interval": 300, "start": 300}],
     ids=["few-layers", "rare-rounds", "large-budget", "late-rounds"],
 )
 def test_unreachable_budget_names_settings_that_work(settings: dict[str, int]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Iterable, Mapping, Sequence
+from difflib import get_close_matches
 
 from peft import LoraConfig, TaskType
 from peft.tuners.tuners_utils import _check_lora_target_modules_mamba, check_target_module_exists
@@ -65,6 +66,7 @@ def resolve_targets(
     if targets is not config.target_modules:  # full names
         targets = exact_targets(targets, [name for name, _ in model.named_modules()])
     heads = outside if config.modules_to_save is None else list(config.modules_to_save)
+    _require_modules(model, heads)
     lora_config = LoraConfig(
         r=config.first_rank,
         lora_alpha=plain_alpha(config.lora_alpha),  # type: ignore[arg-type]
@@ -281,6 +283,16 @@ def _outside_backbone(model: nn.Module) -> tuple[list[str], list[str]]:
     poolers = [getattr(tower, "pooler", None) for tower in backbone]
     outside += [names[id(pooler)] for pooler in poolers if isinstance(pooler, nn.Module) and _has_parameters(pooler)]
     return outside, single
+
+
+def _require_modules(model: nn.Module, heads: Iterable[str]) -> None:
+    """Refuse an entry of ``modules_to_save`` that names no module: PEFT would pass it over."""
+    for head in heads:
+        if not head_modules(model, [head]):
+            last = sorted({name.rpartition(".")[2] for name, _ in model.named_modules() if name})
+            meant = get_close_matches(head.rpartition(".")[2], last, n=1)
+            hint = f"Did you mean {meant[0]!r}?" if meant else "Use names that model.named_modules() gives."
+            raise ValueError(f"modules_to_save names {head!r}, which is no module of {type(model).__name__}. {hint}")
 
 
 def _not_overlapping(model: nn.Module, names: Iterable[str], others: Iterable[str]) -> list[str]:

@@ -46,6 +46,8 @@ def _planned(planned: Document, config: IncreLoraConfig) -> str:
         "rank": f"{plan['initial_total_rank']:,} to {plan['peak_total_rank']:,}{cut}{note}",
         "rounds": rounds if plan["rounds"] else "none" if plan["cut_step"] else "none, the ranks are fixed",
     }
+    if planned["warning"]:
+        facts["warning"] = planned["warning"]
     if planned["frozen_experts"]:
         facts["frozen"] = f"the experts' weights: {planned['frozen_experts'][0]}, ..."
     lines = [_facts(facts), "", f"{'':<20}{'start':>15}{'end, fewest':>15}{'end, most':>15}{'peak':>15}"]

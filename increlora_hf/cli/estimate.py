@@ -12,7 +12,7 @@ from ..adapter.components import budget
 from ..adapter.targets import features, first_ranks, fused_experts, head_modules, resolve_targets
 from ..config import IncreLoraConfig
 from ..growth.growth import plan_for
-from ..report.text import added_parameters, most_gained
+from ..report.text import added_parameters, choice_note, most_gained
 
 FLOAT32 = 4  # bytes
 ADAMW = 2 * FLOAT32  # bytes of the optimizer's state for a parameter: its two averages
@@ -88,6 +88,7 @@ def plan_model(model: nn.Module, config: IncreLoraConfig, *, max_steps: int, war
         "head_parameters": head,
         "frozen_experts": fused_experts(model),
         "plan": plan.to_dict(),
+        "warning": choice_note(plan),
         "start": asdict(begin),
         "end_fewest": asdict(ends[0]),
         "end_most": asdict(ends[1]),

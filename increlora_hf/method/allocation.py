@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass
 
 DEFAULT_INTERVAL_FRACTION = 0.025  # of the run, where it has no warm-up
 MIN_DEFAULT_INTERVAL = 10  # optimizer steps; fewer would score a layer on too few batches
+SHORTEST_INTERVAL = 4  # of a short run; below it a smoothed score (factor 0.85) is little more than its first batch
+CHOSEN_SHARE = 2  # the default plan lets a round name at most one layer in so many
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +47,12 @@ class Plan:
         """The steps t > start with t % interval == 0 at which rounds happen."""
         first = self.interval * (self.start // self.interval + 1)
         return range(first, first + self.rounds * self.interval, self.interval)
+
+    @property
+    def is_choice(self) -> bool:
+        """Whether some round leaves some layer out; otherwise all ranks end equal, as in plain LoRA."""
+        needed = self.peak_total_rank - self.initial_total_rank
+        return self.is_cut or self.top_h < self.num_layers or needed % (self.num_layers * self.increment) > 0
 
     @property
     def is_cut(self) -> bool:
@@ -104,12 +112,17 @@ def make_plan(
         ValueError: the budget cannot be met before the run's last step. The message names the step that the last
             round would need and the nearest valid ``interval`` and ``top_h``.
     """
-    interval = interval or warmup_steps or max(MIN_DEFAULT_INTERVAL, round(DEFAULT_INTERVAL_FRACTION * total_steps))
-    start = interval if start is None else start
     peak_total_rank = target_total_rank if peak_total_rank is None else peak_total_rank
     needed = peak_total_rank - initial_total_rank
+    growth_end = int(growth_fraction * total_steps)
+    if interval is None:
+        longest = warmup_steps or max(MIN_DEFAULT_INTERVAL, round(DEFAULT_INTERVAL_FRACTION * total_steps))
+        can_choose = top_h is None and num_layers > 1
+        wanted = math.ceil(CHOSEN_SHARE * needed / (num_layers * increment)) if can_choose else 0
+        interval = _default_interval(longest, start, growth_end, wanted)
+    start = interval if start is None else start
     if top_h is None:
-        available = int(growth_fraction * total_steps) // interval - start // interval
+        available = growth_end // interval - start // interval
         top_h = min(num_layers, math.ceil(needed / (available * increment))) if available > 0 else num_layers
     plan = Plan(
         num_layers=num_layers,
@@ -126,6 +139,14 @@ def make_plan(
     if plan.last_step > _last_possible(plan):
         raise ValueError(_unreachable(plan))
     return plan
+
+
+def _default_interval(longest: int, start: int | None, growth_end: int, wanted: int) -> int:
+    """The longest interval, up to ``longest``, with the wanted number of rounds by the end of growth."""
+    for interval in range(longest, SHORTEST_INTERVAL - 1, -1):
+        if growth_end // interval - (interval if start is None else start) // interval >= wanted:
+            return interval
+    return min(longest, SHORTEST_INTERVAL)
 
 
 def _rounds_needed(components: int, top_h: int, increment: int) -> int:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-from ..method.allocation import gains
+from ..method.allocation import Plan, gains
 
 if TYPE_CHECKING:  # the rank table needs no torch
     from ..config import IncreLoraConfig
@@ -38,6 +38,16 @@ def plan_line(growth: Growth, other_trainable: int) -> str:
         f"rounds of {plan.top_h} every {plan.interval:,} steps from step {plan.first_step:,}, last at "
         f"{plan.last_step:,} of {plan.total_steps:,} ({plan.last_step / plan.total_steps:.0%}); "
         f"{cut}trainable {_millions(now)} M → {_millions(low)}-{_millions(high)} M{head}{note}"
+    )
+
+
+def choice_note(plan: Plan | None) -> str:
+    """Say that no round chooses, with the remedy; empty where some round does, or nothing grows."""
+    if plan is None or plan.is_choice or not plan.rounds or plan.num_layers == 1:
+        return ""
+    return (
+        f"Every round gives rank to all {plan.num_layers} layers, so that none is chosen and the ranks end equal, as "
+        "in plain LoRA. Train for more steps, or give a shorter interval or a smaller top_h."
     )
 
 

@@ -28,7 +28,7 @@ from ..growth.run import GrowthRun
 from ..growth.tensors import frozen_batch_norms
 from ..method.penalties import orthogonality
 from ..report.callback import GrowthReportCallback
-from ..report.text import ORTH_LOSS, TOTAL_RANK, final_ranks, plan_line
+from ..report.text import ORTH_LOSS, TOTAL_RANK, choice_note, final_ranks, plan_line
 from .loss_accounting import ItemCountsMixin, borrowed
 from .publishing import PublishingMixin, refuse_pickles
 from .refusals import refuse_other_classes, refuse_other_order, refuse_other_parallelism, refuse_unsupported
@@ -230,6 +230,8 @@ class IncreLoraTrainerMixin(ItemCountsMixin, PublishingMixin, SearchMixin):
             self.lr_scheduler = self.growth_run.lr_scheduler
             self._created_lr_scheduler = True
             logger.info(plan_line(self.increlora, self._other_trainable()))
+            if note := choice_note(self.increlora.plan):
+                logger.warning("IncreLoRA: %s", note)
         return self.lr_scheduler
 
     def _begin(self) -> None:
