@@ -117,9 +117,9 @@ def make_plan(
     growth_end = int(growth_fraction * total_steps)
     if interval is None:
         longest = warmup_steps or max(MIN_DEFAULT_INTERVAL, round(DEFAULT_INTERVAL_FRACTION * total_steps))
-        can_choose = top_h is None and num_layers > 1
-        wanted = math.ceil(CHOSEN_SHARE * needed / (num_layers * increment)) if can_choose else 0
-        interval = _default_interval(longest, start, growth_end, wanted)
+        wanted = math.ceil(CHOSEN_SHARE * needed / (num_layers * increment))
+        can_choose = wanted and top_h is None and num_layers > 1
+        interval = _default_interval(longest, start, growth_end, wanted) if can_choose else longest
     start = interval if start is None else start
     if top_h is None:
         available = growth_end // interval - start // interval
