@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -126,12 +127,13 @@ def all_gather_objects(value: Any) -> list[Any]:
     return values
 
 
-def require_equal(facts: Mapping[str, Any], remedy: str) -> None:
+def require_equal(facts: Mapping[str, Any], remedy: str, *, show_values: bool = True) -> None:
     """Raise ValueError, on all processes alike, where they do not hold the same facts.
 
     Args:
         facts: name -> a value that JSON can hold. Their hashes are compared, and only where those differ, they travel.
         remedy: what to do, a sentence.
+        show_values: name the values in the message, not the ranks alone.
     """
     text = json.dumps(facts, default=str)
     if len(set(all_gather_objects(hashlib.sha256(text.encode()).hexdigest()))) == 1:
@@ -143,6 +145,8 @@ def require_equal(facts: Mapping[str, Any], remedy: str) -> None:
             ranks[json.dumps(one.get(name, ABSENT))].append(rank)
         if len(ranks) > 1:
             each = ", ".join(f"{value} on {_ranks(having)}" for value, having in ranks.items())
+            if not show_values:
+                each = " is unlike ".join(map(_ranks, ranks.values()))
             raise ValueError(f"The processes of this run differ in {name}: {each}. {remedy}")
 
 
@@ -164,6 +168,16 @@ def _checksum(tensor: Tensor) -> Tensor:
     return (bits * (2 * torch.arange(len(bits), device=bits.device) + 1)).sum()
 
 
-def is_lost_process(error: BaseException) -> bool:
-    """Whether a collective failed because another process is gone, or did not answer in time."""
-    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
+@contextmanager
+def lost_process_explained() -> Iterator[None]:
+    """Say what to do where a collective fails: another process is gone, or did not answer in time."""
+    try:
+        yield
+    except RuntimeError as error:
+        if num_processes() == 1 or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+            raise
+        raise RuntimeError(
+            f"Rank {dist.get_rank()} of {num_processes()} lost another process, or waited longer for it than "
+            "ddp_timeout: the first error of all processes is the cause. Start all of them again with "
+            "resume_from_checkpoint=True; nothing before the last checkpoint is lost."
+        ) from error

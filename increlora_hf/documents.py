@@ -1,15 +1,17 @@
-"""JSON files: checked when they are read, written completely or not at all."""
+"""JSON files: checked when they are read, written completely or not at all, without tokens."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from .errors import AdapterFormatError
 
+TOKEN = re.compile(r"hf_[A-Za-z0-9]{30,}")
 HISTORY_NAME = "increlora_history.json"  # beside an adapter: what `Growth.history` gives
 
 
@@ -64,3 +66,15 @@ def sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def without_tokens(value: Any, name: str = "") -> Any:
+    """A copy of nested plain values in which tokens are masked; they are found by their key or by their form."""
+    if isinstance(value, Mapping):
+        return {str(key): without_tokens(inner, str(key)) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_tokens(inner, name) for inner in value]
+    secret = name == "token" or name.endswith("_token")
+    if isinstance(value, str) and (secret or TOKEN.search(value)):
+        return f"<{name.upper()}>"
+    return value

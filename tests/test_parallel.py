@@ -69,12 +69,13 @@ def make(folder: Path, config: IncreLoraConfig = CONFIG, **settings: Any) -> Any
     """A trainer; settings are training arguments, or the model, rows, the steps to save after, what to do in each."""
     model = settings.pop("model", None) or tiny_bert(dropout=settings.pop("dropout", 0.0))
     rows, save_at = settings.pop("rows", None) or token_rows(), settings.pop("save_at", None)
+    eval_rows = settings.pop("eval_rows", None) or token_rows(seed=9)
     watch = Watch(settings.pop("then", lambda trainer: None))
     trainer = IncreLoraTrainer(
         model,
         arguments(folder, **{"max_steps": 100, "per_device_train_batch_size": 2, **settings}),
         train_dataset=rows,
-        eval_dataset=token_rows(seed=9),
+        eval_dataset=eval_rows,
         increlora_config=config,
         callbacks=[watch, SaveAt(save_at)] if save_at else [watch],
     )
@@ -337,8 +338,15 @@ def test_resume_with_another_number_of_processes(tmp_path: Path) -> None:
 def best_model(rank: int, folder: Path) -> tuple[int, float, float]:
     schedule = {"eval_strategy": "steps", "eval_steps": 6, "save_strategy": "steps", "save_steps": 6}
     trainer, _ = make(folder, SHORT, max_steps=24, load_best_model_at_end=True, learning_rate=0.3, **schedule)
+    evaluate, sign = trainer.evaluate, 1 - 2 * rank  # the processes do not agree on what is best
+
+    def evaluate_differently(*args: Any, **kwargs: Any) -> dict[str, float]:
+        metrics = evaluate(*args, **kwargs)
+        return {**metrics, "eval_loss": sign * metrics["eval_loss"]}
+
+    trainer.evaluate = evaluate_differently
     trainer.train()
-    return trainer.increlora.total_rank, trainer.evaluate()["eval_loss"], trainer.state.best_metric
+    return trainer.increlora.total_rank, evaluate()["eval_loss"], trainer.state.best_metric
 
 
 def test_best_model_is_loaded_on_every_process(tmp_path: Path) -> None:
@@ -368,11 +376,18 @@ def test_saved_adapter_is_an_ordinary_one(tmp_path: Path) -> None:
         ({"learning_rate": [1e-2, 2e-2]}, "the training argument learning_rate: 0.01 on rank 0, 0.02 on rank 1"),
         ({"seed": [42, 43]}, "the setting seed: 42 on rank 0, 43 on rank 1"),
         ({"rows": [token_rows(64), token_rows(80)]}, "the number of training batches: 16 on rank 0, 20 on rank 1"),
-        ({"model": [0, 1]}, "the values of base_model"),
+        (
+            {"eval_rows": [token_rows(64), token_rows(80)]},
+            'the rows to evaluate: {"": 64} on rank 0, {"": 80} on rank 1',
+        ),
+        (
+            {"model": [0, 1]},
+            "rank 0 is unlike rank 1. Weights that are not in the model's file are drawn at random: call",
+        ),
         ({"version": ["1.0", "1.1"]}, 'torch: "1.0" on rank 0, "1.1" on rank 1'),
         ({"config": [SHORT, IncreLoraConfig(r_avg=2, top_h=6, interval=6, start=4)]}, "the setting interval: 5 on "),
     ],
-    ids=["argument", "seed", "data", "weights", "software", "setting"],
+    ids=["argument", "seed", "data", "evaluation", "weights", "software", "setting"],
 )
 def test_processes_started_differently_are_refused(different: Any, named: str, tmp_path: Path) -> None:
     def start(rank: int) -> None:

@@ -5,7 +5,7 @@ import logging
 import pickle
 import sys
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from io import BytesIO
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -14,6 +14,7 @@ from unittest.mock import MagicMock
 
 import pytest
 from conftest import arguments, tiny_bert, token_rows
+from hub_server import TOKEN
 from PIL.Image import Image
 from PIL.Image import open as open_image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -180,6 +181,23 @@ def test_other_processes_report_nothing(tmp_path: Path, pictures: None, caplog: 
 
 
 SETTINGS = {f"increlora_{name}": value for name, value in replace(CONFIG, seed=42).to_dict().items()}
+
+
+@dataclass
+class WithModelArguments(TrainingArguments):
+    """As TRL's arguments."""
+
+    model_init_kwargs: dict[str, Any] | None = None
+
+
+def test_tensorboard_gets_no_token(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "runs"))
+    plain = arguments(tmp_path / "out", report_to="tensorboard", max_steps=20, hub_token=TOKEN)
+    settings = WithModelArguments(**plain.to_dict() | {"model_init_kwargs": {"token": "my-secret", "other": [TOKEN]}})
+    IncreLoraTrainer(tiny_bert(), settings, train_dataset=token_rows(), increlora_config=CONFIG).train()
+    written = [path.read_bytes() for path in (tmp_path / "runs").rglob("*") if path.is_file()]
+    assert any(b"model_init_kwargs" in data for data in written)
+    assert not any(secret in data for data in written for secret in (b"my-secret", TOKEN.encode()))
 
 
 def test_tensorboard_shows_the_settings_among_the_training_arguments(tmp_path: Path, monkeypatch: Any) -> None:

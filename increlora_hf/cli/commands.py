@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields
@@ -176,6 +177,8 @@ def push(args: argparse.Namespace) -> Answer:
     adapter = read_adapter(args.adapter)
     from ..hub.upload import push_folder
 
+    logging.basicConfig(format="%(message)s")  # to stderr: what is not uploaded
+    logging.getLogger("increlora_hf").setLevel(logging.INFO)
     url = push_folder(adapter.folder, args.repo, private=args.private or None, revision=args.revision)
     return {"url": url}, "\n".join([on_a_line(url), *_hint(args.repo, adapter)])
 

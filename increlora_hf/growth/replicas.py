@@ -40,8 +40,13 @@ def require_same_start(growth: Growth, more: Mapping[str, Any]) -> None:
         if not parameter.requires_grad and type(parameter.data) is Tensor and UNTRAINED_HEAD not in name
     ]
     sums = checksums(data.reshape(-1)[:: max(1, data.numel() // SAMPLE)] for _, data in sampled)
-    facts |= {f"the values of {name}": value for (name, _), value in zip(sampled, sums, strict=True)}
     require_equal(facts, "Start all of them with the same code, arguments, data and model.")
+    require_equal(
+        {f"the values of {name}": value for (name, _), value in zip(sampled, sums, strict=True)},
+        "Weights that are not in the model's file are drawn at random: call transformers.set_seed(args.seed) in every "
+        "process before the model is built. Otherwise start all of them from the same model.",
+        show_values=False,
+    )
 
 
 def _form(parameter: Tensor) -> str:

@@ -9,7 +9,7 @@ import re
 import shlex
 import time
 import zipfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, TypeVar
@@ -28,7 +28,6 @@ UPLOADED = (  # by file name: what people load or read; anything else stays, suc
     *("modules.json", "*sentence*.json", "router_config.json"),  # of sentence-transformers
 )
 PICKLED_CALLS = frozenset({"GLOBAL", "STACK_GLOBAL", "INST"})  # a pickle that names no function is harmless
-TOKEN = re.compile(r"hf_[A-Za-z0-9]{30,}")
 BUSY = frozenset({429, 500, 502, 503, 504})
 ATTEMPTS = 4
 FIRST_WAIT, LONGEST_WAIT = 1.0, 60.0  # seconds; the wait doubles, unless the Hub sends Retry-After
@@ -75,18 +74,6 @@ def _is_safetensors(path: Path) -> bool:
             return isinstance(json.loads(file.read(length)), dict)
         except (ValueError, RecursionError):
             return False
-
-
-def without_tokens(value: Any, name: str = "") -> Any:
-    """A copy of nested plain values in which tokens are masked; they are found by their key or by their form."""
-    if isinstance(value, Mapping):
-        return {str(key): without_tokens(inner, str(key)) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [without_tokens(inner, name) for inner in value]
-    secret = name == "token" or name.endswith("_token")
-    if isinstance(value, str) and (secret or TOKEN.search(value)):
-        return f"<{name.upper()}>"
-    return value
 
 
 def create_repository(repo_id: str, *, token: str | None = None, private: bool | None = None) -> str:

@@ -17,6 +17,7 @@ from transformers.integrations import INTEGRATION_TO_CALLBACK, TensorBoardCallba
 from transformers.trainer_callback import CallbackHandler
 
 from ..config import FLAG_PREFIX, IncreLoraConfig
+from ..documents import without_tokens
 from ..growth.growth import Growth
 from .text import RANK_OF, TOTAL_RANK, round_line
 
@@ -49,7 +50,7 @@ class GrowthReportCallback(TrainerCallback):
         self._display: Any = None
 
     def _call_with_settings(self, event: str, args: TrainingArguments, *rest: Any, **kwargs: Any) -> Any:
-        """Call all callbacks; at `SET_UP`, ``args.to_dict()`` holds the settings of IncreLoRA too."""
+        """Call all callbacks; at `SET_UP`, ``args.to_dict()`` holds the settings of IncreLoRA too, and no token."""
         if event not in SET_UP:
             return self._call_event(event, args, *rest, **kwargs)
         growth: Growth = self._handler.model.increlora
@@ -132,7 +133,7 @@ class GrowthReportCallback(TrainerCallback):
 
 def _arguments_and_settings(args: TrainingArguments, config: IncreLoraConfig) -> dict[str, Any]:
     settings = {FLAG_PREFIX + name: value for name, value in config.to_dict().items()}
-    return {**type(args).to_dict(args), **settings}
+    return {**without_tokens(type(args).to_dict(args)), **settings}
 
 
 def _rank_map(growth: Growth) -> Any:

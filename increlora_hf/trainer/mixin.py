@@ -18,7 +18,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, has_l
 
 from ..adapter.inject import unchanged_on_error
 from ..config import IncreLoraConfig
-from ..distributed import barrier, broadcast_object, give_up_after, is_lost_process, num_processes
+from ..distributed import barrier, broadcast_object, give_up_after, lost_process_explained, num_processes
 from ..errors import AdapterFormatError
 from ..files.checkpoints import GROWTH_FILES, check_manifest, new_checkpoint, rotate
 from ..files.run_state import read_state, write_state
@@ -77,8 +77,8 @@ class IncreLoraTrainerMixin(ItemCountsMixin, PublishingMixin, SearchMixin):
         if isinstance(increlora_config, Mapping):
             increlora_config = IncreLoraConfig.from_dict(increlora_config)
         self.increlora_config = increlora_config
-        found = [value for value in (*args, kwargs.get("args")) if isinstance(value, TrainingArguments)]
-        training_args = found[0] if found else TrainingArguments(output_dir="tmp_trainer")
+        given = (value for value in (*args, kwargs.get("args")) if isinstance(value, TrainingArguments))
+        training_args = next(given, None) or TrainingArguments(output_dir="tmp_trainer")
         refuse_unsupported(training_args, kwargs)
         refuse_other_parallelism(training_args, model)
         refuse_pickles(training_args, allow_pickles_on_hub)
@@ -93,9 +93,9 @@ class IncreLoraTrainerMixin(ItemCountsMixin, PublishingMixin, SearchMixin):
         if getattr(model, "is_distributed_loading_by_transformers", False):
             for_trainer["save_only_model"] = True  # allows to save: here the optimizer holds nothing sharded
         with unchanged_on_error(model), borrowed(training_args, for_trainer):
-            attached = None if model is None else self._attach(model, training_args.seed)
-            with reference_of_the_start(attached):
-                super().__init__(attached, *args, **kwargs)
+            model = None if model is None else self._attach(model, training_args.seed)
+            with reference_of_the_start(model):
+                super().__init__(model, *args, **kwargs)
         self.add_callback(_GrowthCallback(self))
         self.add_callback(GrowthReportCallback(self.callback_handler))
 
@@ -164,15 +164,8 @@ class IncreLoraTrainerMixin(ItemCountsMixin, PublishingMixin, SearchMixin):
             resumed_step = state.global_step
             self._has_ended = has_ended(state, self.callback_handler.callbacks)
         try:
-            result = super().train(str(folder) if folder else None, *args, **kwargs)
-        except RuntimeError as error:
-            if not is_lost_process(error):
-                raise
-            raise RuntimeError(
-                f"Rank {self.args.process_index} of {num_processes()} lost another process, or waited longer for it "
-                "than ddp_timeout: the first error of all processes is the cause. Start all of them again with "
-                "resume_from_checkpoint=True; nothing before the last checkpoint is lost."
-            ) from error
+            with lost_process_explained():
+                result = super().train(str(folder) if folder else None, *args, **kwargs)
         finally:
             self._resuming = None
         if self.state.global_step == resumed_step:
@@ -229,9 +222,9 @@ class IncreLoraTrainerMixin(ItemCountsMixin, PublishingMixin, SearchMixin):
             )
             self.lr_scheduler = self.growth_run.lr_scheduler
             self._created_lr_scheduler = True
-            logger.info(plan_line(self.increlora, self._other_trainable()))
+            self._say(plan_line(self.increlora, self._other_trainable()))
             if note := choice_note(self.increlora.plan):
-                logger.warning("IncreLoRA: %s", note)
+                self._say("IncreLoRA: %s", note, level=logging.WARNING)
         return self.lr_scheduler
 
     def _begin(self) -> None:
@@ -251,6 +244,8 @@ class IncreLoraTrainerMixin(ItemCountsMixin, PublishingMixin, SearchMixin):
         arguments = {name: value for name, value in self.args.to_dict().items() if name not in OWN_ARGUMENTS}
         facts = {f"the training argument {name}": value for name, value in arguments.items()}
         facts["the number of training batches"] = len(loader) if has_length(loader) else None
+        sets = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"": self.eval_dataset}
+        facts["the rows to evaluate"] = {name: len(rows) for name, rows in sets.items() if has_length(rows)}
         self.growth_run.synchronize(facts)
 
     def _sync_replicated_trainable_parameters(self, model: nn.Module) -> None:
@@ -305,7 +300,7 @@ class IncreLoraTrainerMixin(ItemCountsMixin, PublishingMixin, SearchMixin):
         self.increlora.load_state_dict(state, state["tensors"], source=state["source"])
         self.optimizer, self.lr_scheduler = None, None
         counts = {"adapter_parameters_at_best": self.increlora.num_parameters(), "adapter_parameters_at_end": at_end}
-        logger.info("IncreLoRA: best model from %s (score %s): %s", folder, self.state.best_metric, counts)
+        self._say("IncreLoRA: best model from %s (score %s): %s", folder, self.state.best_metric, counts)
         self.log(dict(counts))
 
     # ---- What the user sees ------------------------------------------------------------------------------------
@@ -318,6 +313,10 @@ class IncreLoraTrainerMixin(ItemCountsMixin, PublishingMixin, SearchMixin):
                 growth = self.increlora
                 logs[ORTH_LOSS] = orthogonality(growth.factors(), growth.config.penalty).item()
         super().log(logs, *args, **kwargs)
+
+    def _say(self, message: str, *values: Any, level: int = logging.INFO) -> None:
+        """Log on the main process alone."""
+        logger.log(level if self.is_world_process_zero() else logging.DEBUG, message, *values)
 
     def _show_total_rank(self) -> None:
         for callback in self.callback_handler.callbacks:
@@ -343,8 +342,8 @@ class _GrowthCallback(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         growth = self._trainer.increlora
-        log = logger.warning if growth.total_rank > growth.target_total_rank else logger.info
-        log("IncreLoRA: %s", final_ranks(growth))
+        level = logging.WARNING if growth.total_rank > growth.target_total_rank else logging.INFO
+        self._trainer._say("IncreLoRA: %s", final_ranks(growth), level=level)
 
 
 class IncreLoraTrainer(IncreLoraTrainerMixin, Trainer):

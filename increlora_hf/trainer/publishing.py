@@ -17,12 +17,12 @@ from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import HubStrategy
 from transformers.utils import hub
 
-from ..documents import write_json
+from ..documents import without_tokens, write_json
 from ..errors import HubPushError
 from ..files.checkpoints import MANIFEST_NAME
 from ..files.run_state import STATE_JSON, STATE_TENSORS
 from ..hub.card import card_text
-from ..hub.upload import create_repository, push_folder, without_tokens
+from ..hub.upload import create_repository, push_folder
 from .summary import describe
 
 logger = logging.getLogger(__name__)
