@@ -111,7 +111,7 @@ KEY = "base_model.model.bert.encoder.layer.0.attention.self.query.lora_"
         (lambda f: change(f, lora_alpha="much"), "lora_alpha: expected a finite number, found 'much'"),
         (lambda f: change(f, lora_alpha=10**400), "lora_alpha: expected a finite number, found 1000"),
         (lambda f: change(f, alpha_pattern=[1]), "alpha_pattern: expected an object"),
-        (lambda f: change(f, alpha_pattern={"(": 1}), "alpha_pattern: expected regular expressions"),
+        (lambda f: change(f, alpha_pattern={"(": 1}), "patterns: expected regular expressions"),
         (lambda f: (f / "adapter_model.safetensors").write_bytes(b"x" * 64), "content: expected safetensors"),
         (
             lambda f: (f / "adapter_model.safetensors").rename(f / "adapter_model.bin"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -19,9 +18,10 @@ from ..adapter.four_bit import keep_unpacked, require_unpacked
 from ..adapter.inject import require_no_adapter, unchanged_on_error
 from ..adapter.names import PREFIX
 from ..adapter.targets import features, head_modules, is_linear
+from ..config import MAX_FACTOR, MAX_RANK
 from ..documents import read_json_object
 from ..errors import AdapterFormatError
-from ..growth.tensors import check_tensors
+from ..growth.tensors import check_finite, check_tensors
 from .saved_adapter import CONFIG_NAME, WEIGHTS_NAME, Shape, check_patterns, local_folder, own_file
 from .tensors import read_tensors
 
@@ -33,6 +33,7 @@ CHECKED = (
 FLAGS = ("fan_in_fan_out", "use_rslora", "inference_mode", "init_lora_weights", "ensure_weight_tying")
 PLAIN_STARTS = ("gaussian", "orthogonal")  # of init_lora_weights, beside true and false: they keep the base weights
 WORDS = ("base_model_name_or_path", "revision", "task_type", "peft_version")
+NAME = re.compile(r"[\w.-]{1,500}", re.ASCII)  # of a module, or its ending; longer or other ones are patterns
 SELECTING = ("exclude_modules", "layers_to_transform", "layers_pattern")  # of layers; their result is checked
 IGNORED = ("auto_mapping",)  # names classes to import; none is imported
 
@@ -71,6 +72,7 @@ def load_adapter(model: nn.Module, path_or_repo: str | Path, *, trainable: bool 
             raise AdapterFormatError(folder / WEIGHTS_NAME, key, wanted, f"{list(tensors[key].shape)}")
         expected[key] = (tuple(tensor.shape), _dtype_of_head(tensor.dtype))
     check_tensors(folder / WEIGHTS_NAME, tensors, expected)
+    check_finite(folder / WEIGHTS_NAME, _as_they_will_be(model, tensors))
     with unchanged_on_error(model, embeddings.values()):
         try:
             peft_model = PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
@@ -99,8 +101,15 @@ def read_config(folder: Path) -> LoraConfig:
             raise AdapterFormatError(path, key, "an object", repr(pattern)[:80])
         for name, value in pattern.items():
             check(path, f"{key}[{name!r}]", value)
-    _check_names(path, "target_modules", document.get("target_modules"), required=True)
-    _check_names(path, "modules_to_save", document.get("modules_to_save"), required=False)
+    _check_names(path, "target_modules", document.get("target_modules"), required=True, may_be_pattern=True)
+    _check_names(path, "exclude_modules", document.get("exclude_modules"), may_be_pattern=True)
+    _check_names(path, "modules_to_save", document.get("modules_to_save"))
+    layers = document.get("layers_to_transform")
+    if not all(
+        type(index) is int for index in ([] if layers is None else layers if isinstance(layers, list) else [layers])
+    ):
+        raise AdapterFormatError(path, "layers_to_transform", "numbers of layers", repr(layers)[:80])
+    _check_names(path, "layers_pattern", document.get("layers_pattern"), may_be_pattern=True)
     try:
         return cast(LoraConfig, LoraConfig.from_pretrained(str(folder)))
     except (TypeError, ValueError, KeyError, AttributeError, OverflowError) as error:
@@ -139,20 +148,22 @@ def _require_plain_lora(path: Path, document: Mapping[str, Any]) -> None:
 
 
 def _check_rank(path: Path, key: str, value: Any) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise AdapterFormatError(path, key, "a rank of at least 1", repr(value))
+    if type(value) is not int or not 1 <= value <= MAX_RANK:
+        wanted = f"at most {MAX_RANK}" if type(value) is int and value > 1 else "at least 1"
+        raise AdapterFormatError(path, key, f"a rank of {wanted}", repr(value)[:80])
 
 
 def _check_number(path: Path, key: str, value: Any) -> None:
-    if not isinstance(value, int | float) or isinstance(value, bool) or not abs(value) <= sys.float_info.max:
-        raise AdapterFormatError(path, key, "a finite number", repr(value))
+    if type(value) not in (int, float) or not abs(value) <= MAX_FACTOR:
+        raise AdapterFormatError(path, key, "a finite number", repr(value)[:80])
 
 
-def _check_names(path: Path, key: str, value: Any, *, required: bool) -> None:
-    if value is None and not required:
+def _check_names(path: Path, key: str, value: Any, *, required: bool = False, may_be_pattern: bool = False) -> None:
+    """Names of modules in a list, which PEFT takes as patterns in places; or one pattern, see `check_patterns`."""
+    if (value is None and not required) or (may_be_pattern and isinstance(value, str) and value):
         return
-    listed = isinstance(value, list) and all(isinstance(name, str) for name in value)
-    if not (listed or (required and isinstance(value, str))) or (required and not value):
+    listed = isinstance(value, list) and all(isinstance(name, str) and NAME.fullmatch(name) for name in value)
+    if not listed or (required and not value):
         raise AdapterFormatError(path, key, "module names", repr(value)[:80])
 
 
@@ -209,6 +220,14 @@ def _factors(name: str, module: Any, config: LoraConfig) -> dict[str, tuple[Shap
     taken, given = features(module)
     key = f"{PREFIX}{name}.lora_"
     return {f"{key}A.weight": ((rank, taken), None), f"{key}B.weight": ((given, rank), None)}
+
+
+def _as_they_will_be(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a file in the dtypes that the model holds them in: factors in float32, heads in their own."""
+    held = {f"{PREFIX}{name}": tensor.dtype for name, tensor in model.state_dict().items()}
+    return {
+        key: tensor.to(held.get(key, torch.float32)) for key, tensor in tensors.items() if tensor.is_floating_point()
+    }
 
 
 def _dtype_of_head(dtype: torch.dtype) -> torch.dtype | None:

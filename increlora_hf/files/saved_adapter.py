@@ -31,8 +31,11 @@ MATCH = r"""
 import json, re, sys
 patterns, names = json.load(sys.stdin)
 for pattern in patterns:
-    for name in names:
-        re.match(rf"(.*\.)?({pattern})$", name), re.fullmatch(pattern, name)
+    try:
+        for name in names:
+            re.match(rf"(.*\.)?({pattern})$", name), re.fullmatch(pattern, name)
+    except (re.error, OverflowError, RecursionError) as error:
+        sys.exit(f"{pattern!r}: {error}")
 """  # as PEFT matches them
 
 Shape = tuple[int, ...]
@@ -213,22 +216,24 @@ def _by_numbers(name: str) -> list[tuple[bool, int | str]]:
 
 
 def check_patterns(path: Path, patterns: Iterable[str], names: Iterable[str]) -> None:
-    """Refuse regular expressions that match for too long: those that might are tried in a process of limited time."""
+    """Refuse regular expressions that are broken or match for too long: a process of limited time tries them."""
     risky = [pattern for pattern in patterns if not re.fullmatch(r"\^?(?:[\w-]|\\?\.)*\$?", pattern)]
     if not risky:
         return
     try:
-        subprocess.run(
+        tried = subprocess.run(
             [sys.executable, "-I", "-S", "-c", MATCH],
             input=json.dumps([risky, list(names)]),
             timeout=MATCHING_SECONDS,
             capture_output=True,
             text=True,
-            check=False,  # an invalid expression fails here too; it is refused where it is used
+            check=False,
         )
     except subprocess.TimeoutExpired:
         wanted = f"regular expressions that match within {MATCHING_SECONDS} s"
         raise AdapterFormatError(path, "patterns", wanted, f"{risky}"[:80]) from None
+    if tried.returncode:
+        raise AdapterFormatError(path, "patterns", "regular expressions", tried.stderr.strip()[-80:])
 
 
 def _layer_scale(path: Path, config: Mapping[str, Any], name: str, rank: int) -> float:
