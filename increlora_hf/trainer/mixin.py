@@ -78,7 +78,8 @@ class IncreLoraTrainerMixin(ItemCountsMixin, PublishingMixin, SearchMixin):
             increlora_config = IncreLoraConfig.from_dict(increlora_config)
         self.increlora_config = increlora_config
         given = (value for value in (*args, kwargs.get("args")) if isinstance(value, TrainingArguments))
-        training_args = next(given, None) or TrainingArguments(output_dir="tmp_trainer")
+        # sentence-transformers call model_init before Trainer sets self.args
+        self.args = training_args = next(given, None) or TrainingArguments(output_dir="tmp_trainer")
         refuse_unsupported(training_args, kwargs)
         refuse_other_parallelism(training_args, model)
         refuse_pickles(training_args, allow_pickles_on_hub)
@@ -228,11 +229,7 @@ class IncreLoraTrainerMixin(ItemCountsMixin, PublishingMixin, SearchMixin):
         return self.lr_scheduler
 
     def _begin(self) -> None:
-        """Begin the training, after checking that all processes agree on it.
-
-        Raises:
-            ValueError: a method of the Trainer class kept ours from being called, or the processes differ.
-        """
+        """Begin the training; ValueError where a method of the class left ours out, or the processes differ."""
         if self.growth_run is None or self.lr_scheduler is not self.growth_run.lr_scheduler:
             raise ValueError(
                 f"create_scheduler of {type(self).__name__} leaves IncreLoRA's out, and so the learning rates would "
