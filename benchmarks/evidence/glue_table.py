@@ -90,7 +90,7 @@ def studies(rank: int) -> dict[str, dict[str, Flags]]:
             **{
                 f"cut r={rank}, lam x {factor}": tuner("increlora", rank)
                 | {**CUT, "increlora_lam_lr_multiplier": factor}
-                for factor in (1, 3)
+                for factor in (1, 3, 10)
             },
             f"lora r={4 * rank}": tuner("lora", 4 * rank),
             **{name: tuner(name) for name in ("bitfit", "head", "full")},
@@ -106,7 +106,7 @@ def studies(rank: int) -> dict[str, dict[str, Flags]]:
             **{
                 f"lora, ranks of the cut, lam x {factor}": tuner("lora", rank)
                 | {RANKS_OF: f"cut r={rank}, lam x {factor}"}
-                for factor in (1, 3)
+                for factor in (1, 3, 10)
             },
         },
         "orthogonality": {
