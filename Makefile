@@ -3,6 +3,7 @@ VENV ?= .venv
 OLDEST ?= .venv-oldest
 OUT ?= build/demo
 RUN := HF_HUB_OFFLINE=1 $(VENV)/bin/python
+PYTEST := $(RUN) -m pytest -q -n 2 --dist worksteal
 # Errors that come of peft, transformers and torch typing their attributes as unions; tests reach into those freely.
 LAX := override union-attr index operator misc arg-type attr-defined call-arg
 
@@ -18,7 +19,7 @@ LACKING := \
 	tests/test_parallel.py::test_sharded_base_trains_as_a_whole_one \
 	tests/test_precision.py::test_activation_checkpointing_changes_nothing
 
-.PHONY: demo test lint types fast slow oldest docs site clean
+.PHONY: demo test lint types types-of-package types-of-tests fast slow oldest docs site clean
 
 ## Train on an embedded task: a real 22M-parameter encoder on generated sentence pairs, about three minutes.
 demo: $(VENV)/.ready
@@ -29,21 +30,27 @@ demo: $(VENV)/.ready
 		--train_file $(OUT)/data/train.csv --validation_file $(OUT)/data/validation.csv
 
 ## Everything that has to hold before a change lands.
-test: lint types fast slow
+test: lint types $(VENV)/.ready
+	$(PYTEST)
 
 lint: $(VENV)/.ready
 	$(VENV)/bin/ruff format --check increlora_hf benchmarks demo docs examples tests run_glue.py run_squad.py
 	$(VENV)/bin/ruff check increlora_hf benchmarks demo docs examples tests run_glue.py run_squad.py
 
 types: $(VENV)/.ready
+	$(MAKE) -j2 types-of-package types-of-tests
+
+types-of-package:
 	$(VENV)/bin/mypy
-	$(VENV)/bin/mypy tests $(addprefix --disable-error-code=,$(LAX))
+
+types-of-tests:
+	$(VENV)/bin/mypy tests --cache-dir .mypy_cache/tests $(addprefix --disable-error-code=,$(LAX))
 
 fast: $(VENV)/.ready
-	$(RUN) -m pytest -q -n 2 -m "not slow"
+	$(PYTEST) -m "not slow"
 
 slow: $(VENV)/.ready
-	$(RUN) -m pytest -q -n 2 -m slow
+	$(PYTEST) -m slow
 
 ## The fast tests with the lowest version of every dependency that pyproject.toml allows.
 oldest: $(OLDEST)/.ready

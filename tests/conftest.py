@@ -1,5 +1,6 @@
 """What every test needs: no network, one thread, tiny models made from their configurations."""
 
+import gc
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -24,6 +25,12 @@ MODELS_TABLE = Path(__file__).parents[1] / "docs" / "models.md"
 def _single_thread() -> None:
     """For all that is trained, in fixtures of modules too: its bits do not depend on the number of cores."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _frozen_imports() -> None:
+    """Trainer collects garbage at every start and end; what the imports made need not be looked through each time."""
+    gc.freeze()
 
 
 @pytest.fixture
