@@ -336,7 +336,8 @@ def test_a_pooler_that_the_library_does_not_use_is_neither_adapted_nor_trained(b
     assert trained == {"2.linear.weight", "2.linear.bias"}
 
     model = bi_encoder(base)
-    model[0].modality_config["text"]["method_output_name"] = "pooler_output"
+    transformer: Any = model[0]
+    transformer.modality_config["text"]["method_output_name"] = "pooler_output"
     assert "pooler.dense" in bi_encoder_trainer(model, tmp_path).increlora.layers
 
     named = IncreLoraConfig(r_avg=2, target_modules=["query", "pooler.dense"])
