@@ -39,7 +39,7 @@ class Range(NamedTuple):
         """Whether a finite number lies in the range."""
         above = self.low <= value if self.ends[0] == "[" else self.low < value
         below = value <= self.high if self.ends[1] == "]" else value < self.high
-        return math.isfinite(value) and above and below
+        return above and below and abs(value) < math.inf
 
     def __str__(self) -> str:
         """As in mathematics: (0, 1]."""
@@ -289,6 +289,8 @@ def _checked(setting: dataclasses.Field[Any], value: Any) -> Any:
             raise ValueError(f"{setting.name}={value!r} is neither True nor False. Give one of the two.")
         return value
     is_count = int in (kind, *get_args(kind))
+    if is_count and isinstance(value, float) and value.is_integer():
+        value = int(value)  # as searches of hyperparameters give it
     what, number = ("a whole number", numbers.Integral) if is_count else ("a number", numbers.Real)
     if isinstance(value, bool) or not isinstance(value, number) or value not in within:
         or_unit = f", or {UNIT_STD!r}" if setting.name == "init_std" else ""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .adapter.targets import ALL_LINEAR, resolve_targets
+from .adapter.warmstart import holds_adapter
 from .config import IncreLoraConfig
 from .hub.card import TAGS, growth_section
 from .trainer.mixin import IncreLoraTrainerMixin
@@ -51,8 +51,8 @@ class SentenceTransformersMixin(IncreLoraTrainerMixin):
         """Attach the transformer in the first module; raises ValueError where it is not the only one."""
         name = _transformer(model)
         transformer = model.get_submodule(name)
-        if isinstance(transformer, PreTrainedModel):
-            self.increlora_config = _without_idle_pooler(self.increlora_config, model[0], transformer)
+        if isinstance(transformer, PreTrainedModel) and not holds_adapter(transformer):
+            trial_settings = {**_without_idle_pooler(self.increlora_config, model[0], transformer), **trial_settings}
         attached = super()._attach(transformer, seed, **trial_settings)
         model.set_submodule(name, attached)
         model.increlora = attached.increlora
@@ -68,7 +68,8 @@ class SentenceTransformersMixin(IncreLoraTrainerMixin):
     def _load_best_model(self) -> None:
         """As `IncreLoraTrainerMixin`'s; the card names the step, as that of the library does."""
         super()._load_best_model()
-        self.model.model_card_data.set_best_model_step(self.state.best_global_step)
+        if self.optimizer is None:  # it was loaded
+            self.model.model_card_data.set_best_model_step(self.state.best_global_step)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write the library's own model card into output_dir, with the ranks at its end; arguments as there."""
@@ -100,16 +101,16 @@ def _transformer(model: BaseModel) -> str:
 
 def _without_idle_pooler(
     config: IncreLoraConfig | None, module: nn.Module, transformer: PreTrainedModel
-) -> IncreLoraConfig | None:
-    """The settings, without the transformer's pooler where they name no layers and ``module`` does not use it."""
+) -> dict[str, list[str]]:
+    """Leave a pooler that ``module`` does not use out of ``target_modules``, unless the settings name layers."""
     outputs = [one["method_output_name"] for one in getattr(module, "modality_config", {}).values()]
     by_default = config is None or (config.target_modules in (None, ALL_LINEAR) and config.fixed_ranks is None)
     is_idle = bool(outputs) and all(output == UNPOOLED for output in outputs)
     if not (by_default and is_idle and getattr(transformer, "pooler", None) is not None):
-        return config
+        return {}
     config = config or IncreLoraConfig()
     layers = [name for name in resolve_targets(transformer, config, None)[1] if not name.startswith("pooler.")]
-    return dataclasses.replace(config, target_modules=layers)
+    return {"target_modules": layers}
 
 
 class IncreLoraSentenceTransformerTrainer(SentenceTransformersMixin, SentenceTransformerTrainer):  # type: ignore[misc]

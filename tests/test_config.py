@@ -62,6 +62,7 @@ from increlora_hf.method import penalties, scores
         ({"seed": -1}, r"seed=-1 is not a whole number in \[0, "),
         ({"seed": 2**32}, "seed=4294967296"),
         ({"increment": 10**9}, r"increment=1000000000 is not a whole number in \[1, 65536\]"),
+        ({"lora_alpha": 10**400}, "lora_alpha=1000"),
         ({"lora_alpha": 1e308}, "lora_alpha=1e[+]308 is not a number in"),
     ],
     ids=lambda value: str(value)[:40],
@@ -86,7 +87,7 @@ def test_a_number_is_a_finite_one_and_nothing_that_looks_like_one(name: str) -> 
 
 
 def test_numbers_of_other_libraries_become_plain_ones() -> None:
-    config = IncreLoraConfig(r_avg=np.int64(3), lora_alpha=np.float32(8))
+    config = IncreLoraConfig(r_avg=np.int64(3), lora_alpha=np.float32(8), increment=1.0)
     assert (type(config.r_avg), type(config.lora_alpha)) == (int, float)
     assert IncreLoraConfig.from_json(config.to_json()) == IncreLoraConfig(r_avg=3, lora_alpha=8.0)
 

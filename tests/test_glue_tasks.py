@@ -246,8 +246,10 @@ def test_csv_cells_may_hold_commas_quotes_and_line_breaks(tmp_path):
     ],
     ids=["int", "float", "str", "too long for an int"],
 )
-def test_a_csv_column_has_the_type_that_holds_all_its_cells(tmp_path, cells, expected):
-    assert read_table(write_csv(tmp_path / "x.csv", {"c": cells}))["c"][:] == expected
+def test_a_csv_label_has_the_type_that_holds_all_its_cells(tmp_path, cells, expected):
+    path = write_csv(tmp_path / "x.csv", {"c": cells})
+    assert read_table(path, label="c")["c"][:] == expected
+    assert read_table(path)["c"][:] == read_table(path, label="c", is_typed=False)["c"][:] == cells
 
 
 @pytest.mark.parametrize(
@@ -267,7 +269,21 @@ def test_a_json_column_keeps_its_types_where_it_can(tmp_path, cells, expected):
 
 @pytest.mark.parametrize("cells", [["1_1", "11"], [" 1", "1"], ["+1", "1"], ["007", "7"], ["١", "1"], ["1.", "x"]])
 def test_cells_that_are_spelled_differently_stay_different(tmp_path, cells):
-    assert read_table(write_csv(tmp_path / "x.csv", {"c": cells}))["c"][:] == cells
+    assert read_table(write_csv(tmp_path / "x.csv", {"c": cells}), label="c")["c"][:] == cells
+
+
+def test_a_csv_file_means_the_same_whatever_else_is_in_it(tmp_path):
+    train = write_csv(tmp_path / "train.csv", {"text": ["1.10", "x"], "label": ["1.10", "2.x"]})
+    validation = write_csv(tmp_path / "validation.csv", {"text": ["1.10", "1e3"], "label": ["1.10", "1.10"]})
+    source = GlueSource(files={"train": str(train), "validation": str(validation)})
+    _, rows = load_task(source, train=True, evaluate=True, predict=False)
+    assert list(rows["validation"]) == [{"text": "1.10", "label": 0}, {"text": "1e3", "label": 0}]
+
+
+def test_a_json_column_that_nobody_uses_may_hold_null(tmp_path):
+    rows = [{"text": "a", "note": None, "label": 0}, {"text": "b", "note": 3, "label": 1}]
+    (tmp_path / "x.json").write_text(json.dumps(rows))
+    assert read_table(tmp_path / "x.json")["note"][:] == [None, 3]
 
 
 def test_a_csv_cell_may_be_of_any_length(tmp_path):
@@ -308,12 +324,13 @@ def test_blank_lines_and_a_byte_order_mark_are_skipped(tmp_path):
         ("x.json", b'[{"a": 1},\n {"a": }]\n', r"x\.json, line 2: not valid JSON \(Expecting value\)"),
         ("x.json", b'[{"a": 1}, 2]\n', r"x\.json, row 2: holds a int\. Give one object a line, or an array"),
         ("x.json", b'{"a": 1}\n{"b": 1}\n', r"x\.json, line 2: column 'a' is missing"),
-        ("x.json", b'{"a": 1}\n\n{"a": null}\n', r"x\.json, line 3: column 'a' has no value"),
+        ("x.json", b'{"label": 1}\n\n{"label": null}\n', r"x\.json, line 3: column 'label' has no value"),
+        ("x.csv", b"text,text,label\na,b,0\n", r"x\.csv, line 1: two columns are called 'text'"),
         ("x.txt", b"a", r"x\.txt: its format is unknown\. Give a file that ends in \.csv, \.json, \.jsonl"),
     ],
     ids=[
         "no header", "header only", "blank", "cells", "quote", "no label", "encoding", "broken JSON",
-        "broken array", "array of numbers", "missing key", "null", "format",
+        "broken array", "array of numbers", "missing key", "null", "one name twice", "format",
     ],
 )  # fmt: skip
 def test_a_bad_file_is_refused_with_the_line(tmp_path, name, content, message):

@@ -210,6 +210,34 @@ def test_only_what_people_load_or_read_is_uploaded(hub, tmp_path, caplog):
     assert all(name in caplog.text for name in private)
 
 
+def test_texts_that_look_like_the_start_of_a_pickle_are_uploaded(hub, tmp_path):
+    texts = {
+        "predict_results_mnli.txt": "index\tprediction\n0\t1\n",
+        "vocab.txt": "cat\ndog\n",
+        "merges.txt": "i n\nt h\n",
+    }
+    for name, text in texts.items():
+        (tmp_path / name).write_text(text)
+    push_folder(tmp_path, "user/a")
+    assert set(hub.files("user/a")) == set(texts)
+
+
+def test_a_download_of_the_hub_is_uploaded_from_its_cache(hub, tmp_path):
+    snapshot, blobs = tmp_path / "models--a--b" / "snapshots" / "abc", tmp_path / "models--a--b" / "blobs"
+    for folder in (snapshot, blobs):
+        folder.mkdir(parents=True)
+    (blobs / "123").write_text("{}")
+    (snapshot / "adapter_config.json").symlink_to(Path("../../blobs/123"))
+    push_folder(snapshot, "user/a")
+    assert set(hub.files("user/a")) == {"adapter_config.json"}
+
+
+def test_a_folder_with_nothing_to_upload_is_refused(hub, tmp_path):
+    (tmp_path / "train.csv").write_text("a")
+    with pytest.raises(HubPushError, match="holds nothing to upload"):
+        push_folder(tmp_path, "user/a")
+
+
 @pytest.mark.parametrize("whole", [False, True])
 def test_a_link_is_not_followed(hub, tmp_path, whole):
     secret, folder = tmp_path / "token", tmp_path / "adapter"

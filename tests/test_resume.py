@@ -4,6 +4,7 @@ import random
 import shutil
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from transformers import EarlyStoppingCallback, TrainerCallback
 
 from increlora_hf import AdapterFormatError, IncreLoraConfig, IncreLoraTrainer, load_adapter
 from increlora_hf.files.checkpoints import GROWTH_FILES, rotate, write_manifest
+from increlora_hf.trainer.resuming import has_ended
 
 STEPS = 24
 CONFIG = IncreLoraConfig(r_avg=2, top_h=4, interval=5, start=4, increment=1, lora_dropout=0.1)  # rounds at 5, 10, 15
@@ -617,6 +619,24 @@ def test_a_run_that_lost_patience_is_not_trained_on(tmp_path: Path) -> None:
     assert resumed.state.global_step == 12
     ended = dict(whole.model.named_parameters())
     assert all(torch.equal(value, ended[name]) for name, value in resumed.model.named_parameters())
+
+
+class Patient(EarlyStoppingCallback):
+    """A subclass: its state goes by its own name."""
+
+
+def test_lost_patience_is_read_off_the_last_states_of_each_class() -> None:
+    def counted(*counts: int) -> list[dict[str, Any]]:
+        return [{"args": {}, "attributes": {"early_stopping_patience_counter": count}} for count in counts]
+
+    state = SimpleNamespace(global_step=4, max_steps=9, stateful_callbacks={})
+    short, long = EarlyStoppingCallback(2), EarlyStoppingCallback(5)
+    state.stateful_callbacks["EarlyStoppingCallback"] = counted(0, 0, 1, 1, 2, 2)  # Trainer appends at every save
+    assert has_ended(state, [short, long])
+    assert not has_ended(state, [long, long])
+    assert not has_ended(state, [Patient(1)])
+    state.stateful_callbacks["Patient"] = counted(1)[0]
+    assert has_ended(state, [Patient(1)])
 
 
 def test_failed_save_leaves_nothing_and_keeps_the_previous(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -37,8 +37,8 @@ def resolve_targets(
 
     Args:
         ranks: adapt exactly these layers, whatever the settings say.
-        carried: of the adapter that is continued. What it trains fully stays so; of the default heads only those join
-            that overlap neither with it nor with the layers of ``ranks``.
+        carried: of the adapter that is continued. What it trains fully stays so. Default heads are added only if they
+            share no module with what it trains or with the layers of ``ranks``.
 
     Raises:
         ValueError: a target matches nothing, or a module that is not linear.
@@ -248,9 +248,9 @@ def _frozen_outputs(model: nn.Module) -> set[int]:
 
 
 def _outside_backbone(model: nn.Module) -> tuple[list[str], list[str]]:
-    """Return the names of what is trained fully: whatever has parameters outside the backbone, and its pooler.
+    """Return two lists: modules to train fully, and single parameters outside the backbone that are in no such module.
 
-    And those of parameters outside that belong to no such module.
+    Trained fully is whatever has parameters outside the backbone, and its pooler.
 
     The pooler belongs to the head by what it does, wherever the model class keeps it. Embeddings of transformers'
     models stay frozen, and so do the output embeddings of a language model, which are tied to them or as large.

@@ -18,6 +18,7 @@ from ..adapter.four_bit import keep_unpacked, require_unpacked
 from ..adapter.inject import require_no_adapter, unchanged_on_error
 from ..adapter.names import PREFIX
 from ..adapter.targets import features, head_modules, is_linear
+from ..adapter.warmstart import KEEPS_BASE
 from ..config import MAX_FACTOR, MAX_RANK
 from ..documents import read_json_object
 from ..errors import AdapterFormatError
@@ -31,7 +32,6 @@ CHECKED = (
     "modules_to_save",
 )  # fmt: skip
 FLAGS = ("fan_in_fan_out", "use_rslora", "inference_mode", "init_lora_weights", "ensure_weight_tying")
-PLAIN_STARTS = ("gaussian", "orthogonal")  # of init_lora_weights, beside true and false: they keep the base weights
 WORDS = ("base_model_name_or_path", "revision", "task_type", "peft_version")
 NAME = re.compile(r"[\w.-]{1,500}", re.ASCII)  # of a module, or its ending; longer or other ones are patterns
 SELECTING = ("exclude_modules", "layers_to_transform", "layers_pattern")  # of layers; their result is checked
@@ -129,7 +129,7 @@ def _require_plain_lora(path: Path, document: Mapping[str, Any]) -> None:
     for key, value in document.items():
         if key in CHECKED or key in SELECTING or key in IGNORED:
             continue
-        if key == "init_lora_weights" and value in PLAIN_STARTS:
+        if key == "init_lora_weights" and value in KEEPS_BASE:
             continue
         if key in FLAGS and not isinstance(value, bool):
             raise AdapterFormatError(path, key, "true or false", repr(value)[:80])

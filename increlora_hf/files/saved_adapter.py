@@ -149,7 +149,7 @@ def local_folder(path_or_repo: str | Path, *names: str) -> Path:
 def own_file(folder: Path, name: str) -> Path:
     """The path of a file in the folder. Refuses links that leave the folder, and pickles in place of the weights."""
     path = folder / name
-    if path.is_symlink() and not (path.resolve().is_relative_to(folder.resolve()) or _is_hub_cache(folder, path)):
+    if path.is_symlink() and not (path.resolve().is_relative_to(folder.resolve()) or is_in_hub_cache(folder, path)):
         raise AdapterFormatError(path, "file", "a file inside the folder", f"a link to {path.resolve()}")
     pickles = sorted(p.name for p in folder.glob("adapter_model.*") if p.suffix in (".bin", ".pt", ".pth", ".pkl"))
     if not path.is_file() and pickles and name == WEIGHTS_NAME:
@@ -159,7 +159,7 @@ def own_file(folder: Path, name: str) -> Path:
     return path
 
 
-def _is_hub_cache(folder: Path, path: Path) -> bool:
+def is_in_hub_cache(folder: Path, path: Path) -> bool:
     """The Hub's cache keeps files as links from snapshots/<commit>/ into blobs/ beside it."""
     return folder.parent.name == "snapshots" and path.resolve().parent == folder.resolve().parent.parent / "blobs"
 

@@ -18,14 +18,23 @@ from huggingface_hub import CommitInfo, HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from ..errors import HubPushError
+from ..files.saved_adapter import is_in_hub_cache
 
 UPLOADED = (  # by file name: what people load or read; anything else stays, such as .env, logs and pickles
     *("README.md", "LICENSE*", "*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json"),
     *("adapter_config.json", "increlora_history.json", "training_args.json", "*_results.json", "*predictions.json"),
     *("*null_odds.json", "predict_results_*.txt", "*.png", "*.gif", "*.svg"),
-    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.tiktoken"),
-    *("spiece.model", "sentencepiece*.model", "chat_template.*", "*processor_config.json"),
-    *("modules.json", "*sentence*.json", "router_config.json"),  # of sentence-transformers
+    *(
+        "tokenizer*",
+        "special_tokens_map.json",
+        "added_tokens.json",
+        "*vocab*",
+        "merges.txt",
+        "bpe.codes",
+        "*.tiktoken",
+    ),
+    *("sp*.model", "sentencepiece*.model", "*.spm", "normalizer.json", "emoji.json", "chat_template.*"),
+    *("*processor_config.json", "modules.json", "*sentence*.json", "router_config.json", "lstm_config.json"),
 )
 PICKLED_CALLS = frozenset({"GLOBAL", "STACK_GLOBAL", "INST"})  # a pickle that names no function is harmless
 BUSY = frozenset({429, 500, 502, 503, 504})
@@ -47,7 +56,7 @@ logger = logging.getLogger(__name__)
 
 
 def is_pickle(path: Path) -> bool:
-    """Whether a file is an archive, such as torch.save writes, or begins with a pickle that names a function.
+    """Whether a file is an archive, such as torch.save writes, or begins with whole pickles that name a function.
 
     Loading it could run code, whatever the protocol.
     """
@@ -58,7 +67,8 @@ def is_pickle(path: Path) -> bool:
     try:
         with path.open("rb") as file:
             while True:  # torch.save's old format is several pickles, the first of which are harmless
-                if any(opcode.name in PICKLED_CALLS for opcode, _, _ in pickletools.genops(file)):
+                opcodes = {opcode.name for opcode, _, _ in pickletools.genops(file)}
+                if opcodes & PICKLED_CALLS:
                     return True
     except Exception:  # of any kind: genops has no error of its own for what is no pickle
         return False
@@ -138,6 +148,8 @@ def push_folder(
         if not folder.is_dir():
             raise NotADirectoryError(f"{folder} is no folder")
         names += _chosen(folder, ignore, whole)
+        if not names:
+            raise FileNotFoundError(f"{folder} holds nothing to upload, such as an adapter or a README.md")
         return with_retries(push)
     except Exception as error:  # huggingface_hub raises its own errors, httpx's, OSError and RuntimeError
         kept = kept_in or folder
@@ -172,9 +184,13 @@ def _matches(names: Iterable[str], patterns: Sequence[str]) -> bool:
 
 
 def _is_hidden(folder: Path, relative: Path) -> bool:
-    """Whether a part of the path begins with a dot, or is a link: it may lead to another file of the user's."""
-    parts = [relative, *relative.parents][:-1]
-    return any(part.name.startswith(".") or (folder / part).is_symlink() for part in parts)
+    """Whether a part of the path begins with a dot, or is a link: it may lead to another file of the user's.
+
+    The Hub's own cache consists of links.
+    """
+    parts = [folder / part for part in [relative, *relative.parents][:-1]]
+    is_link = any(part.is_symlink() for part in parts) and not is_in_hub_cache(folder, folder / relative)
+    return is_link or any(part.name.startswith(".") for part in parts)
 
 
 def with_retries(action: Callable[[], T]) -> T:
@@ -198,8 +214,8 @@ def push_error(what: str, error: Exception, folder: Path | None, repo_id: str) -
         folder: to push later; None where nothing was to be uploaded yet.
     """
     remedy = _REMEDIES.get(_status(error) or 0, _UNREACHABLE)
-    if isinstance(error, NotADirectoryError):
-        remedy = "Give a folder."
+    if isinstance(error, NotADirectoryError | FileNotFoundError):
+        remedy = "Give the folder of an adapter."
     elif isinstance(error, HFValidationError):
         remedy = "Give NAME or NAMESPACE/NAME, of letters, digits, '-', '_' and '.'."
     elif isinstance(error, ValueError):

@@ -51,7 +51,7 @@ class GrowthReportCallback(TrainerCallback):
 
     def _call_with_settings(self, event: str, args: TrainingArguments, *rest: Any, **kwargs: Any) -> Any:
         """Call all callbacks; at `SET_UP`, ``args.to_dict()`` holds the settings of IncreLoRA too, and no token."""
-        if event not in SET_UP:
+        if event not in SET_UP or self not in self._handler.callbacks:  # it may have been removed
             return self._call_event(event, args, *rest, **kwargs)
         growth: Growth = self._handler.model.increlora
         args.to_dict = partial(_arguments_and_settings, args, growth.config)  # type: ignore[method-assign]

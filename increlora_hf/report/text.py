@@ -46,8 +46,8 @@ def choice_note(plan: Plan | None) -> str:
     if plan is None or plan.is_choice or not plan.rounds or plan.num_layers == 1:
         return ""
     return (
-        f"Every round gives rank to all {plan.num_layers} layers, so that none is chosen and the ranks end equal, as "
-        "in plain LoRA. Train for more steps, or give a shorter interval or a smaller top_h."
+        f"Every round gives rank to all {plan.num_layers} layers that have room, so that no round chooses between "
+        "them. Train for more steps, or give a shorter interval or a smaller top_h."
     )
 
 

@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from datasets import Dataset
 
@@ -20,22 +20,28 @@ DECIMAL = re.compile(
 Row = tuple[str, dict[str, Any]]  # where the row is: "line 3", "row 3"; its cells by column
 
 
-def read_table(path: str | Path, *, label: str = LABEL, ignore: Collection[str] = ()) -> Dataset:
+def read_table(
+    path: str | Path, *, label: str = LABEL, is_typed: bool = True, ignore: Collection[str] = ()
+) -> Dataset:
     """The rows of a .csv, .json or .jsonl file, without the columns in `ignore` and those that hold lists or objects.
 
-    A column is int, float or str, whichever holds all of its values; blank lines are skipped.
+    Cells of a CSV file stay as they are spelled, but for the label of a file that is typed: that is int, float or
+    str, whichever holds all values. JSON says itself what is a number. Blank lines are skipped.
     """
     path = Path(path)
     if path.suffix not in FORMATS:
         raise ValueError(f"{path}: its format is unknown. Give a file that ends in {', '.join(FORMATS)}.")
-    form = FORMATS[path.suffix]
-    rows = [(place, _without(row, ignore)) for place, row in form.rows(path, read_text(path))]
+    rows = [(place, _without(row, ignore)) for place, row in FORMATS[path.suffix](path, read_text(path))]
     if not rows:
         raise ValueError(f"{path} is empty: it needs at least one row of data.")
     for place, row in rows:
         _check_cells(f"{path}, {place}", row, rows[0][1], label)
     columns = {name: [row[name] for _, row in rows] for name in rows[0][1]}
-    return Dataset.from_dict({name: form.column(cells) for name, cells in columns.items() if not _nested(cells)})
+    if path.suffix == ".csv":
+        return Dataset.from_dict(
+            {name: as_numbers(cells) if is_typed and name == label else cells for name, cells in columns.items()}
+        )
+    return Dataset.from_dict({name: _json_column(cells) for name, cells in columns.items() if not _nested(cells)})
 
 
 def _without(row: dict[str, Any], ignore: Collection[str]) -> dict[str, Any]:
@@ -68,6 +74,9 @@ def _csv_rows(path: Path, text: str) -> Iterator[Row]:
         for cells in reader:
             if cells and not header:
                 header = cells
+                twice = [name for i, name in enumerate(cells) if name in cells[:i]]
+                if twice:
+                    raise ValueError(f"{path}, line {line}: two columns are called {twice[0]!r}. Rename one.")
             elif cells:
                 yield f"line {line}", _csv_row(path, line, header, cells)
             line = reader.line_num + 1
@@ -115,11 +124,11 @@ def _object(value: Any, place: str) -> dict[str, Any]:
 
 
 def _check_cells(place: str, row: Mapping[str, Any], first: Mapping[str, Any], label: str) -> None:
-    """Every row has the first row's columns, no cell is null, and no label is blank."""
+    """Every row has the first row's columns, and a label."""
     for name in first:
         if name not in row:
             raise ValueError(f"{place}: column {name!r} is missing, which the first row has. Add it.")
-        if row[name] is None or (name == label and row[name] == ""):
+        if name == label and row[name] in (None, ""):
             raise ValueError(f"{place}: column {name!r} has no value. Fill it in or remove the row.")
 
 
@@ -128,7 +137,7 @@ def _fit(numbers: list[int]) -> bool:
     return all(abs(number) < 2**63 for number in numbers)
 
 
-def _csv_column(cells: list[str]) -> list[int] | list[float] | list[str]:
+def as_numbers(cells: list[str]) -> list[int] | list[float] | list[str]:
     """All cells as int (of 64 bits), else all as float, else as they are."""
     if all(map(WHOLE.fullmatch, cells)):
         whole = [int(cell) for cell in cells]
@@ -136,27 +145,21 @@ def _csv_column(cells: list[str]) -> list[int] | list[float] | list[str]:
     return [float(cell) for cell in cells] if all(map(DECIMAL.fullmatch, cells)) else cells
 
 
-def _json_column(cells: list[Any]) -> list[int] | list[float] | list[str]:
-    """JSON says itself what is a number; mixed numbers are floats, any other mixture is text."""
-    kinds = {type(cell) for cell in cells}
-    if kinds == {str} or (kinds == {int} and _fit(cells)):
+def _json_column(cells: list[Any]) -> list[Any]:
+    """JSON says itself what is a number; mixed numbers are floats, any other mixture is text; null is no value."""
+    kinds = {type(cell) for cell in cells} - {type(None)}
+    if kinds == {str} or (kinds == {int} and _fit([cell for cell in cells if cell is not None])):
         return cells
-    if kinds == {int}:
-        return [str(cell) for cell in cells]
-    if kinds <= {int, float}:
-        return [float(cell) for cell in cells]
-    return [cell if isinstance(cell, str) else json.dumps(cell) for cell in cells]
+    convert: Callable[[Any], Any] = float if float in kinds and kinds <= {int, float} else _as_text
+    return [None if cell is None else convert(cell) for cell in cells]
 
 
-class Format(NamedTuple):
-    """How the rows of a file format are found, and how the cells of one column are typed."""
-
-    rows: Callable[[Path, str], Iterator[Row]]
-    column: Callable[[list[Any]], list[int] | list[float] | list[str]]
+def _as_text(cell: Any) -> str:
+    return cell if isinstance(cell, str) else json.dumps(cell)
 
 
-FORMATS: Mapping[str, Format] = {
-    ".csv": Format(_csv_rows, _csv_column),
-    ".json": Format(json_rows, _json_column),
-    ".jsonl": Format(json_rows, _json_column),
+FORMATS: Mapping[str, Callable[[Path, str], Iterator[Row]]] = {
+    ".csv": _csv_rows,
+    ".json": json_rows,
+    ".jsonl": json_rows,
 }

@@ -37,6 +37,7 @@ from .search import SearchMixin
 from .trl_models import load_by_name, reference_of_the_start
 
 OWN_ARGUMENTS = {"output_dir", "run_name", "local_rank", "hub_token", "report_to", "disable_tqdm", "log_level"}
+OWN_ARGUMENTS |= {"model_init_kwargs"}  # of TRL: names the device
 # These may differ between processes and change nothing that is trained.
 
 logger = logging.getLogger(__name__)
@@ -238,7 +239,9 @@ class IncreLoraTrainerMixin(ItemCountsMixin, PublishingMixin, SearchMixin):
         self.growth_run.start_at(self.state.global_step)
         self._frozen_norms = frozen_batch_norms(self.increlora.model)
         loader = self.callback_handler.train_dataloader
-        arguments = {name: value for name, value in self.args.to_dict().items() if name not in OWN_ARGUMENTS}
+        arguments = {
+            name: value for name, value in type(self.args).to_dict(self.args).items() if name not in OWN_ARGUMENTS
+        }
         facts = {f"the training argument {name}": value for name, value in arguments.items()}
         facts["the number of training batches"] = len(loader) if has_length(loader) else None
         sets = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"": self.eval_dataset}

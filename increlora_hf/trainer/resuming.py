@@ -39,13 +39,15 @@ def same_checkpoint(wanted: str | bool, output_dir: str) -> Path:
 def has_ended(state: TrainerState, callbacks: Iterable[TrainerCallback]) -> bool:
     """Whether a run had taken its last step when it was saved, or had lost patience (`EarlyStoppingCallback`)."""
     states: Any = state.stateful_callbacks or {}
-    saved = states.get(EarlyStoppingCallback.__name__) or []
-    failures = [
-        one["attributes"]["early_stopping_patience_counter"] for one in ([saved] if isinstance(saved, dict) else saved)
-    ]
     stoppers = [callback for callback in callbacks if isinstance(callback, EarlyStoppingCallback)]
-    is_stopped = any(count >= one.early_stopping_patience for count, one in zip(failures, stoppers, strict=False))
-    return is_stopped or state.global_step >= state.max_steps
+    for kind in {type(callback) for callback in stoppers}:
+        own = [callback for callback in stoppers if type(callback) is kind]
+        saved = states.get(kind.__name__, [])
+        last = (saved if isinstance(saved, list) else [saved])[-len(own) :]  # Trainer appends theirs at every save
+        for callback, one in zip(own, last, strict=False):
+            if one["attributes"]["early_stopping_patience_counter"] >= callback.early_stopping_patience:
+                return True
+    return state.global_step >= state.max_steps
 
 
 def require_on_every_node(folder: Path) -> None:

@@ -20,7 +20,7 @@ class SearchMixin(_Base):
     """Names of `IncreLoraConfig` in ``hp_space``, such as r_avg, are settings of the trial's model."""
 
     def trial_settings(self, trial: Any) -> dict[str, Any]:
-        """The settings of IncreLoRA that ``trial`` chooses; a name of a training argument too is that argument's."""
+        """The settings of IncreLoRA that ``trial`` chooses; a name that is also a training argument sets that one."""
         if trial is None or self.hp_search_backend is None:
             return {}
         values = self.hp_space(trial) if self.hp_search_backend == HPSearchBackend.OPTUNA else trial
@@ -31,6 +31,8 @@ class SearchMixin(_Base):
         """Set the training arguments of the trial, without a warning about the settings that are not among them."""
         settings = self.trial_settings(trial)
         vars(self.args).update(settings)
-        super()._hp_search_setup(trial)
-        for name in settings:
-            delattr(self.args, name)
+        try:
+            super()._hp_search_setup(trial)
+        finally:
+            for name in settings:
+                delattr(self.args, name)

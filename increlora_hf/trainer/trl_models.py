@@ -28,6 +28,8 @@ def load_by_name(name: str, args: Any, quantization_config: Any) -> nn.Module:
     options.setdefault("trust_remote_code", getattr(args, "trust_remote_code", False))
     if quantization_config is not None:
         options["quantization_config"] = quantization_config
+    if args.world_size > 1:
+        options.setdefault("device_map", None)  # the default, "auto", would spread the model over all devices
     set_seed(args.seed)  # as they do, for weights that are not in the file
     if isinstance(args, RewardConfig):
         options |= {"architecture": AutoModelForSequenceClassification, "num_labels": 1}

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from datasets import ClassLabel, Dataset
 
 from ..source import require_columns
-from ..tables import LABEL
+from ..tables import LABEL, as_numbers
 from .tasks import ACCURACY, CORRELATIONS, SENTENCES, TextTask
 
 CLASSIFICATION, REGRESSION = "classification", "regression"  # names of such tasks
@@ -39,6 +39,7 @@ def _text_columns(rows: Dataset) -> tuple[str, ...]:
         name
         for name, feature in rows.features.items()
         if name != LABEL and name.lower() not in ROW_NUMBERS and getattr(feature, "dtype", None) == "string"
+        if isinstance(as_numbers([cell for cell in rows[name][:] if cell is not None] or [""])[0], str)
     )
     if set(SENTENCES) <= set(texts):
         return SENTENCES

@@ -53,16 +53,17 @@ def load_task(
     task, label = source.task, source.label_column
 
     def read_file(path: str, split: str) -> Dataset:
-        return read_table(path, label=label, ignore=(label,) if split == "test" else ())
+        return read_table(path, label=label, is_typed=split == "train", ignore=(label,) if split == "test" else ())
 
     found = read_splits(source, read_file, (task.data.config or task.name) if task else None)
     splits = {name: _with_label(rows, source, name) for name, rows in found.items()}
     if task is None:
         task = detect_task(require_split(splits, "train", source), source.where("train"), source.text_columns)
-    elif source.files:
-        task = replace(task, eval_splits=("validation",), test_splits=("test",))
-    if source.text_columns:
-        task = replace(task, columns=tuple(source.text_columns))
+    else:
+        if source.files:
+            task = replace(task, eval_splits=("validation",), test_splits=("test",))
+        if source.text_columns:
+            task = replace(task, columns=tuple(source.text_columns))
     labelled = ("train",) * train + task.eval_splits * evaluate
     wanted = labelled + task.test_splits * predict
     raw = {name: require_split(splits, name, source) for name in wanted}
