@@ -334,6 +334,7 @@ def test_a_pooler_that_the_library_does_not_use_is_neither_adapted_nor_trained(b
     assert len(trainer.increlora.layers) == 6
     trained = {name for name, p in model.named_parameters() if p.requires_grad and ".lora_" not in name}
     assert trained == {"2.linear.weight", "2.linear.bias"}
+    assert getattr(trainer.increlora_config, "target_modules", None) is None  # the next model may have other layers
 
     model = bi_encoder(base)
     transformer: Any = model[0]
@@ -342,6 +343,12 @@ def test_a_pooler_that_the_library_does_not_use_is_neither_adapted_nor_trained(b
 
     named = IncreLoraConfig(r_avg=2, target_modules=["query", "pooler.dense"])
     assert len(bi_encoder_trainer(bi_encoder(base), tmp_path, increlora_config=named).increlora.layers) == 2
+
+    model = bi_encoder(base)
+    model.add_adapter(LoraConfig(r=1, target_modules=["query", "key"]))
+    continued = bi_encoder_trainer(model, tmp_path).increlora
+    assert set(continued.rank_pattern) == {f"encoder.layer.0.attention.self.{name}" for name in ("query", "key")}
+    assert continued.config.target_modules is None
 
 
 def in_a_router(base: str) -> SentenceTransformer:
