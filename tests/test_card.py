@@ -71,6 +71,14 @@ def test_what_can_be_a_name_on_the_hub(name, expected):
     assert is_hub_id(name) is expected
 
 
+def test_texts_of_a_strange_base_have_no_effect_in_the_card():
+    text = card_text(replace(SUMMARY, labels={0: "a", 1: "b\n\n# Buy `this`", 2: "<script>x</script>"}))
+    assert "2 = &lt;script&gt;x&lt;/script&gt;" in text
+    assert "1 = b \\# Buy \\`this\\`" in text
+    strange = replace(SUMMARY, repository='user/"quoted"')
+    compile(card_text(strange).split("```python\n")[1].split("```")[0], "card", "exec")
+
+
 @pytest.mark.parametrize("task", ["SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "CAUSAL_LM", "SEQ_2_SEQ_LM", None])
 @pytest.mark.parametrize("base", ["user/base", "/some/folder", ""])
 def test_snippet_is_python_for_every_task(task, base):

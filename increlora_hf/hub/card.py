@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import html
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -168,7 +170,12 @@ def _use(run: RunSummary, base: str) -> str:
 def _label_names(run: RunSummary) -> str:
     if len(run.labels) < DEFAULT_LABELS:
         return ""
-    return "Labels: " + ", ".join(f"{index} = {name}" for index, name in sorted(run.labels.items()))
+    return "Labels: " + ", ".join(f"{index} = {_plain(name)}" for index, name in sorted(run.labels.items()))
+
+
+def _plain(text: object) -> str:
+    """The text of somebody else's configuration in one line, without the effect of Markdown and HTML in it."""
+    return re.sub(r"([\\`*_\[\]#|~])", r"\\\1", html.escape(" ".join(str(text).split()), quote=False))
 
 
 def _scores(run: RunSummary, data: str) -> str:

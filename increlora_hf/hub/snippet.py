@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -43,20 +44,21 @@ def snippet(
     own_auto = next((t.auto_class for t in TASKS.values() if task_type is not None and t.peft_type == task_type), None)
     labels = f", num_labels={num_labels}" if num_labels and (own_auto or num_labels != DEFAULT_LABELS) else ""
     name = base if is_hub_id(base) else Path(base).name or NAMELESS_BASE
+    own, theirs = (json.dumps(text, ensure_ascii=False) for text in (repository, name))  # quoted, for Python too
     if own_auto is not None and is_hub_id(base):
         auto = own_auto.replace("Auto", "AutoPeft", 1)
         imports = [f"from peft import {auto}", "from transformers import AutoTokenizer"]
-        loading = [f'model = {auto}.from_pretrained("{repository}"{labels}).eval()']
+        loading = [f"model = {auto}.from_pretrained({own}{labels}).eval()"]
     else:
         auto = own_auto or auto_class
         imports = ["from peft import PeftModel", f"from transformers import {auto}"]
         imports[1] += ", AutoTokenizer" if own_auto else ""
         loading = [
-            f'base = {auto}.from_pretrained("{name}"{labels})',
-            f'model = PeftModel.from_pretrained(base, "{repository}").eval()',
+            f"base = {auto}.from_pretrained({theirs}{labels})",
+            f"model = PeftModel.from_pretrained(base, {own}).eval()",
         ]
     if own_auto is not None:
-        loading.append(f'tokenizer = AutoTokenizer.from_pretrained("{repository if has_tokenizer else name}")')
+        loading.append(f"tokenizer = AutoTokenizer.from_pretrained({own if has_tokenizer else theirs})")
     return "\n".join([*imports, "", *loading, *EXAMPLES.get(task_type or "", [])])
 
 

@@ -1,5 +1,6 @@
 """Models as the flags name them, and the code that loads what a run has saved."""
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -68,10 +69,11 @@ def how_to_load(model: Any, auto_model: type, base: str, out: str, **options: An
     """Code that loads what is saved in `out`: an adapter on top of `base`, loaded with `options`, or a whole model."""
     adapted = isinstance(model, PeftModel)
     given = "".join(f", {name}={value!r}" for name, value in options.items())
+    saved, plain = json.dumps(str(out)), json.dumps(base)  # quoted, for Python too
     lines = [
         f"The {'adapter' if adapted else 'model'} is in {out}. To use it:",
-        f"    model = {auto_model.__name__}.from_pretrained(" + (f'"{base}"{given})' if adapted else f'"{out}")'),
-        *([f'    model = PeftModel.from_pretrained(model, "{out}")'] if adapted else []),
-        f'    tokenizer = AutoTokenizer.from_pretrained("{out}")',
+        f"    model = {auto_model.__name__}.from_pretrained({plain + given if adapted else saved})",
+        *([f"    model = PeftModel.from_pretrained(model, {saved})"] if adapted else []),
+        f"    tokenizer = AutoTokenizer.from_pretrained({saved})",
     ]
     return "\n".join(lines) + "\n"
