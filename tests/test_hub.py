@@ -314,6 +314,7 @@ def test_a_busy_hub_is_asked_again(hub, tmp_path, fault, where):
 
 
 def test_a_refusal_is_not_repeated(hub, tmp_path):
+    (tmp_path / "README.md").write_text("hello")
     hub.fault("/api/repos/create", 403, times=10)
     with pytest.raises(HubPushError, match="token may not write there"):
         push_folder(tmp_path, "user/a")
@@ -341,6 +342,7 @@ def test_errors_say_what_to_do(hub, status, remedy):
 
 
 def test_impossible_names_and_folders_are_refused_at_once(hub, slept, tmp_path):
+    (tmp_path / "README.md").write_text("hello")
     with pytest.raises(HubPushError, match="NAMESPACE/NAME"):
         push_folder(tmp_path, "a/b/c")
     with pytest.raises(HubPushError, match="is no folder"):
