@@ -33,7 +33,7 @@ from transformers import (
 from transformers.trainer_pt_utils import AcceleratorConfig
 from transformers.training_args import ParallelMode
 
-from increlora_hf import IncreLoraConfig, IncreLoraTrainer
+from increlora_hf import AdapterFormatError, IncreLoraConfig, IncreLoraTrainer
 from increlora_hf.distributed import (
     average,
     average_gradients,
@@ -44,6 +44,7 @@ from increlora_hf.distributed import (
     require_equal,
 )
 from increlora_hf.growth import replicas
+from increlora_hf.trainer import resuming
 from increlora_hf.trainer.refusals import refuse_other_parallelism
 
 CONFIG = IncreLoraConfig(r_avg=4, top_h=3, interval=7, start=7)  # 12 rounds of a BERT's 12 layers, by step 84
@@ -353,6 +354,26 @@ def test_best_model_is_loaded_on_every_process(tmp_path: Path) -> None:
     first, second = run(2, tmp_path, best_model, tmp_path / "out")
     assert first == second
     assert first[1] == pytest.approx(first[2], abs=1e-6)
+
+
+def test_a_best_checkpoint_that_one_process_lacks_is_loaded_by_none(tmp_path: Path) -> None:
+    def lacking(rank: int) -> tuple[int, list[int]]:
+        if rank == 1:
+
+            def gone(folder: Path, **options: Any) -> None:
+                raise AdapterFormatError(folder, "file", "a manifest", "nothing")
+
+            resuming.check_manifest = gone  # of this process, which then ends
+        schedule = {"eval_strategy": "steps", "eval_steps": 6, "save_strategy": "steps", "save_steps": 6}
+        best = {"max_steps": 24, "load_best_model_at_end": True, "learning_rate": 0.3}
+        trainer, watch = make(tmp_path / "out", SHORT, **best, **schedule)
+        trainer.train()
+        trained = [p for p in trainer.model.parameters() if p.requires_grad]
+        assert checksums(trained) == watch.hashes[-1]  # of the last step
+        return trainer.increlora.total_rank, checksums(trained)
+
+    first, second = run(2, tmp_path, lacking)
+    assert first == second
 
 
 def test_saved_adapter_is_an_ordinary_one(tmp_path: Path) -> None:

@@ -19,8 +19,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, has_l
 from ..adapter.inject import unchanged_on_error
 from ..config import IncreLoraConfig
 from ..distributed import barrier, broadcast_object, give_up_after, lost_process_explained, num_processes
-from ..errors import AdapterFormatError
-from ..files.checkpoints import GROWTH_FILES, check_manifest, new_checkpoint, rotate
+from ..files.checkpoints import new_checkpoint, rotate
 from ..files.run_state import read_state, write_state
 from ..growth.attach import attach, is_attached
 from ..growth.growth import Growth
@@ -32,12 +31,12 @@ from ..report.text import ORTH_LOSS, TOTAL_RANK, choice_note, final_ranks, plan_
 from .loss_accounting import ItemCountsMixin, borrowed
 from .publishing import PublishingMixin, refuse_pickles
 from .refusals import refuse_other_classes, refuse_other_order, refuse_other_parallelism, refuse_unsupported
-from .resuming import has_ended, require_on_every_node, same_checkpoint
+from .resuming import complete_state, has_ended, require_on_every_node, same_checkpoint
 from .search import SearchMixin
 from .trl_models import load_by_name, reference_of_the_start
 
 OWN_ARGUMENTS = {"output_dir", "run_name", "local_rank", "hub_token", "report_to", "disable_tqdm", "log_level"}
-OWN_ARGUMENTS |= {"model_init_kwargs"}  # of TRL: names the device
+OWN_OF_TRL = {"model_init_kwargs"}  # names the device
 # These may differ between processes and change nothing that is trained.
 
 logger = logging.getLogger(__name__)
@@ -240,7 +239,9 @@ class IncreLoraTrainerMixin(ItemCountsMixin, PublishingMixin, SearchMixin):
         self._frozen_norms = frozen_batch_norms(self.increlora.model)
         loader = self.callback_handler.train_dataloader
         arguments = {
-            name: value for name, value in type(self.args).to_dict(self.args).items() if name not in OWN_ARGUMENTS
+            name: value
+            for name, value in type(self.args).to_dict(self.args).items()
+            if name not in OWN_ARGUMENTS | OWN_OF_TRL
         }
         facts = {f"the training argument {name}": value for name, value in arguments.items()}
         facts["the number of training batches"] = len(loader) if has_length(loader) else None
@@ -289,12 +290,10 @@ class IncreLoraTrainerMixin(ItemCountsMixin, PublishingMixin, SearchMixin):
     def _load_best_model(self) -> None:
         """Load ranks and values of the best checkpoint; a further training makes a new optimizer."""
         folder = Path(str(self.state.best_model_checkpoint))
-        try:
-            check_manifest(folder, names=GROWTH_FILES)
-            state = read_state(folder)
-        except AdapterFormatError as error:
-            logger.warning("IncreLoRA: the best checkpoint is not complete, and the last weights stay: %s", error)
-            return
+        state, problem = complete_state(folder)
+        if problem is not None:  # in some process
+            message = "IncreLoRA: the best checkpoint is not complete, and the last weights stay: %s"
+            return self._say(message, problem, level=logging.WARNING)
         at_end = self.increlora.num_parameters()
         self._start_over()
         self.increlora.load_state_dict(state, state["tensors"], source=state["source"])

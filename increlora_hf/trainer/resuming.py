@@ -1,4 +1,4 @@
-"""The checkpoint to resume: the same for all processes, and whether its run had ended already."""
+"""The checkpoints to resume and to end with: the same for all processes, and whether a run had ended already."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from typing import Any
 
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainerState
 
-from ..distributed import barrier, num_processes, require_equal
+from ..distributed import all_gather_objects, barrier, num_processes, require_equal
 from ..documents import read_json_object
-from ..files.checkpoints import MANIFEST_NAME, resolve_checkpoint
-from ..files.run_state import STATE_TENSORS
+from ..errors import AdapterFormatError
+from ..files.checkpoints import GROWTH_FILES, MANIFEST_NAME, check_manifest, resolve_checkpoint
+from ..files.run_state import STATE_TENSORS, read_state
 
 ON_EVERY_NODE = (
     "Every node has to see the same checkpoints: put output_dir on a file system that the nodes share, or copy the "
@@ -34,6 +35,18 @@ def same_checkpoint(wanted: str | bool, output_dir: str) -> Path:
     if problem is not None:
         raise problem
     return folder
+
+
+def complete_state(folder: Path) -> tuple[dict[str, Any], str | None]:
+    """The state of growth in a checkpoint; with what is wrong with it in any process, so that all do the same."""
+    state: dict[str, Any] = {}
+    problem = None
+    try:
+        check_manifest(folder, names=GROWTH_FILES)
+        state = read_state(folder)
+    except AdapterFormatError as error:
+        problem = str(error)
+    return state, next(filter(None, all_gather_objects(problem)), None)
 
 
 def has_ended(state: TrainerState, callbacks: Iterable[TrainerCallback]) -> bool:
