@@ -25,7 +25,7 @@ DEFAULT_SEED = 42  # TrainingArguments' own default
 
 
 MAX_RANK = 2**16  # no linear layer is wider
-MAX_FACTOR = 1e6  # beyond it, float32 products of weights and gradients overflow
+MAX_FACTOR = 1e6  # of a scale, a weight or a standard deviation; a larger one is a mistake and no setting
 
 
 class Range(NamedTuple):

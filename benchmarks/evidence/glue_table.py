@@ -310,7 +310,7 @@ def tuned(
         scores = {
             key: score(results.done[run.key], best=False) for key, run in runs.items() if run.key in results.done
         }
-        best, is_inside = {}, True
+        best, wider = {}, {}
         for cell, grid in grids.items():
             found = {rate: scores[(*cell, rate)] for rate in grid if (*cell, rate) in scores}
             if not found:
@@ -318,10 +318,10 @@ def tuned(
             best[cell] = rate = max(found, key=found.__getitem__)
             neighbour = {grid[0]: grid[1:2], grid[-1]: grid[-2:-1]}.get(rate, [])
             if neighbour and found[rate] > found.get(neighbour[0], found[rate]):
-                grids[cell] = sorted([*grid, float(f"{rate * rate / neighbour[0]:.0e}")])
-                is_inside = False
-        if is_inside:
+                wider[cell] = sorted([*grid, float(f"{rate * rate / neighbour[0]:.0e}")])
+        if not wider:
             break
+        grids |= wider
     for row, task in grids.keys() - best.keys():
         sys.stderr.write(f"{row} | {task}: left out, for all of its tuning runs failed.\n")
     return {cell: {"learning_rate": rate} for cell, rate in best.items()}

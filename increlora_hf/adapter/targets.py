@@ -65,8 +65,10 @@ def resolve_targets(
         targets = list(ranks)
     if targets is not config.target_modules:  # full names
         targets = exact_targets(targets, [name for name, _ in model.named_modules()])
-    heads = outside if config.modules_to_save is None else list(config.modules_to_save)
-    _require_modules(model, heads)
+    heads = outside
+    if config.modules_to_save is not None:
+        heads = config.modules_to_save
+        _require_modules(model, heads)
     lora_config = LoraConfig(
         r=config.first_rank,
         lora_alpha=plain_alpha(config.lora_alpha),  # type: ignore[arg-type]

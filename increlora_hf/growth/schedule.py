@@ -26,9 +26,8 @@ def require_curve(schedule: str, learning_rate: float, kwargs: Mapping[str, Any]
             "parameter group could restart. Choose a schedule of steps, such as linear or cosine."
         )
     try:
-        restart_curves(schedule, warmup_steps=1, total_steps=TRIAL_STEPS, learning_rate=learning_rate, kwargs=kwargs)(
-            0
-        )
+        trial = {"warmup_steps": 1, "total_steps": TRIAL_STEPS, "learning_rate": learning_rate, "kwargs": kwargs}
+        restart_curves(schedule, **trial)(0)  # type: ignore[arg-type]
     except (TypeError, ValueError) as error:
         name = SchedulerType(schedule).value
         raise ValueError(

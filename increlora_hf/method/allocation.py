@@ -50,7 +50,7 @@ class Plan:
 
     @property
     def is_choice(self) -> bool:
-        """Whether some round leaves some layer out; otherwise all ranks end equal, as in plain LoRA."""
+        """Whether some round leaves out a layer that has room, or a cut follows."""
         needed = self.peak_total_rank - self.initial_total_rank
         return self.is_cut or self.top_h < self.num_layers or needed % (self.num_layers * self.increment) > 0
 
