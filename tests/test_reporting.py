@@ -32,6 +32,7 @@ from transformers.integrations import MLflowCallback, TrackioCallback, WandbCall
 
 from increlora_hf import IncreLoraConfig, IncreLoraTrainer, attach
 from increlora_hf.report.callback import GrowthReportCallback
+from increlora_hf.report.plots import orthogonality_curve
 from increlora_hf.report.text import plan_line, rank_table, round_line, sparkline
 
 CONFIG = IncreLoraConfig(r_avg=2, top_h=5, interval=4, start=4)  # rounds of 5, 5 and 2 at 8, 12, 16
@@ -458,6 +459,22 @@ def test_training_ends_with_pictures_in_the_output_folder_only(tmp_path: Path, p
     trainer.train()
     assert drawn(tmp_path) == PICTURES
     assert all((tmp_path / name).is_file() for name in PICTURES)
+
+
+def test_a_run_too_short_to_log_has_a_picture_of_its_orthogonality(
+    tmp_path: Path, pictures: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logs: list[Any] = []
+    monkeypatch.setattr("increlora_hf.report.plots.draw_all", lambda history, log, folder: logs.append(log))
+    silent, logged = (make(tmp_path, logging_steps=steps) for steps in (500, 4))
+    silent.train()
+    points = {entry["step"]: entry["increlora/orth_loss"] for entry in logs[0] if "increlora/orth_loss" in entry}
+    assert list(points) == [0, 8, 12, 16, 20]
+    logged.train()
+    for entry in logged.state.log_history:
+        if entry["step"] in points and "loss" in entry:
+            assert points[entry["step"]] == entry["increlora/orth_loss"]
+    assert orthogonality_curve(silent.increlora.history(), logs[0]) is not None
 
 
 def test_best_model_is_drawn_with_its_own_ranks(

@@ -11,6 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import INTEGRATION_TO_CALLBACK, TensorBoardCallback, TrackioCallback, WandbCallback
@@ -19,7 +20,8 @@ from transformers.trainer_callback import CallbackHandler
 from ..config import FLAG_PREFIX, IncreLoraConfig
 from ..documents import without_tokens
 from ..growth.growth import Growth
-from .text import BARS_LEGEND, RANK_OF, TOTAL_RANK, round_line
+from ..method.penalties import orthogonality
+from .text import BARS_LEGEND, ORTH_LOSS, RANK_OF, TOTAL_RANK, round_line
 
 RANK_MAP = "increlora/rank_map"
 INTEGRATIONS: tuple[type[TrainerCallback], ...] = tuple(INTEGRATION_TO_CALLBACK.values())
@@ -50,6 +52,7 @@ class GrowthReportCallback(TrainerCallback):
         handler.call_event = self._call_with_settings  # type: ignore[method-assign]
         self._reported = 0  # rounds
         self._display: Any = None
+        self._penalties: list[dict[str, float]] = []  # at the start, after each round and at the end
         self._has_legend = False  # whether a line has explained its bars
 
     def _call_with_settings(self, event: str, args: TrainingArguments, *rest: Any, **kwargs: Any) -> Any:
@@ -67,7 +70,8 @@ class GrowthReportCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
         """Skip the rounds of an earlier training, and those replayed on resuming."""
-        self._reported, self._display = len(model.increlora.rounds), None
+        self._reported, self._display, self._penalties = len(model.increlora.rounds), None, []
+        self._note_penalty(state, model.increlora)
         self._show_in_notebook(state, model.increlora)
 
     def on_step_end(
@@ -75,6 +79,8 @@ class GrowthReportCallback(TrainerCallback):
     ) -> None:
         """Report the round of this step, if there was one. Trainer has counted the step only now."""
         growth: Growth = model.increlora
+        if len(growth.rounds) != self._reported or control.should_training_stop:
+            self._note_penalty(state, growth)
         if len(growth.rounds) == self._reported:
             return
         self._reported = len(growth.rounds)
@@ -95,7 +101,15 @@ class GrowthReportCallback(TrainerCallback):
             with _errors_as_warnings():
                 from .plots import draw_all
 
-                draw_all(model.increlora.history(), state.log_history, Path(str(args.output_dir)))
+                log = [*state.log_history, *self._penalties]
+                draw_all(model.increlora.history(), log, Path(str(args.output_dir)))
+
+    def _note_penalty(self, state: TrainerState, growth: Growth) -> None:
+        """Keep the orthogonality penalty of this step: a short run logs it once or never."""
+        if state.is_world_process_zero and _can_draw():
+            with torch.no_grad():
+                penalty = orthogonality(growth.factors(), growth.config.penalty).item()
+            self._penalties.append({"step": state.global_step, ORTH_LOSS: penalty})
 
     def _send(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any) -> None:
         """Send the ranks of the last round, and the rank map, to the integrations."""

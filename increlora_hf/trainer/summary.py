@@ -64,8 +64,8 @@ def _project() -> str | None:
     urls: list[str] = []
     with suppress(PackageNotFoundError):
         urls = metadata(PROJECT).get_all("Project-URL") or []
-    addresses = dict(reversed(url.split(", ", 1)) for url in urls)
-    return next((a for a, label in addresses.items() if label in ("Repository", "Homepage", "Source")), None)
+    labelled = [url.split(", ", 1) for url in urls]
+    return next((address for label, address in labelled if label in ("Repository", "Homepage", "Source")), None)
 
 
 def _last_evaluation(log: Sequence[Mapping[str, Any]], best_step: int | None) -> tuple[int, dict[str, float]]:
