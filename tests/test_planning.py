@@ -130,7 +130,7 @@ def test_ranks_end_at_the_width_of_their_layers_and_the_plan_says_so(overshoot: 
     plan = growth.begin_run(STEPS, 0)
     assert growth.rank_pattern == {"0": 3, "1": 3, "2": 2}
     assert held(growth) == planned["start"]["adapter_parameters"]
-    note = "the budget is 10 and not 12, since no rank grows above its layer's min(in, out)"
+    note = "the budget is 10, not 12: no rank can exceed its layer's min(in, out)"
     assert note in plan_line(growth, 0)
     assert note in _planned(planned, config)
     assert (plan.target_total_rank, plan.is_cut) == (10, False)
