@@ -24,7 +24,7 @@ python run_glue.py --model_name_or_path microsoft/deberta-v3-base \\
 class DataArguments(RowArguments):
     """Which task, where its rows come from, and how they are cut."""
 
-    task_name: str | None = flag(None, f"GLUE task: {', '.join(TASKS)}. Leave it out for data of your own.")
+    task_name: str | None = flag(None, "Task of GLUE. Leave it out for data of your own.", TASKS)
     train_file: str | None = flag(
         None,
         "CSV or JSON file with one or two text columns and a column `label`. Labels with a decimal point make it a "

@@ -6,7 +6,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
 from pathlib import Path
@@ -29,9 +29,9 @@ TUNERS = ("increlora", "lora", "adalora", "bitfit", "full", "head")
 REFUSED = 2  # exit code, as argparse's own
 
 
-def flag(default: Any, text: str) -> Any:
-    """A dataclass field that `HfArgumentParser` shows with `text` as its help."""
-    return field(default=default, metadata={"help": text})
+def flag(default: Any, text: str, choices: Iterable[str] = ()) -> Any:
+    """A dataclass field that `HfArgumentParser` takes, and the help shows with `text` and `choices`."""
+    return field(default=default, metadata={"help": text, "metavar": f"{{{','.join(choices)}}}" if choices else None})
 
 
 @dataclass
@@ -113,8 +113,9 @@ class ScriptArguments:
 
     tuner: str = flag(
         "increlora",
-        f"The method: {', '.join(TUNERS)}. All methods read rank, alpha, dropout, target_modules and modules_to_save "
-        "from the --increlora_ flags.",
+        "The method of fine-tuning. All methods read rank, alpha, dropout, target_modules and modules_to_save from "
+        "the --increlora_ flags.",
+        TUNERS,
     )
     allow_pickles_on_hub: bool = flag(
         False,

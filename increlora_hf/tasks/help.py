@@ -41,13 +41,14 @@ class Flag(NamedTuple):
     name: str
     kind: str  # its annotation
     help: str
-    default: str  # empty where there is none to show
+    default: str = ""  # empty where there is none to show
+    choices: str = ""  # as {a,b}
 
     @classmethod
     def of(cls, field: "dataclasses.Field[Any]") -> "Flag":
         """The flag of a dataclass's field."""
         default = "" if field.default in (None, "", False) else str(field.default)
-        return cls(field.name, str(field.type), field.metadata["help"], default)
+        return cls(field.name, str(field.type), field.metadata["help"], default, field.metadata.get("metavar") or "")
 
 
 def trainer_flags() -> list[Flag]:
@@ -103,4 +104,6 @@ def _shown(flag: Flag) -> dict[str, Any]:
         return {"metavar": "{true,false}"} if flag.default else {"action": "store_true"}
     if "list" in flag.kind:
         return {"metavar": "VALUE", "nargs": "+"}
+    if flag.choices:
+        return {"metavar": flag.choices}
     return {"metavar": "N" if "int" in flag.kind or "float" in flag.kind else "VALUE"}
