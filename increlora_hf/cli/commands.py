@@ -19,12 +19,14 @@ from ..report.text import budget_note, rank_table
 
 FORMATS = ("peft", "uniform", "merged")
 DEFAULT_EPOCHS, DEFAULT_BATCH_SIZE = 3.0, 8  # Trainer's
-DEFAULT_LENGTH = 512  # tokens
 
-MEMORY_NOTE = """\
+COUNTED = """\
 The memory is an estimate for one device. Activations are counted from the
-shapes in one forward pass without gradient checkpointing; they grow with the
+shapes in one forward pass without gradient checkpointing. They grow with the
 rows and the tokens. The framework's own buffers come on top."""
+NOT_COUNTED = """\
+The memory is an estimate for one device. Give --max_seq_length to add the
+activations. The framework's own buffers come on top."""
 
 Document = dict[str, Any]
 Answer = tuple[Document, str]
@@ -44,8 +46,7 @@ def plan(args: argparse.Namespace) -> Answer:
     model = skeleton(args.model, args.task)
     planned = plan_model(model, config, max_steps=steps, warmup_steps=warmup)
     needed = memory(model, planned, config, batch_size=args.batch_size, length=args.max_seq_length)
-    batch = f"{args.batch_size:,} x {args.max_seq_length:,} tokens"
-    return {**planned, "memory": needed}, f"{_planned(planned, config)}\n\n{_memory(needed, batch)}"
+    return {**planned, "memory": needed}, f"{_planned(planned, config)}\n\n{_memory(needed, args)}"
 
 
 def _planned(planned: Document, config: IncreLoraConfig) -> str:
@@ -77,19 +78,22 @@ def _planned(planned: Document, config: IncreLoraConfig) -> str:
     return "\n".join([*lines, "", "Optimizer and checkpoint: AdamW in float32, heads included."])
 
 
-def _memory(needed: Mapping[str, Mapping[str, int | None]], batch: str) -> str:
+def _memory(needed: Mapping[str, Mapping[str, int | None]], args: argparse.Namespace) -> str:
     """A table of the memory by dtype, and how it was estimated."""
+    is_whole, length = needed["float32"]["activations"] is not None, args.max_seq_length
     lines = [f"{'memory at the peak, base model in':<50}" + "".join(f"{dtype:>15}" for dtype in needed)]
     for title, part in (
         ("base model's weights", "weights"),
         ("adapter and heads, gradients, optimizer", "adapter"),
-        (f"activations for {batch}", "activations"),
+        (f"activations of {args.batch_size:,} x {length or 0:,} tokens", "activations"),
         ("scores of one layer", "scores"),
-        ("total", "total"),
+        ("total" if is_whole else "total without activations", "total"),
     ):
+        if part == "activations" and not length:
+            continue
         sizes = [one[part] for one in needed.values()]
         lines.append(f"{title:<50}" + "".join(f"{'unknown' if size is None else _bytes(size):>15}" for size in sizes))
-    return "\n".join([*lines, "", MEMORY_NOTE])
+    return "\n".join([*lines, "", COUNTED if length else NOT_COUNTED])
 
 
 def inspect(args: argparse.Namespace) -> Answer:

@@ -108,29 +108,29 @@ def num_steps(rows: int, epochs: float, batch_size: int) -> int:
 
 
 def memory(
-    model: nn.Module, planned: Mapping[str, Any], config: IncreLoraConfig, *, batch_size: int, length: int
+    model: nn.Module, planned: Mapping[str, Any], config: IncreLoraConfig, *, batch_size: int, length: int | None
 ) -> dict[str, dict[str, int | None]]:
     """Bytes that training takes at its peak on one device, by the base model's dtype.
 
-    Adapter, gradients and AdamW are in float32. None stands for what cannot be counted: the activations of a model
-    that reads no tokens, or whose shapes depend on values.
+    Adapter, gradients and AdamW are in float32. The activations are None, and not in the total, without a length
+    and where `activations` cannot count them.
 
     Args:
         planned: what `plan_model` returns for this model.
         batch_size: rows in a batch of the device.
-        length: tokens in a row.
+        length: tokens in a row; None leaves the activations out, whose count takes a second for a large model.
     """
     peak, plan = planned["peak"], planned["plan"]
     trained = peak["adapter_parameters"] + planned["head_parameters"]
     largest = max(math.prod(features(model.get_submodule(name))) for name in planned["layers"])
     scored = SCORING * FLOAT32 * largest if config.needs_sensitivity and plan["rounds"] else 0
-    saved = activations(model, planned["layers"], planned["heads"], batch_size, length)
-    found = {}
+    saved = activations(model, planned["layers"], planned["heads"], batch_size, length) if length else None
+    found, tokens = {}, batch_size * (length or 0)
     for dtype, size in DTYPES.items():
         parts = {
             "weights": size * planned["parameters"],
             "adapter": 2 * FLOAT32 * trained + peak["optimizer_bytes"],  # with its gradient
-            "activations": saved and saved[dtype] + size * plan["peak_total_rank"] * batch_size * length,
+            "activations": saved[dtype] + size * plan["peak_total_rank"] * tokens if saved else None,
             "scores": scored,
         }
         found[dtype] = {**parts, "total": sum(part or 0 for part in parts.values())}

@@ -111,9 +111,10 @@ def _parser() -> argparse.ArgumentParser:
     for name, kind, default, text in (
         ("--batch_size", count, commands.DEFAULT_BATCH_SIZE, "rows in an optimizer step"),
         ("--warmup_steps", share, 0, "steps of learning-rate warm-up; below 1: a share of the run"),
-        ("--max_seq_length", count, commands.DEFAULT_LENGTH, "tokens in a row, for the memory"),
     ):
         run.add_argument(name, type=kind, metavar="N", default=default, help=f"{text} (default: {default})")
+    length = "tokens in a row; adds the activations to the memory"
+    run.add_argument("--max_seq_length", type=count, metavar="N", help=length)
     plan.add_argument("--task", **tasks, help=f"{', '.join(TASKS)} (default: the architecture in the configuration)")
     _add_settings(plan.add_argument_group("settings of IncreLoRA"))
     command(commands.inspect, "ADAPTER")
