@@ -125,7 +125,7 @@ def paragraphs(text: str) -> list[str]:
     for line in text.splitlines():
         if line.startswith("|"):
             found += [*line.strip("|").split("|"), ""]
-        elif not line.strip() or line.startswith("#"):
+        elif not line.strip() or line.startswith(("#", ":::", "<!--")):
             found.append("")
         elif ITEM.match(line):
             found.append(ITEM.sub("", line))

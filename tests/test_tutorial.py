@@ -12,12 +12,13 @@ TUTORIAL = Path(__file__).parents[1] / "docs" / "tutorial.md"
 BLOCK = re.compile(r"```python\n(.*?)```(?:\s*```text\n(.*?)```)?", re.DOTALL)
 NUMBER = re.compile(r"-?\d+(\.\d+)?(e-?\d+)?")
 LAYER = re.compile(r"bert\.encoder\S+")
+BARS = re.compile(r"[▁-█]+")
 END = "=== end of block ==="
 
 
 def in_outline(text: str) -> list[str]:
-    """The words of a text; numbers, and which layer came first, are a matter of the machine."""
-    return LAYER.sub("LAYER", NUMBER.sub("#", text)).split()
+    """The words of a text; numbers, ranks, and which layer came first, depend on the machine."""
+    return BARS.sub("BARS", LAYER.sub("LAYER", NUMBER.sub("#", text))).split()
 
 
 @pytest.mark.slow
