@@ -366,7 +366,7 @@ class _Flags:
         return IncreLoraConfig(**{**PRESETS.get(preset, {}), **values})
 
 
-def _flag(name: str, kind: Any, default: Any, text: str) -> tuple[str, Any, Any]:
+def _flag(name: str, kind: Any, default: Any, text: str, choices: Iterable[str] = ()) -> tuple[str, Any, Any]:
     """The (name, type, field) of one generated flag. A flag that is not given is None, so that a preset can fill it.
 
     Switches keep their defaults, for HfArgumentParser's ``--no_`` forms; presets leave them as they are.
@@ -374,17 +374,20 @@ def _flag(name: str, kind: Any, default: Any, text: str) -> tuple[str, Any, Any]
     text = text.replace("%", "%%")  # argparse formats it
     if default is not None and kind is not bool:
         default, text = None, f"{text} (default: {default})%(default).0s"  # argparse appends its own only without it
-    return FLAG_PREFIX + name, kind, field(default=default, metadata={"help": text})
+    shown = {"metavar": f"{{{','.join(choices)}}}"} if choices else {}
+    return FLAG_PREFIX + name, kind, field(default=default, metadata={"help": text, **shown})
 
 
 def _make_arguments() -> Any:
     flags = [
-        _flag(f.name, f.metadata["flag_type"] or _types()[f.name], f.default, f.metadata["help"])
+        _flag(
+            f.name, f.metadata["flag_type"] or _types()[f.name], f.default, f.metadata["help"], f.metadata["choices"]
+        )
         for f in fields(IncreLoraConfig)
     ]
     about_presets = "Settings to start from, which other flags replace: 'paper' = the paper's method, exactly."
     made = dataclasses.make_dataclass(
-        "IncreLoraArguments", [_flag("preset", str | None, None, about_presets), *flags], bases=(_Flags,)
+        "IncreLoraArguments", [_flag("preset", str | None, None, about_presets, PRESETS), *flags], bases=(_Flags,)
     )
     made.__module__ = __name__  # so that it pickles by reference
     made.__doc__ = "The settings of `IncreLoraConfig` as ``--increlora_<name>`` flags for `HfArgumentParser`."

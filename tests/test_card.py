@@ -1,9 +1,11 @@
 """The model card: metadata that the Hub takes, a snippet that runs, and the run's own numbers."""
 
 from dataclasses import replace
+from email.message import Message
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from conftest import arguments, tiny_bert, token_rows
 from huggingface_hub import ModelCard
@@ -11,7 +13,9 @@ from huggingface_hub import ModelCard
 from increlora_hf import IncreLoraConfig, IncreLoraTrainer
 from increlora_hf.hub.card import RunSummary, card_text
 from increlora_hf.hub.snippet import is_hub_id
-from increlora_hf.trainer.summary import describe
+from increlora_hf.trainer.summary import _project, describe
+
+FIXED = IncreLoraConfig(r_avg=2, init_r=2)
 
 SUMMARY = RunSummary(
     repository="user/adapter",
@@ -60,7 +64,54 @@ def test_a_base_that_is_a_folder_is_not_named_as_one_on_the_hub(tmp_path):
     text = card_text(replace(SUMMARY, base=str(tmp_path)))
     assert "base_model" not in metadata(text)
     assert str(tmp_path.parent) not in text
-    assert f'AutoModelForSequenceClassification.from_pretrained("{tmp_path.name}", num_labels=3)' in text
+    assert f'AutoModelForSequenceClassification.from_pretrained("./{tmp_path.name}", num_labels=3)' in text
+
+
+def test_snippet_of_an_adapter_for_a_local_base_runs_where_that_folder_is(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    model = tiny_bert(num_labels=3)
+    model.save_pretrained("folder/bases/mine")
+    model.config._name_or_path = model.name_or_path = str(tmp_path / "folder" / "bases" / "mine")
+    settings = arguments("out", max_steps=4, warmup_steps=0.5)
+    run = IncreLoraTrainer(model, settings, train_dataset=token_rows(), increlora_config=FIXED)
+    run.train()
+    run.save_model()
+    text = (tmp_path / "out" / "README.md").read_text()
+    snippet = text.split("```python\n")[1].split("```")[0]
+    assert '# Copy the base model\'s folder to "./mine". In training it was loaded as BertForSeq' in snippet
+    (tmp_path / "mine").symlink_to(tmp_path / "folder" / "bases" / "mine")
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", lambda name: words)
+    exec(snippet, found := {})
+    with torch.no_grad():
+        expected = run.model.eval()(**words("")).logits
+    assert torch.equal(found["model"](**words("")).logits, expected)
+    assert "tensor" in capsys.readouterr().out
+    assert "| lr_scheduler_warmup_steps | 2 |" in text
+
+
+def words(text: str, **kwargs: Any) -> dict[str, Any]:
+    """Stands for a tokenizer."""
+    return {"input_ids": torch.tensor([[5, 6, 7]])}
+
+
+def test_numbers_that_are_whole_are_printed_as_integers():
+    text = card_text(replace(SUMMARY, hyperparameters={"num_epochs": 3.0, "learning_rate": 1e-3, "seed": 7}))
+    assert "| num_epochs | 3 |" in text
+    assert "| learning_rate | 0.001 |" in text
+    assert "| seed | 7 |" in text
+
+
+def test_card_links_the_paper_and_names_the_library_with_its_address_where_it_has_one(monkeypatch):
+    named = card_text(SUMMARY).split("## Use")[0]
+    assert "[IncreLoRA](https://arxiv.org/abs/2308.12043) in the Python package `increlora-hf`" in named
+    linked = card_text(replace(SUMMARY, project="https://example.org/here")).split("## Use")[0]
+    assert "in [increlora-hf](https://example.org/here)." in linked
+    document = Message()
+    monkeypatch.setattr("increlora_hf.trainer.summary.metadata", lambda name: document)
+    assert _project() is None
+    document["Project-URL"] = "Documentation, https://example.org/docs"
+    document["Project-URL"] = "Repository, https://example.org/here"
+    assert _project() == "https://example.org/here"
 
 
 @pytest.mark.parametrize(

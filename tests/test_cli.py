@@ -13,14 +13,15 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from conftest import tiny_bert
+from conftest import arguments, tiny_bert, token_rows
 from hub_server import Hub
 from PIL import Image
 from test_adapter import unequal
 from test_saved_adapter import change, plain_lora
 
 import increlora_hf
-from increlora_hf import IncreLoraConfig
+from increlora_hf import IncreLoraConfig, IncreLoraTrainer
+from increlora_hf.cli.commands import _bytes, _count
 from increlora_hf.cli.estimate import plan_model
 from increlora_hf.cli.main import DONE, REFUSED, main
 from increlora_hf.files.saved_adapter import read_adapter
@@ -87,12 +88,39 @@ def test_plan_prints_what_planning_counts(increlora: Run, model: Path) -> None:
     config = IncreLoraConfig(r_avg=3, target_modules=["query", "key"])
     expected = plan_model(tiny_bert(), config, max_steps=200, warmup_steps=5)
     assert (code, err) == (DONE, "")
-    assert json.loads(out) == expected
-    code, out, err = increlora("plan", model, *flags)
-    assert (code, err) == (DONE, "")
-    assert "BertForSequenceClassification" in out
-    assert "4 to 12" in out
-    assert max(map(len, out.splitlines())) <= WIDTH
+    found = json.loads(out)
+    assert found.pop("memory")["float32"]["activations"] is None
+    assert found == expected
+    for more in ([], ["--max_seq_length", 8]):
+        code, out, err = increlora("plan", model, *flags, *more)
+        assert (code, err) == (DONE, "")
+        assert "BertForSequenceClassification" in out
+        assert "4 to 12" in out
+        assert ("activations of 8 x 8 tokens" in out) is bool(more)
+        assert ("total without activations" in out) is not more
+        assert max(map(len, out.splitlines())) <= WIDTH
+
+
+def test_plan_counts_steps_from_rows_epochs_and_batch_as_trainer_does(
+    increlora: Run, model: Path, tmp_path: Path
+) -> None:
+    trainer = IncreLoraTrainer(
+        tiny_bert(),
+        arguments(tmp_path, max_steps=-1, num_train_epochs=2.5, per_device_train_batch_size=3, warmup_steps=0.3),
+        train_dataset=token_rows(16),
+    )
+    trainer.train()
+    run = ["--rows", 16, "--epochs", 2.5, "--batch_size", 3, "--warmup_steps", 0.3]
+    code, out, err = increlora("plan", model, *run, "--json")
+    assert code == DONE, err
+    assert json.loads(out)["plan"] == trainer.increlora.plan.to_dict()
+
+
+def test_large_numbers_have_units_that_people_read(increlora: Run) -> None:
+    assert [_count(n) for n in (70_553_706_496, 999_000_000, 25_890_000, 594)] == [
+        "70.55 B", "999.00 M", "25.89 M", "0.00 M",
+    ]  # fmt: skip
+    assert [_bytes(n) for n in (1_195_410_000, 207_100_000)] == ["1.20 GB", "207.10 MB"]
 
 
 def test_plan_names_experts_that_stay_frozen(increlora: Run, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -261,6 +289,8 @@ def test_push_says_why_it_was_refused(increlora: Run, lora: Path, hub: Hub) -> N
 @pytest.mark.parametrize(
     "args",
     [[], ["plan"], ["plan", "x"], ["plan", "x", "--max_steps", "-1"], ["inspect"], ["fly"]]
+    + [["plan", "x", "--rows", "9", *rest] for rest in (["--max_steps", "9"], ["--epochs", "0"], ["--rows", "1.5"])]
+    + [["plan", "x", "--max_steps", "9", "--epochs", "2"]]
     + [["plan", "x", "--max_steps", "9", *rest] for rest in (["--task", "no"], ["--advance_learning", "maybe"])]
     + [["export", "x", "--format", "peft", "--output", "y", "--base", "z"]],
     ids=" ".join,

@@ -139,8 +139,8 @@ def test_pictures_show_the_cut_and_the_rounds_of_their_own_training_alone(tmp_pa
 def test_words_for_a_training_that_starts_at_its_peak(tmp_path: Path) -> None:
     growth = attach(tiny_bert(), replace(CUT, init_r=3)).increlora
     growth.begin_run(STEPS, 2)
-    assert "rank 36 → 36 in 0 rounds" in plan_line(growth, 0)
-    assert "cut to 12 at step 3" in plan_line(growth, 0)
+    assert "rank 36 → 36 → 12" in plan_line(growth, 0)
+    assert f"no round in {STEPS} steps; cut at 3" in plan_line(growth, 0)
     with pytest.raises(ValueError, match=r"peak of total rank 36 cannot be met in 1 steps.*a smaller overshoot"):
         growth.begin_run(1, 0)
 

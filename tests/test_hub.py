@@ -21,7 +21,8 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from increlora_hf import HubPushError, IncreLoraConfig, IncreLoraTrainer
 from increlora_hf.hub.upload import ATTEMPTS, LONGEST_WAIT, create_repository, is_pickle, push_error, push_folder
-from increlora_hf.tasks.flags import ModelArguments, check_run
+from increlora_hf.tasks.flags import ModelArguments
+from increlora_hf.tasks.run import check_run
 
 CONFIG = IncreLoraConfig(r_avg=2, interval=2, start=2, top_h=6)
 ADAPTER = {"adapter_config.json", "adapter_model.safetensors", "increlora_history.json"}

@@ -14,7 +14,7 @@ from transformers import BertConfig, BertForSequenceClassification, BertModel
 
 from increlora_hf import IncreLoraConfig, IncreLoraTrainer, attach
 from increlora_hf.cli.commands import _planned
-from increlora_hf.cli.estimate import plan_model
+from increlora_hf.cli.estimate import memory, plan_model
 from increlora_hf.files.base_models import TASKS, skeleton
 from increlora_hf.growth.growth import Growth, Round
 from increlora_hf.report.text import plan_line
@@ -130,7 +130,7 @@ def test_ranks_end_at_the_width_of_their_layers_and_the_plan_says_so(overshoot: 
     plan = growth.begin_run(STEPS, 0)
     assert growth.rank_pattern == {"0": 3, "1": 3, "2": 2}
     assert held(growth) == planned["start"]["adapter_parameters"]
-    note = "the budget is 10 and not 12, since no rank grows above its layer's min(in, out)"
+    note = "the budget is 10, not 12: no rank can exceed its layer's min(in, out)"
     assert note in plan_line(growth, 0)
     assert note in _planned(planned, config)
     assert (plan.target_total_rank, plan.is_cut) == (10, False)
@@ -149,6 +149,64 @@ def test_a_run_too_short_is_refused_with_the_library_s_own_message() -> None:
     with pytest.raises(ValueError) as attached:
         attach(tiny_bert(), config).increlora.begin_run(20, 0)
     assert str(planned.value) == str(attached.value)
+
+
+# ---- Memory --------------------------------------------------------------------------------------------------------
+
+CLOSE = 0.2  # the largest share by which the estimate of activations is off in these cases
+
+
+def kept_for_backward(model: Any, batch: dict[str, torch.Tensor]) -> int:
+    """Bytes that a real forward pass keeps, beside parameters, buffers and the batch."""
+    known = {id(t.untyped_storage()) for t in (*model.parameters(), *model.buffers(), *batch.values())}
+    kept = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        kept[id(storage)] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        _ = model(**batch).loss
+    return sum(storage.nbytes() for key, storage in kept.items() if key not in known)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", ["BERT, sequence classification", "DeBERTa-v3", "T5", "GPT-2", "Llama", "Mixtral"])
+def test_activations_are_those_that_a_real_forward_pass_keeps(case: str, dtype: torch.dtype) -> None:
+    config = IncreLoraConfig(r_avg=1)
+    rows = ZOO[case].rows()
+    length = rows[0]["input_ids"].shape[-1]
+    model: Any = ZOO[case].build()
+    planned = plan_model(model, config, max_steps=STEPS)
+    found = memory(model, planned, config, batch_size=len(rows), length=length)[str(dtype).removeprefix("torch.")]
+    batch = {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
+    attached = attach(ZOO[case].build().to(dtype), config)
+    attached.increlora.begin_run(STEPS, 0)
+    assert found["activations"] == pytest.approx(kept_for_backward(attached.train(), batch), rel=CLOSE)
+
+
+def test_memory_is_the_sum_of_weights_training_and_activations() -> None:
+    model, config = tiny_bert(), IncreLoraConfig(r_avg=3)
+    planned = plan_model(model, config, max_steps=STEPS)
+    found = memory(model, planned, config, batch_size=4, length=8)
+    for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
+        parts = found[name]
+        assert parts["weights"] == sum(p.nbytes for p in tiny_bert().to(dtype).parameters())
+        trained = planned["peak"]["adapter_parameters"] + planned["head_parameters"]
+        assert parts["adapter"] == 4 * 4 * trained  # weight, gradient and AdamW's two averages
+        assert parts["total"] == sum(size for part, size in parts.items() if part != "total" and size)
+    without = memory(model, planned, config, batch_size=4, length=None)["float32"]
+    assert without["activations"] is None
+    assert without["total"] == found["float32"]["total"] - found["float32"]["activations"]
+    assert not any(p.grad is not None or p.device.type == "meta" for p in model.parameters())
+
+
+@pytest.mark.parametrize("case", ["ViT", "T5, sequence classification"])
+def test_activations_that_cannot_be_counted_are_left_out(case: str) -> None:
+    model: Any = ZOO[case].build()
+    planned = plan_model(model, IncreLoraConfig(), max_steps=STEPS)
+    assert memory(model, planned, IncreLoraConfig(), batch_size=4, length=8)["float32"]["activations"] is None
 
 
 # ---- Models without weights ---------------------------------------------------------------------------------------

@@ -8,8 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import arguments, tiny_bert, token_rows
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.image import imread
+from matplotlib.text import Text
 from transformers import TrainerCallback
 
 from increlora_hf import IncreLoraConfig, IncreLoraTrainer
@@ -25,7 +27,7 @@ from increlora_hf.report.plots import (
     save,
     score_history,
 )
-from increlora_hf.report.rank_map import block_names, module_names
+from increlora_hf.report.rank_map import BACKGROUND, block_names, module_names
 
 CONFIG = IncreLoraConfig(r_avg=2, top_h=5, interval=4, start=4)  # rounds of 5, 5 and 2 at 8, 12, 16
 LLAMA = (
@@ -109,7 +111,7 @@ def test_rank_map_grows_with_the_model_and_its_cells_do_not_shrink(layers: int) 
     axes, inches = figure.axes[0], figure.get_size_inches()
     box = axes.get_position()
     assert box.height * inches[1] / (layers + 1) > 0.2
-    assert box.width * inches[0] / (len(LLAMA) + 0.7) > 0.5
+    assert box.width * inches[0] / (len(LLAMA) + 0.7) > 0.35
     labels = axes.get_yticklabels()
     assert [label.get_text() for label in labels] == [f"layers.{i}" for i in range(layers)] + ["total"]
     assert all(label.get_window_extent().x0 >= 0 for label in labels)
@@ -229,7 +231,7 @@ def test_budget_curve_steps_up_to_the_budget(trained: IncreLoraTrainer) -> None:
     assert list(budget.get_ydata()) == [24, 24]
     assert len(figure.axes[1].lines) == 4
     assert len(figure.axes[1].get_legend().get_texts()) == 3
-    assert figure.axes[1].get_title().endswith("by birth (λ: × 10)")
+    assert figure.axes[1].get_legend().get_title().get_text() == "that of λ: 10 × as high"
 
 
 def test_budget_curve_takes_the_growth_after_the_best_model_from_the_log(trained: IncreLoraTrainer) -> None:
@@ -281,6 +283,36 @@ def test_scores_name_few_layers_and_mark_their_rounds(trained: IncreLoraTrainer)
     assert all(line.get_xdata().tolist() == [8, 12, 16] for line in marked)
 
 
+def test_a_curve_that_drops_says_why() -> None:
+    ranks = {"l.0.q": 3, "l.1.q": 3}
+    rounds = [
+        {"step": 4, "birth_step": 4, "layers": list(ranks), "scores": ranks},
+        {"step": 8, "birth_step": 8, "layers": [], "scores": ranks, "removed": {"l.0.q": [0, 1]}},
+    ]
+    history = {
+        "config": {"increment": 1},
+        "plan": {"initial_total_rank": 4, "total_steps": 20},
+        "rounds": rounds,
+        "initial_ranks": {"l.0.q": 2, "l.1.q": 2},
+        "rank_pattern": {"l.0.q": 1, "l.1.q": 3},
+        "target_total_rank": 4,
+    }
+    penalty = [{"step": step, "increlora/orth_loss": 1.0} for step in (0, 20)]
+    for figure in (budget_curve(history), orthogonality_curve(history, penalty)):
+        (line,) = (line for line in figure.axes[0].lines if "the cut removes" in line.get_label())
+        assert line.get_xdata()[0] == 8
+        assert line.get_label().endswith("down to rank 4")
+
+
+def test_text_of_the_curves_is_readable_on_a_phone(trained: IncreLoraTrainer) -> None:
+    history, log = trained.increlora.history(), trained.state.log_history
+    for figure in (rank_map(history), budget_curve(history, log), orthogonality_curve(history, log)):
+        pixels(figure)  # lays it out
+        scale = 360 / figure.get_size_inches()[0] / 72  # CSS pixels of a point where the picture is 360 wide
+        words = [text for text in figure.findobj(Text) if text.get_text() and text.get_visible()]
+        assert min(text.get_fontsize() for text in words) * scale > 9
+
+
 # ---- Files --------------------------------------------------------------------------------------------------------
 
 
@@ -320,4 +352,4 @@ def test_pixels_are_the_picture() -> None:
     picture = pixels(figure)
     assert picture.dtype == np.uint8
     assert picture.shape == (int(height), int(width), 3)
-    assert picture[0, 0].tolist() == [255, 255, 255]
+    assert picture[0, 0].tolist() == [round(255 * part) for part in to_rgb(BACKGROUND)]

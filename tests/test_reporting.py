@@ -1,29 +1,39 @@
 """What a round and the end of training show: loggers, terminal, notebook, files."""
 
+import copy
 import json
 import logging
+import os
 import pickle
+import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, replace
-from io import BytesIO
+from io import BytesIO, StringIO
+from itertools import pairwise
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 from unittest.mock import MagicMock
 
 import pytest
+import torch
+import transformers
 from conftest import arguments, tiny_bert, token_rows
 from hub_server import TOKEN
 from PIL.Image import Image
 from PIL.Image import open as open_image
+from processes import run
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import nn
 from transformers import TrainerCallback, TrainingArguments
 from transformers.integrations import MLflowCallback, TrackioCallback, WandbCallback
 
-from increlora_hf import IncreLoraConfig, IncreLoraTrainer
+from increlora_hf import IncreLoraConfig, IncreLoraTrainer, attach
 from increlora_hf.report.callback import GrowthReportCallback
-from increlora_hf.report.text import round_line, sparkline
+from increlora_hf.report.plots import orthogonality_curve
+from increlora_hf.report.text import plan_line, rank_table, round_line, sparkline
 
 CONFIG = IncreLoraConfig(r_avg=2, top_h=5, interval=4, start=4)  # rounds of 5, 5 and 2 at 8, 12, 16
 PICTURES = [
@@ -53,7 +63,7 @@ def events(folder: Path) -> EventAccumulator:
 
 
 def is_of_a_round(values: dict[str, Any]) -> bool:
-    return any(name.startswith("train/increlora/rank/") for name in values)
+    return any(name.startswith("increlora/rank/") for name in values)
 
 
 class Service(ModuleType):
@@ -98,7 +108,9 @@ def pictures_of_rounds(pictures: None, monkeypatch: pytest.MonkeyPatch) -> None:
 # ---- Loggers ------------------------------------------------------------------------------------------------------
 
 
-def test_tensorboard_has_each_round_at_its_step(tmp_path: Path, pictures_of_rounds: None, monkeypatch: Any) -> None:
+def test_tensorboard_has_each_round_at_its_step_and_the_ranks_in_a_group_of_their_own(
+    tmp_path: Path, pictures_of_rounds: None, monkeypatch: Any
+) -> None:
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "events"))
     trainer = make(tmp_path / "out", report_to="tensorboard", logging_steps=6)
     trainer.train()
@@ -110,12 +122,12 @@ def test_tensorboard_has_each_round_at_its_step(tmp_path: Path, pictures_of_roun
     for record in trainer.increlora.rounds:
         for name in record.layers:
             ranks[name] += 1
-            values = {event.step: event.value for event in found.Scalars(f"train/increlora/rank/{name}")}
+            values = {event.step: event.value for event in found.Scalars(f"increlora/rank/{name}")}
             assert values[record.step] == ranks[name]
-    logged = [tag for tag in found.Tags()["scalars"] if tag.startswith("train/increlora/rank/")]
+    logged = [tag for tag in found.Tags()["scalars"] if tag.startswith("increlora/")]
     assert len(logged) == sum(rank > 1 for rank in ranks.values())
     assert sum(len(found.Scalars(tag)) for tag in logged) == 5 + 5 + 2
-    images = found.Images("train/increlora/rank_map")
+    images = found.Images("increlora/rank_map")
     assert [image.step for image in images] == [8, 12, 16]
     assert all(open_image(BytesIO(image.encoded_image_string)).size == (image.width, image.height) for image in images)
 
@@ -128,17 +140,13 @@ def test_services_get_ranks_and_the_rank_map(
     trainer = make(tmp_path, kind(service), logging_steps=100)
     trainer.train()
     rounds = [values for values in service.logged if is_of_a_round(values)]
-    assert [(one["train/global_step"], one["train/increlora/total_rank"]) for one in rounds] == [
-        (8, 17),
-        (12, 22),
-        (16, 24),
-    ]
+    totals = [(one["train/global_step"], one.get("train/increlora/total_rank")) for one in service.logged]
+    assert {(8, 17), (12, 22), (16, 24)} <= set(totals)
+    assert [one["train/global_step"] for one in rounds] == [8, 12, 16]
     first = trainer.increlora.rounds[0]
-    assert {name: rounds[0][f"train/increlora/rank/{name}"] for name in first.layers} == dict.fromkeys(first.layers, 2)
-    shown = [values for values in service.logged if "train/increlora/rank_map" in values]
-    assert [values["train/global_step"] for values in shown] == [8, 12, 16]
-    assert shown[0]["train/increlora/rank_map"][0] == "a picture of"
-    assert shown[0]["train/increlora/rank_map"][1][2] == 3
+    assert {name: rounds[0][f"increlora/rank/{name}"] for name in first.layers} == dict.fromkeys(first.layers, 2)
+    assert rounds[0]["increlora/rank_map"][0] == "a picture of"
+    assert rounds[0]["increlora/rank_map"][1][2] == 3
 
 
 def test_rounds_do_not_disturb_the_log_of_the_run(tmp_path: Path) -> None:
@@ -173,7 +181,7 @@ def test_other_processes_report_nothing(tmp_path: Path, pictures: None, caplog: 
             report._reported = 0
             event(trainer.args, state, trainer.control, model=trainer.model)
     assert not service.logged
-    assert not [record for record in caplog.records if record.name == "increlora_hf.report.callback"]
+    assert not [record for record in caplog.records if "step 8" in record.getMessage()]
     assert not drawn(tmp_path)
 
 
@@ -262,29 +270,125 @@ def test_settings_are_shown_without_changing_what_is_saved(tmp_path: Path) -> No
 # ---- Terminal -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("quiet", [False, True])
-def test_each_round_is_a_line_in_the_log_unless_the_bars_are_off(
-    quiet: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    with caplog.at_level(logging.INFO, logger="increlora_hf"):
-        make(tmp_path, disable_tqdm=quiet).train()
-    lines = [record.getMessage() for record in caplog.records if record.getMessage().startswith("IncreLoRA: step")]
-    starts = [] if quiet else ["step 8, rank 17/24", "step 12, rank 22/24", "step 16, rank 24/24"]
-    assert [line[11:-3] for line in lines] == starts
+def messages(shown: str) -> list[str]:
+    """What IncreLoRA says in the output of a training, a message each: plan, rounds and table."""
+    lines = [line.rpartition("\r")[2] for line in shown.splitlines() if not line.startswith("{'")]
+    starts = [i for i, line in enumerate(lines) if "IncreLoRA: " in line]
+    return ["\n".join(lines[i:j]) for i, j in pairwise([*starts, len(lines)])]
 
 
-def test_line_is_not_written_into_the_progress_bar(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    handler = logging.StreamHandler(sys.stderr)
-    logging.root.addHandler(handler)
-    logging.getLogger("increlora_hf").setLevel(logging.INFO)
+SCRIPT = """
+import logging
+from conftest import arguments, tiny_bert, token_rows
+from increlora_hf import IncreLoraTrainer
+from increlora_hf.report import callback
+
+callback._can_draw = lambda: False  # it takes long
+for is_set_up in (False, True):
+    if is_set_up:
+        print("SET UP", flush=True)
+        logging.basicConfig(level=logging.INFO, format="LOG %(message)s")
+    args = arguments("out", max_steps=20, disable_tqdm=False)
+    config = {"r_avg": 2, "top_h": 5, "interval": 4, "start": 4}
+    IncreLoraTrainer(tiny_bert(), args, train_dataset=token_rows(), increlora_config=config).train()
+"""
+
+
+def test_script_without_a_set_up_of_logging_shows_plan_rounds_and_table_once(tmp_path: Path) -> None:
+    path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    command, environment = [sys.executable, "-c", SCRIPT], {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+    plain, set_up = done.stdout.split("SET UP\n")
+    shown = messages(plain)
+    assert [one.split(",")[0] for one in shown] == [
+        "IncreLoRA: 12 layers", "IncreLoRA: step 8", "IncreLoRA: step 12", "IncreLoRA: step 16",
+        "IncreLoRA: final ranks",
+    ]  # fmt: skip
+    assert len(shown[0].splitlines()) == 2
+    assert [one.count("Each bar is") for one in shown] == [0, 1, 0, 0, 0]
+    assert "= attention.self.query" in shown[-1]
+    assert not messages(set_up)
+    assert done.stderr.count("IncreLoRA: ") == done.stderr.count("LOG IncreLoRA: ") == len(shown)
+    assert all(f"LOG {one}\n" in done.stderr for one in shown)
+
+
+def shown_by(folder: Path, **settings: Any) -> tuple[list[str], str]:
+    """What a training says where logging is not set up, and the rank table that it should end with."""
+    handlers, logging.root.handlers = logging.root.handlers, []  # pytest's
     try:
-        make(tmp_path, disable_tqdm=False).train()
+        with redirect_stdout(StringIO()) as out, redirect_stderr(StringIO()) as bars:
+            trainer = make(folder, **settings)
+            trainer.train()
     finally:
-        logging.root.removeHandler(handler)
-        logging.getLogger("increlora_hf").setLevel(logging.NOTSET)
-    shown = capsys.readouterr().err
-    line = next(line for line in shown.split("\n") if "IncreLoRA: step 8" in line)
-    assert line.rpartition("\r")[2].startswith("IncreLoRA: step 8, rank 17/24 ")
+        logging.root.handlers = handlers
+    assert "IncreLoRA" not in bars.getvalue()
+    assert ("it/s" in bars.getvalue()) is not trainer.args.disable_tqdm
+    return messages(out.getvalue()), rank_table(trainer.increlora.rank_pattern)
+
+
+def test_disable_tqdm_takes_away_the_bar_and_nothing_else(tmp_path: Path) -> None:
+    with_bar, table = shown_by(tmp_path, disable_tqdm=False)
+    without, _ = shown_by(tmp_path, disable_tqdm=True)
+    assert with_bar == without
+    assert len(without) == 5
+    assert table in without[-1]
+
+
+@pytest.mark.parametrize("level, count", [("passive", 5), ("info", 5), ("warning", 0), ("error", 0)])
+def test_log_level_is_respected(level: str, count: int, tmp_path: Path) -> None:
+    before = transformers.logging.get_verbosity()  # Trainer sets it
+    try:
+        assert len(shown_by(tmp_path, log_level=level)[0]) == count
+    finally:
+        transformers.logging.set_verbosity(before)
+
+
+def test_raised_verbosity_of_transformers_hides_information(tmp_path: Path) -> None:
+    before = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    try:
+        assert not shown_by(tmp_path)[0]
+    finally:
+        transformers.logging.set_verbosity(before)
+
+
+def _in_process(rank: int, folder: Path, set_up: bool) -> tuple[list[str], list[str]]:
+    logging.root.handlers = []  # pytest's
+    with redirect_stdout(StringIO()) as out, redirect_stderr(StringIO()) as err:
+        if set_up:
+            logging.basicConfig(level=logging.INFO)
+        make(folder, log_level_replica="info").train()
+    return messages(out.getvalue()), messages(err.getvalue())
+
+
+@pytest.mark.parametrize("set_up", [False, True], ids=["plain", "with logging set up"])
+def test_several_processes_show_everything_once(set_up: bool, tmp_path: Path) -> None:
+    (out, err), others = run(2, tmp_path / "processes", _in_process, tmp_path, set_up)
+    shown, silent = (err, out) if set_up else (out, err)
+    assert [one.partition("IncreLoRA: ")[2].split(",")[0] for one in shown] == [
+        "12 layers", "step 8", "step 12", "step 16", "final ranks",
+    ]  # fmt: skip
+    assert not silent
+    assert others == ([], [])
+
+
+@pytest.mark.parametrize(
+    "blocks, steps, overshoot", [(1, 40, 0), (1, 40, 4), (24, 5_000, 0), (40, 999_999, 4)], ids=str
+)
+def test_plan_is_two_lines_that_fit_a_terminal(blocks: int, steps: int, overshoot: int) -> None:
+    with torch.device("meta"):
+        block = nn.ModuleDict({name: nn.Linear(8192, 28_672) for name in "qkvogud"})  # as of Llama 70B
+        model = nn.ModuleList([copy.deepcopy(block) for _ in range(blocks)])
+    growth = attach(model, IncreLoraConfig(r_avg=8, overshoot=overshoot, interval=max(2, steps // 200))).increlora
+    plan = growth.begin_run(steps, 0)
+    cut = f" → {56 * blocks}" if overshoot else ""
+    for head in (0, 2_000, 590_000_000):
+        first, second = plan_line(growth, head).splitlines()
+        assert max(len(first), len(second)) <= 80
+        ranks = f"rank {growth.total_rank} → {plan.peak_total_rank}{cut}, adapter"
+        assert first.startswith(f"IncreLoRA: {7 * blocks} layers, {ranks}")
+        assert f"{plan.first_step:,}-{plan.last_step:,} of {steps:,}" in second
+        assert (f"cut at {plan.cut_step:,}" in second) is bool(overshoot)
 
 
 @pytest.mark.parametrize("layers", [1, 12, 80])
@@ -325,11 +429,12 @@ class Notebook:
         return SimpleNamespace(update=lambda picture: self.shown.append(("update", picture)))
 
 
+@pytest.mark.parametrize("quiet", [False, True], ids=["with bars", "without bars"])
 def test_notebook_shows_one_rank_map_that_grows(
-    tmp_path: Path, pictures_of_rounds: None, monkeypatch: pytest.MonkeyPatch
+    quiet: bool, tmp_path: Path, pictures_of_rounds: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     notebook = Notebook(monkeypatch, SimpleNamespace(kernel=object()))
-    make(tmp_path, disable_tqdm=False).train()
+    make(tmp_path, disable_tqdm=quiet).train()
     assert [kind for kind, _ in notebook.shown] == ["new", "update", "update", "update", "update"]
     assert all(isinstance(picture, Image) for _, picture in notebook.shown)
     maps = [picture.tobytes() for _, picture in notebook.shown]
@@ -337,16 +442,12 @@ def test_notebook_shows_one_rank_map_that_grows(
     assert maps[3] == maps[4]  # the end of training, the same ranks
 
 
-@pytest.mark.parametrize(
-    "shell, quiet",
-    [(SimpleNamespace(), False), (None, False), (SimpleNamespace(kernel=object()), True)],
-    ids=["terminal-ipython", "ipython-not-running", "bars-are-off"],
-)
+@pytest.mark.parametrize("shell", [SimpleNamespace(), None], ids=["terminal-ipython", "ipython-not-running"])
 def test_nothing_is_displayed_elsewhere(
-    shell: Any, quiet: bool, tmp_path: Path, pictures_of_rounds: None, monkeypatch: pytest.MonkeyPatch
+    shell: Any, tmp_path: Path, pictures_of_rounds: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     notebook = Notebook(monkeypatch, shell)
-    make(tmp_path, disable_tqdm=quiet).train()
+    make(tmp_path, disable_tqdm=False).train()
     assert not notebook.shown
 
 
@@ -358,6 +459,22 @@ def test_training_ends_with_pictures_in_the_output_folder_only(tmp_path: Path, p
     trainer.train()
     assert drawn(tmp_path) == PICTURES
     assert all((tmp_path / name).is_file() for name in PICTURES)
+
+
+def test_a_run_too_short_to_log_has_a_picture_of_its_orthogonality(
+    tmp_path: Path, pictures: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logs: list[Any] = []
+    monkeypatch.setattr("increlora_hf.report.plots.draw_all", lambda history, log, folder: logs.append(log))
+    silent, logged = (make(tmp_path, logging_steps=steps) for steps in (500, 4))
+    silent.train()
+    points = {entry["step"]: entry["increlora/orth_loss"] for entry in logs[0] if "increlora/orth_loss" in entry}
+    assert list(points) == [0, 8, 12, 16, 20]
+    logged.train()
+    for entry in logged.state.log_history:
+        if entry["step"] in points and "loss" in entry:
+            assert points[entry["step"]] == entry["increlora/orth_loss"]
+    assert orthogonality_curve(silent.increlora.history(), logs[0]) is not None
 
 
 def test_best_model_is_drawn_with_its_own_ranks(
@@ -386,7 +503,7 @@ def test_picture_that_fails_is_a_warning_and_training_ends_well(
     service = Service()
     trainer = make(tmp_path, Wandb(service))
     assert trainer.train().global_step == 20
-    warnings = [record.getMessage() for record in caplog.records if record.name == "increlora_hf.report.callback"]
+    warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     assert (
         warnings
         == [

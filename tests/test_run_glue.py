@@ -2,9 +2,11 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +24,17 @@ from glue_fixtures import (
 )
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, TrainingArguments
+
+from increlora_hf import IncreLoraArguments
+from increlora_hf.tasks.flags import ModelArguments, ScriptArguments, parse_flags
+from increlora_hf.tasks.help import OUR_WORDS, trainer_flags
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 import run_glue  # noqa: E402
+import run_squad  # noqa: E402
 
 SETTINGS = {
     "max_steps": 8,
@@ -486,7 +493,7 @@ def test_a_bug_keeps_its_traceback(run, tmp_path, monkeypatch):
     def broken(*args, **kwargs):
         raise ValueError("not the user's fault")
 
-    monkeypatch.setattr(run_glue.IncreLoraTrainer, "training_step", broken)
+    monkeypatch.setattr("increlora_hf.IncreLoraTrainer.training_step", broken)
     with pytest.raises(ValueError, match="not the user's fault"):
         run("--do_train", train_file=csv_file(tmp_path))
 
@@ -612,10 +619,62 @@ def test_no_thread_of_the_process_group_outlives_a_run(model, tmp_path):
         assert not [name for name in names if "gloo" in name], names
 
 
-def test_help_lists_all_flags(capsys):
-    with pytest.raises(SystemExit) as exit_info:
-        run_glue.main(["--help"])
-    assert exit_info.value.code == 0
-    printed = capsys.readouterr().out
-    for name in ("--task_name", "--increlora_r_avg", "--learning_rate", "--model_name_or_path"):
-        assert name in printed
+@pytest.fixture
+def printed_help(capsys):
+    """What a script prints for a flag that asks for help."""
+
+    def call(script, asked):
+        with pytest.raises(SystemExit) as exit_info:
+            script.main([asked])
+        assert exit_info.value.code == 0
+        return capsys.readouterr().out
+
+    return call
+
+
+def flags_of(script):
+    """All flags of a script: its own, IncreLoRA's and Trainer's."""
+    kinds = (ModelArguments, script.DataArguments, TrainingArguments, IncreLoraArguments, ScriptArguments)
+    return {f"--{field.name}" for kind in kinds for field in fields(kind) if field.init}
+
+
+@pytest.mark.parametrize("script", [run_glue, run_squad], ids=lambda script: script.PROG)
+def test_help_is_short_and_help_all_lists_every_flag(printed_help, script):
+    short, full = printed_help(script, "--help"), printed_help(script, "--help_all")
+    named = set(re.findall(r"^  (--\w+)", short, re.MULTILINE))
+    assert 12 <= len(named) <= 18
+    assert named < flags_of(script)
+    assert set(re.findall(r"^  (--\w+)", full, re.MULTILINE)) == flags_of(script)
+    assert "(default: None)" not in full
+    assert len(short.splitlines()) < 60
+    assert max(map(len, (short + full).splitlines())) <= 80
+    example = short.partition("example:\n  python ")[2].replace("\\\n", " ").split()
+    assert parse_flags(script.DataArguments, example[1:], script.PROG).config.r_avg == 2
+
+
+def test_flags_of_trainer_are_read_from_its_source_as_it_has_them():
+    expected = {field.name: field for field in fields(TrainingArguments) if field.init}
+    found = {flag.name: flag for flag in trainer_flags()}
+    assert found.keys() == expected.keys()
+    for name, field in expected.items():
+        assert found[name].help == OUR_WORDS.get(name, field.metadata.get("help", ""))
+        if found[name].default:
+            assert found[name].default == str(field.default)
+
+
+@pytest.mark.parametrize(
+    "script, flags",
+    [
+        ("run_glue.py", ["--hlep"]),
+        ("run_glue.py", ["--increlora_r_avg=0"]),
+        ("run_squad.py", ["--help"]),
+        ("run_squad.py", ["--max_seq_length=long"]),
+    ],
+    ids=["typo", "setting out of range", "help", "not a number"],
+)
+def test_help_and_wrong_flags_are_answered_before_torch_loads(script, flags):
+    code = f"import sys, runpy; sys.argv = {[script, *flags]}\ntry: runpy.run_path('{script}', run_name='__main__')\n"
+    code += "finally: assert not {'torch', 'datasets', 'peft'} & sys.modules.keys()"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == (0 if flags == ["--help"] else 2), done.stderr
+    assert "Traceback" not in done.stderr

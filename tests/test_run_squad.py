@@ -16,6 +16,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 import run_squad  # noqa: E402
+from increlora_hf.tasks.squad import job as squad_job  # noqa: E402
 from increlora_hf.tasks.squad.encoders import require_span_encoder  # noqa: E402
 
 SETTINGS = {
@@ -82,13 +83,13 @@ def prepared(run, monkeypatch):
 
     def call(*flags, **settings):
         jobs = []
-        prepare = run_squad.prepare
+        prepare = squad_job.prepare
 
         def keep(*args):
             jobs.append(prepare(*args))
             return jobs[0]
 
-        monkeypatch.setattr(run_squad, "prepare", keep)
+        monkeypatch.setattr(squad_job, "prepare", keep)
         monkeypatch.setattr("increlora_hf.tasks.run.train_and_save", lambda *args: {})
         run("--do_train", *flags, **settings)
         return jobs[0]

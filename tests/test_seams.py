@@ -214,6 +214,8 @@ SEAMS = [
     Seam("trainer/publishing.py", "transformers.utils.hub.PushInProgress", "(jobs=None)", "what Trainer waits for"),
     Seam("trainer/publishing.py", "transformers.utils.hub.PushInProgress.jobs", PRESENT, "its uploads"),
     Seam("trainer/publishing.py", "transformers.utils.hub.PushInProgress.is_done", "(self)", "whether to wait"),
+    Seam("tasks/help.py", "transformers.training_args.TrainingArguments", PRESENT,
+         "its fields are read from the source of that module, so that help needs no torch"),
     Seam("tasks/glue/metric.py", "evaluate.Metric._compute", "(self, *, predictions=None, references=None, **kwargs)",
          "overridden: evaluate's way to write a metric"),
     Seam("tasks/glue/metric.py", "evaluate.Metric._info", "(self)", "overridden: the same"),

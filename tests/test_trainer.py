@@ -399,11 +399,12 @@ def test_logs_carry_total_rank_and_orthogonality(tmp_path: Path) -> None:
 def test_plan_and_final_table_are_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, logger="increlora_hf"):
         run(tmp_path)
-    plan, table = (record.getMessage() for record in caplog.records)
-    assert plan.startswith(
-        "IncreLoRA: 12 layers, rank 12 → 24 in 4 rounds of 3 every 4 steps from step 8, last at 20 of"
+    plan, *rounds, table = (record.getMessage() for record in caplog.records)
+    assert len(rounds) == 4
+    assert plan == (
+        "IncreLoRA: 12 layers, rank 12 → 24, adapter 0.00 → 0.00 M, head 0.00 M\n"
+        "  4 rounds of 3, every 4 steps: 8-20 of 30"
     )
-    assert "(67%); trainable 0.00 M → 0.00-0.00 M plus head 0.00 M" in plan
     assert table.startswith("IncreLoRA: final ranks, total 24")
     assert "bert.encoder.layer.1" in table
     assert "= attention.self.query" in table

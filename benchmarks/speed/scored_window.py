@@ -24,6 +24,7 @@ from increlora_hf.growth.growth import Growth
 from increlora_hf.method.allocation import choose, scored_window
 from increlora_hf.method.importance import ImportanceTracker
 from increlora_hf.tasks.flags import parse_flags
+from increlora_hf.tasks.glue.job import prepare
 
 
 class ComparingTracker(ImportanceTracker):
@@ -65,7 +66,7 @@ def main() -> None:
     argv = [*sys.argv[1:], "--increlora_score_tolerance", "0"]
     flags = parse_flags(run_glue.DataArguments, argv, "scored_window.py")
     set_seed(flags.training.seed)
-    job = run_glue.prepare(flags)
+    job = prepare(flags)
     trainer: Any = job.trainer
     trainer.increlora.tracker = ComparingTracker(trainer.increlora)
     trainer.train()

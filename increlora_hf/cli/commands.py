@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import logging
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields
 from typing import Any
@@ -17,21 +18,35 @@ from ..files.saved_adapter import SavedAdapter, read_adapter
 from ..report.text import budget_note, rank_table
 
 FORMATS = ("peft", "uniform", "merged")
+DEFAULT_EPOCHS, DEFAULT_BATCH_SIZE = 3.0, 8  # Trainer's
+
+COUNTED = """\
+The memory is an estimate for one device. Activations are counted from the
+shapes in one forward pass without gradient checkpointing. They grow with the
+rows and the tokens. The framework's own buffers come on top."""
+NOT_COUNTED = """\
+The memory is an estimate for one device. Give --max_seq_length to add the
+activations. The framework's own buffers come on top."""
 
 Document = dict[str, Any]
 Answer = tuple[Document, str]
 
 
 def plan(args: argparse.Namespace) -> Answer:
-    """Show rounds, ranks and sizes of a run, from the model's configuration alone."""
+    """Show the rounds, ranks, sizes and memory of a run before it starts. It reads no weights."""
+    if args.max_steps is not None and args.epochs is not None:
+        args.usage_error("--epochs goes with --rows, not with --max_steps")
     settings = {setting.name: getattr(args, setting.name) for setting in fields(IncreLoraArguments)}
     config = IncreLoraArguments(**settings).to_config()
     from ..files.base_models import skeleton
-    from .estimate import plan_model
+    from .estimate import memory, num_steps, plan_model
 
+    steps = args.max_steps or num_steps(args.rows, args.epochs or DEFAULT_EPOCHS, args.batch_size)
+    warmup = math.ceil(steps * args.warmup_steps) if args.warmup_steps < 1 else int(args.warmup_steps)  # as Trainer
     model = skeleton(args.model, args.task)
-    planned = plan_model(model, config, max_steps=args.max_steps, warmup_steps=args.warmup_steps)
-    return planned, _planned(planned, config)
+    planned = plan_model(model, config, max_steps=steps, warmup_steps=warmup)
+    needed = memory(model, planned, config, batch_size=args.batch_size, length=args.max_seq_length)
+    return {**planned, "memory": needed}, f"{_planned(planned, config)}\n\n{_memory(needed, args)}"
 
 
 def _planned(planned: Document, config: IncreLoraConfig) -> str:
@@ -41,9 +56,11 @@ def _planned(planned: Document, config: IncreLoraConfig) -> str:
     cut = f", cut to {plan['target_total_rank']:,} at {plan['cut_step']:,}" if plan["cut_step"] else ""
     note = budget_note(config, len(planned["layers"]), plan["target_total_rank"])
     facts = {
-        "model": f"{planned['model']}, {_millions(planned['parameters'])} parameters",
+        "model": f"{planned['model']}, {_count(planned['parameters'])} parameters",
         "layers": f"{len(planned['layers'])}, such as {planned['layers'][0]}",
-        "heads": ", ".join([*planned["heads"], f"{_millions(planned['head_parameters'])} parameters"]),
+        "heads": ", ".join([*planned["heads"], f"{_count(planned['head_parameters'])} parameters"])
+        if planned["heads"]
+        else "none",
         "rank": f"{plan['initial_total_rank']:,} to {plan['peak_total_rank']:,}{cut}{note}",
         "rounds": rounds if plan["rounds"] else "none" if plan["cut_step"] else "none, the ranks are fixed",
     }
@@ -53,12 +70,30 @@ def _planned(planned: Document, config: IncreLoraConfig) -> str:
         facts["frozen"] = f"the experts' weights: {planned['frozen_experts'][0]}, ..."
     lines = [_facts(facts), "", f"{'':<20}{'start':>15}{'end, fewest':>15}{'end, most':>15}{'peak':>15}"]
     for title, key, unit in (
-        ("adapter parameters", "adapter_parameters", _millions),
-        ("optimizer state", "optimizer_bytes", _megabytes),
-        ("checkpoint", "checkpoint_bytes", _megabytes),
+        ("adapter parameters", "adapter_parameters", _count),
+        ("optimizer state", "optimizer_bytes", _bytes),
+        ("checkpoint", "checkpoint_bytes", _bytes),
     ):
         lines.append(f"{title:<20}" + "".join(f"{unit(moment[key]):>15}" for moment in moments))
     return "\n".join([*lines, "", "Optimizer and checkpoint: AdamW in float32, heads included."])
+
+
+def _memory(needed: Mapping[str, Mapping[str, int | None]], args: argparse.Namespace) -> str:
+    """A table of the memory by dtype, and how it was estimated."""
+    is_whole, length = needed["float32"]["activations"] is not None, args.max_seq_length
+    lines = [f"{'memory at the peak, base model in':<50}" + "".join(f"{dtype:>15}" for dtype in needed)]
+    for title, part in (
+        ("base model's weights", "weights"),
+        ("adapter and heads, gradients, optimizer", "adapter"),
+        (f"activations of {args.batch_size:,} x {length or 0:,} tokens", "activations"),
+        ("scores of one layer", "scores"),
+        ("total" if is_whole else "total without activations", "total"),
+    ):
+        if part == "activations" and not length:
+            continue
+        sizes = [one[part] for one in needed.values()]
+        lines.append(f"{title:<50}" + "".join(f"{'unknown' if size is None else _bytes(size):>15}" for size in sizes))
+    return "\n".join([*lines, "", COUNTED if length else NOT_COUNTED])
 
 
 def inspect(args: argparse.Namespace) -> Answer:
@@ -188,12 +223,12 @@ def _facts(facts: dict[str, Any]) -> str:
     return "\n".join(f"{name:<{width}}{on_a_line(str(value))}" for name, value in facts.items())
 
 
-def _millions(count: int) -> str:
-    return f"{count / 1e6:,.2f} M"
+def _count(count: int) -> str:
+    return f"{count / 1e9:,.2f} B" if count >= 1e9 else f"{count / 1e6:,.2f} M"
 
 
-def _megabytes(count: int) -> str:
-    return f"{count / 1e6:,.2f} MB"
+def _bytes(count: int) -> str:
+    return f"{count / 1e9:,.2f} GB" if count >= 1e9 else f"{count / 1e6:,.2f} MB"
 
 
 def on_a_line(text: str) -> str:

@@ -1,12 +1,16 @@
-"""Estimate parameters, optimizer memory and checkpoint size of a run, from the base model's shapes."""
+"""Estimate parameters, memory and checkpoint size of a run, from the base model's shapes."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
+from itertools import chain
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 
 from ..adapter.components import budget
 from ..adapter.targets import features, first_ranks, fused_experts, head_modules, resolve_targets
@@ -16,6 +20,8 @@ from ..report.text import added_parameters, choice_note, most_gained
 
 FLOAT32 = 4  # bytes
 ADAMW = 2 * FLOAT32  # bytes of the optimizer's state for a parameter: its two averages
+DTYPES = {"float32": FLOAT32, "bfloat16": 2}  # bytes of a number in the base model
+SCORING = 3  # float32 matrices as large as its weight that a scored step needs for one layer at a time
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,6 +99,94 @@ def plan_model(model: nn.Module, config: IncreLoraConfig, *, max_steps: int, war
         "end_fewest": asdict(ends[0]),
         "end_most": asdict(ends[1]),
         "peak": asdict(largest),
+    }
+
+
+def num_steps(rows: int, epochs: float, batch_size: int) -> int:
+    """The optimizer steps of a run, as Trainer counts them: the last batch of an epoch may be smaller."""
+    return math.ceil(epochs * math.ceil(rows / batch_size))
+
+
+def memory(
+    model: nn.Module, planned: Mapping[str, Any], config: IncreLoraConfig, *, batch_size: int, length: int | None
+) -> dict[str, dict[str, int | None]]:
+    """Bytes that training takes at its peak on one device, by the base model's dtype.
+
+    Adapter, gradients and AdamW are in float32. The activations are None, and not in the total, without a length
+    and where `activations` cannot count them.
+
+    Args:
+        planned: what `plan_model` returns for this model.
+        batch_size: rows in a batch of the device.
+        length: tokens in a row; None leaves the activations out, whose count takes a second for a large model.
+    """
+    peak, plan = planned["peak"], planned["plan"]
+    trained = peak["adapter_parameters"] + planned["head_parameters"]
+    largest = max(math.prod(features(model.get_submodule(name))) for name in planned["layers"])
+    scored = SCORING * FLOAT32 * largest if config.needs_sensitivity and plan["rounds"] else 0
+    saved = activations(model, planned["layers"], planned["heads"], batch_size, length) if length else None
+    found, tokens = {}, batch_size * (length or 0)
+    for dtype, size in DTYPES.items():
+        parts = {
+            "weights": size * planned["parameters"],
+            "adapter": 2 * FLOAT32 * trained + peak["optimizer_bytes"],  # with its gradient
+            "activations": saved[dtype] + size * plan["peak_total_rank"] * tokens if saved else None,
+            "scores": scored,
+        }
+        found[dtype] = {**parts, "total": sum(part or 0 for part in parts.values())}
+    return found
+
+
+def activations(
+    model: nn.Module, layers: Iterable[str], heads: Iterable[str], batch_size: int, length: int
+) -> dict[str, int] | None:
+    """Bytes that one forward pass keeps for its backward pass, by dtype, without gradient checkpointing.
+
+    A forward pass over tensors without storage counts them, with the weights of ``layers`` and ``heads`` trained: a
+    trained weight keeps its layer's input, as the layer's A does. It runs in bfloat16; what it keeps in that dtype
+    is twice as large in float32. None where the model takes no token ids, or needs values.
+    """
+    if getattr(model, "main_input_name", "input_ids") != "input_ids":
+        return None
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    trained = {f"{name}.weight" for name in layers}
+    trained |= {
+        f"{name}.{key}" for name, one in head_modules(model, heads).items() for key, _ in one.named_parameters()
+    }
+    kept: dict[int, tuple[Any, bool]] = {}  # by storage: views share one
+
+    with FakeTensorMode():
+        weights = {
+            name: torch.empty(
+                tensor.shape,
+                dtype=torch.bfloat16 if tensor.is_floating_point() else tensor.dtype,
+                requires_grad=name in trained,
+            )
+            for name, tensor in chain(model.named_parameters(), model.named_buffers())
+        }
+        known = {id(tensor.untyped_storage()) for tensor in weights.values()}
+
+        def keep(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            if id(storage) not in known:
+                kept[id(storage)] = storage, tensor.dtype == torch.bfloat16
+            return tensor
+
+        ids = torch.zeros(batch_size, length, dtype=torch.long)
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        if getattr(model.config, "is_encoder_decoder", False):
+            inputs["decoder_input_ids"] = ids
+        try:
+            with saved_tensors_hooks(keep, lambda tensor: tensor):
+                outputs = torch.func.functional_call(model, weights, kwargs=inputs)
+                outputs[0].float().log_softmax(-1)  # as a loss does
+        except Exception:  # of the model's own code, which may ask for anything; the rest of the plan stands
+            return None
+    sizes = [(storage.nbytes(), is_half) for storage, is_half in kept.values()]
+    return {
+        "float32": sum(size * (1 + is_half) for size, is_half in sizes),
+        "bfloat16": sum(size for size, _ in sizes),
     }
 
 

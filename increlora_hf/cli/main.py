@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import math
 import os
 import sys
 import warnings
@@ -15,21 +16,22 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from .._version import __version__
-from ..config import FLAG_PREFIX, IncreLoraArguments
+from ..config import FACTOR, FLAG_PREFIX, STEPS, IncreLoraArguments, Range
 from ..files.base_models import TASKS
 from . import commands
 from .commands import Answer, on_a_line
 
 DONE, REFUSED = 0, 1  # argparse itself exits with 2
+QUANTISERS = ("bitsandbytes", "torchao")  # PEFT imports them, for seconds, where they are installed; a plan needs none
 FORMAT_HELP = """\
 peft: the adapter alone; uniform: one rank and one scale everywhere, for programs that read no patterns; merged: the
 whole model"""
 ABOUT = "IncreLoRA: plan a run, look at LoRA adapters, and hand them on."
 EPILOG = """\
 examples:
-  increlora plan meta-llama/Meta-Llama-3-8B --r_avg 8 --max_steps 3900
+  increlora plan meta-llama/Meta-Llama-3-8B --r_avg 8 --rows 50000
   increlora plan microsoft/deberta-v3-base --task sequence-classification \\
-      --r_avg 2 --max_steps 804 --warmup_steps 20
+      --r_avg 2 --rows 2490 --epochs 15 --batch_size 32 --warmup_steps 100
   increlora inspect adapter
   increlora plot adapter --output pictures
   increlora compare adapter other-adapter
@@ -49,6 +51,8 @@ exit codes:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     args = _parser().parse_args(argv)
+    if argv is None and args.run is commands.plan:
+        _hide(*QUANTISERS)
     disabled = logging.root.manager.disable
     logging.disable(logging.WARNING)  # of libraries; our own are part of the output
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -65,6 +69,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     finally:
         logging.disable(disabled)
     return DONE
+
+
+def _hide(*packages: str) -> None:
+    """Let PEFT and transformers find these packages missing, in a process that is ours alone."""
+    for package in packages:
+        sys.modules.setdefault(package, None)  # type: ignore[arg-type]
 
 
 def _write(text: str) -> None:
@@ -91,9 +101,21 @@ def _parser() -> argparse.ArgumentParser:
     tasks: Any = {"choices": tuple(TASKS), "metavar": "TASK"}
     plan = command(commands.plan)
     plan.add_argument("model", metavar="MODEL", help="Hub repository, folder or config.json; no weights are read")
-    plan.add_argument("--max_steps", type=_steps, metavar="N", required=True, help="optimizer steps of the run")
-    plan.add_argument("--warmup_steps", type=_steps, metavar="N", default=0, help="of the learning rate (default 0)")
-    plan.add_argument("--task", **tasks, help=f"{', '.join(TASKS)}; default: the architecture in the configuration")
+    run = plan.add_argument_group("run")
+    steps = run.add_mutually_exclusive_group(required=True)
+    count, share = _number(int, STEPS), _number(float, Range(0))
+    steps.add_argument("--rows", type=count, metavar="N", help="rows of training data")
+    steps.add_argument("--max_steps", type=count, metavar="N", help="optimizer steps, in the place of --rows")
+    epochs = f"passes over the rows (default: {commands.DEFAULT_EPOCHS:g})"
+    run.add_argument("--epochs", type=_number(float, FACTOR), metavar="N", help=epochs)
+    for name, kind, default, text in (
+        ("--batch_size", count, commands.DEFAULT_BATCH_SIZE, "rows in an optimizer step"),
+        ("--warmup_steps", share, 0, "steps of learning-rate warm-up; below 1: a share of the run"),
+    ):
+        run.add_argument(name, type=kind, metavar="N", default=default, help=f"{text} (default: {default})")
+    length = "tokens in a row; adds the activations to the memory"
+    run.add_argument("--max_seq_length", type=count, metavar="N", help=length)
+    plan.add_argument("--task", **tasks, help=f"{', '.join(TASKS)} (default: the architecture in the configuration)")
     _add_settings(plan.add_argument_group("settings of IncreLoRA"))
     command(commands.inspect, "ADAPTER")
     plot = command(commands.plot, "ADAPTER")
@@ -118,20 +140,31 @@ def _add_settings(group: Any) -> None:
     for setting in fields(IncreLoraArguments):
         hint = hints[setting.name]
         kind = next((one for one in get_args(hint) if one is not type(None)), hint)
-        options: dict[str, Any] = {"default": setting.default, "help": setting.metadata["help"], "dest": setting.name}
+        options: dict[str, Any] = {"default": setting.default, "dest": setting.name, **setting.metadata}
         if kind is bool:
-            options |= {"type": _truth, "nargs": "?", "const": True, "metavar": "BOOL"}
+            options |= {"type": _truth, "nargs": "?", "const": True, "metavar": "{true,false}"}
+            options["help"] += " (default: %(default)s)"
         elif kind == list[str]:
             options |= {"nargs": "+", "metavar": "NAME"}
         else:
-            options |= {"type": kind, "metavar": kind.__name__.upper()}
+            options = {"type": kind, "metavar": kind.__name__.upper(), **options}
         group.add_argument(f"--{setting.name.removeprefix(FLAG_PREFIX)}", **options)
 
 
-def _steps(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of steps")
-    return int(text)
+def _number(kind: type[int] | type[float], within: Range) -> Callable[[str], float]:
+    """A type for argparse: a number in a range."""
+
+    def parse(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if value not in within:
+            what = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"{text!r} is not {what} {within}")
+        return value
+
+    return parse
 
 
 def _truth(text: str) -> bool:

@@ -47,6 +47,7 @@ class RunSummary:
     adapter_parameters: int
     head_parameters: int
     software: Mapping[str, str]  # package -> version
+    project: str | None = None  # address of this library
     best: Mapping[str, int] | None = None  # adapter parameters at the best checkpoint and at the end
     metrics: Mapping[str, float] = field(default_factory=dict)
     step: int = 0
@@ -140,15 +141,16 @@ def _summary(run: RunSummary, base: str) -> str:
         shown = f"[{base}](https://huggingface.co/{base})"
     history = run.history
     rounds = sum(not record.get("removed") for record in history["rounds"])
-    grown = (
-        f"Its ranks were not chosen by hand: training with [IncreLoRA]({PAPER}) gave more rank, in {rounds} "
-        "rounds, to the layers that mattered most"
+    library = f"[increlora-hf]({run.project})" if run.project else "the Python package `increlora-hf`"
+    ranks = (
+        f"Training gave more rank, in {rounds} round{'s' * (rounds != 1)}, to the layers with the highest scores"
         if rounds
-        else f"Its ranks stayed as they were set, in training with [IncreLoRA]({PAPER})"
+        else "The ranks did not change during training"
     )
     return (
-        f"A LoRA adapter for {shown}. {grown}, {history['total_rank']} in total over "
-        f"{len(history['rank_pattern'])} layers. It is an ordinary PEFT adapter: nothing else is needed to use it."
+        f"A LoRA adapter for {shown}, trained with [IncreLoRA]({PAPER}) in {library}. {ranks}. The total rank is "
+        f"{history['total_rank']} over {len(history['rank_pattern'])} layers. This is an ordinary PEFT adapter: to "
+        "use it, you need PEFT and transformers alone."
     )
 
 
@@ -207,4 +209,10 @@ def _settings(run: RunSummary) -> str:
     if shown.get("target_modules") == list(run.history["rank_pattern"]):
         shown["target_modules"] = "as above"
     rows = {**{f"increlora {name}": value for name, value in shown.items()}, **run.hyperparameters}
-    return "\n".join(["| setting | value |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())])
+    lines = [f"| {name} | {_whole(value)} |" for name, value in rows.items()]
+    return "\n".join(["| setting | value |", "|---|---|", *lines])
+
+
+def _whole(value: Any) -> Any:
+    """A float that is an integer, as one: 2 and not 2.0."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value

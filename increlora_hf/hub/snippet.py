@@ -35,7 +35,7 @@ def snippet(
     """Python that loads the adapter in ``repository`` onto ``base``, and its tokenizer, and calls the model once.
 
     Args:
-        base: a name on the Hub, or a folder, of which only the name is shown.
+        base: a name on the Hub, or a folder. Of a folder only the name is shown; a comment says what it has to hold.
         task_type: PEFT's; None where PEFT has none, and then the base model is loaded by its own class.
         auto_class: the class of the base model.
         num_labels: of its head; 0 where it has none.
@@ -43,7 +43,7 @@ def snippet(
     """
     own_auto = next((t.auto_class for t in TASKS.values() if task_type is not None and t.peft_type == task_type), None)
     labels = f", num_labels={num_labels}" if num_labels and (own_auto or num_labels != DEFAULT_LABELS) else ""
-    name = base if is_hub_id(base) else Path(base).name or NAMELESS_BASE
+    name = base if is_hub_id(base) else f"./{Path(base).name or NAMELESS_BASE}"
     own, theirs = (json.dumps(text, ensure_ascii=False) for text in (repository, name))  # quoted, for Python too
     if own_auto is not None and is_hub_id(base):
         auto = own_auto.replace("Auto", "AutoPeft", 1)
@@ -53,7 +53,12 @@ def snippet(
         auto = own_auto or auto_class
         imports = ["from peft import PeftModel", f"from transformers import {auto}"]
         imports[1] += ", AutoTokenizer" if own_auto else ""
-        loading = [
+        loading = (
+            []
+            if is_hub_id(base)
+            else [f"# Copy the base model's folder to {theirs}. In training it was loaded as {auto_class}."]
+        )
+        loading += [
             f"base = {auto}.from_pretrained({theirs}{labels})",
             f"model = PeftModel.from_pretrained(base, {own}).eval()",
         ]

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from ..growth.schedule import restart_curves
-from .rank_map import block_names, compare, module_names, rank_map
+from .rank_map import BACKGROUND, block_names, compare, module_names, rank_map
 from .text import ORTH_LOSS, TOTAL_RANK, rank_changes, rank_grid
 
 __all__ = [
@@ -32,8 +32,8 @@ History = Mapping[str, Any]  # what `Growth.history` gives and increlora_history
 Log = Sequence[Mapping[str, Any]]  # log_history of trainer_state.json
 
 FORMATS = ("png", "svg")
-DPI = 150
-WIDTH = 7.0  # inches
+DPI = 200
+WIDTH = 4.6  # inches: text of 10 points stays readable where a phone shows the picture 360 pixels wide
 FEW = 60  # a curve with fewer points marks each of them
 POINTS = 400  # of a learning-rate curve: more would not be seen
 # Okabe and Ito's colours, told apart by all kinds of colour vision, and markers for print in grey.
@@ -53,16 +53,17 @@ def budget_curve(history: History, log: Log = ()) -> Figure | None:
     total.setdefault(history["plan"]["total_steps"], total[max(total)])
     steps = sorted(total)
     rates = learning_rates(history)
-    figure = Figure(figsize=(WIDTH, 5.5 if rates else 3), layout="constrained")
+    figure = _figure(6 if rates else 3.2)
     axes = figure.subplots(2 if rates else 1, 1, sharex=True, squeeze=False)[:, 0]
     axes[0].step(steps, [total[step] for step in steps], where="post", color=STYLES[0][0], label="total rank")
     budget = history["target_total_rank"]
     axes[0].axhline(budget, color=STYLES[1][0], linestyle="--", label=f"budget {budget}", zorder=3)
     growing = sum(bool(record["layers"]) for record, _ in rounds)
     cut = ", then cut" if growing < len(rounds) else ""
-    axes[0].set(title=f"Total rank in {growing} round{'s' * (growing != 1)}{cut}", ylabel="total rank")
+    _mark_cut(axes[0], rounds)
+    _name(axes[0], f"Total rank in {growing} round{'s' * (growing != 1)}{cut}", "total rank of all layers")
     axes[0].yaxis.set_major_locator(MaxNLocator(integer=True))
-    axes[0].legend(loc="lower right")
+    axes[0].legend(loc="upper center", bbox_to_anchor=(0.5, -0.03), ncols=2, fontsize="small")
     if rates:
         _draw_rates(axes[1], rates, history["config"]["lam_lr_multiplier"])
     axes[-1].set_xlabel("optimizer step")
@@ -87,46 +88,59 @@ def learning_rates(history: History) -> dict[int, tuple[np.ndarray, np.ndarray]]
 
 
 def orthogonality_curve(history: History, log: Log) -> Figure | None:
-    """The orthogonality penalty over the steps, with the rounds; None where it was logged less than twice."""
-    points = [(entry["step"], entry[ORTH_LOSS]) for entry in log if ORTH_LOSS in entry]
+    """The orthogonality penalty over the steps, with the rounds; None where it is known less than twice."""
+    points = sorted((entry["step"], entry[ORTH_LOSS]) for entry in log if ORTH_LOSS in entry)
     if len(points) < 2:
         return None
-    figure = Figure(figsize=(WIDTH, 3.5), layout="constrained")
+    figure = _figure(3.8)
     axes = figure.subplots()
-    for number, (record, _) in enumerate(_own_rounds(history)):
-        axes.axvline(record["step"], color="0.85", linewidth=1, zorder=0, label=None if number else "a round")
+    rounds = _own_rounds(history)
+    for number, step in enumerate(record["step"] for record, _ in rounds if record["layers"]):
+        axes.axvline(step, color="0.8", linewidth=1, zorder=0, label=None if number else "a round adds components")
+    _mark_cut(axes, rounds)
     axes.plot(
-        *zip(*points, strict=True), color=STYLES[0][0], marker="." if len(points) < FEW else None, label="penalty"
+        *zip(*points, strict=True),
+        color=STYLES[0][0],
+        marker="." if len(points) < FEW else None,
+        label="penalty, lowered by training",
     )
-    axes.set(title="Orthogonality penalty, before its weight", xlabel="optimizer step", ylabel="penalty")
+    _name(axes, "How far each layer's components\nare from orthogonal to each other", "orthogonality penalty")
+    axes.set_xlabel("optimizer step")
     axes.set_ylim(bottom=0)
-    axes.legend()
+    figure.legend(loc="outside lower center", fontsize="small")
     return figure
 
 
 def score_history(history: History) -> Figure | None:
-    """The scores S of the layers that grew; the legend names those chosen most often. None where nothing grew."""
+    """The scores S of the layers that grew; the legend names those chosen most often, in the model's order.
+
+    None where nothing grew.
+    """
     rounds = [record for record, _ in _own_rounds(history) if record["layers"]]
     if not rounds:
         return None
     times = Counter(name for record in rounds for name in record["layers"])
-    named, names = [name for name, _ in times.most_common(len(STYLES))], _layer_names(history["initial_ranks"])
+    often = {name for name, _ in times.most_common(len(STYLES))}
+    names = _layer_names(history["initial_ranks"])
+    named = [name for name in names if name in often]
     steps = [record["step"] for record in rounds]
-    figure = Figure(figsize=(WIDTH + 1.5, 4), layout="constrained")
+    figure = _figure(5)
     axes = figure.subplots()
     for number, name in enumerate([name for name in times if name not in named]):
-        label = None if number else f"{len(times) - len(named)} more"
+        label = None if number else f"{len(times) - len(named)} more layers"
         axes.plot(steps, [record["scores"][name] for record in rounds], color="0.85", linewidth=0.8, label=label)
     for name, (colour, marker) in zip(named, STYLES, strict=False):
         chosen = [i for i, record in enumerate(rounds) if name in record["layers"]]
         scores = [record["scores"][name] for record in rounds]
-        label = f"{names[name]}, {times[name]}×"
+        label = f"{names[name]}, in {times[name]} round{'s' * (times[name] != 1)}"
         axes.plot(steps, scores, label=label, color=colour, marker=marker, markevery=chosen, markersize=5)
     if all(record["scores"][name] > 0 for record in rounds for name in times):
         axes.set_yscale("log")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set(title=f"Scores of the {len(times)} layers that grew", xlabel="optimizer step", ylabel="score S")
-    figure.legend(loc="outside right upper", fontsize="small", title="marked where chosen")
+    _name(axes, f"Scores of the {len(times)} layers that grew", "score: higher grows first")
+    axes.set_xlabel("optimizer step")
+    title = "a mark: the round added rank to this layer"
+    figure.legend(loc="outside lower center", fontsize="small", title=title, title_fontsize="small")
     return figure
 
 
@@ -171,6 +185,23 @@ def pixels(figure: Figure) -> np.ndarray:
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
 
+def _figure(height: float) -> Figure:
+    return Figure(figsize=(WIDTH, height), layout="constrained", facecolor=BACKGROUND)
+
+
+def _name(axes: Any, title: str, of_y: str) -> None:
+    axes.set_title(title, fontsize=11)
+    axes.set_ylabel(of_y)
+
+
+def _mark_cut(axes: Any, rounds: Sequence[tuple[Mapping[str, Any], int]]) -> None:
+    """Say why a curve drops: where the cut took components away, if there was one."""
+    for record, after in rounds:
+        if record.get("removed"):
+            label = f"the cut removes the smallest\ncomponents, down to rank {after}"
+            axes.axvline(record["step"], color=STYLES[3][0], linestyle=":", label=label)
+
+
 def _own_rounds(history: History) -> list[tuple[Mapping[str, Any], int]]:
     """The rounds of the planned run, each with the total rank after it; not those of an earlier run."""
     if "initial_ranks" not in history:  # of an adapter that IncreLoRA did not train
@@ -195,8 +226,9 @@ def _draw_rates(axes: Any, rates: Mapping[int, tuple[np.ndarray, np.ndarray]], o
     colours = matplotlib.colormaps["viridis"](np.linspace(0, 0.9, len(rates)))
     births = list(rates)
     for birth, colour in zip(births, colours, strict=True):
-        label = "from the start" if birth == 0 else f"born at {birth:,}" if birth in (births[1], births[-1]) else None
+        label = f"added at step {birth:,}" if birth in (births[min(1, len(births) - 1)], births[-1]) else None
+        label = label if birth else "there from the start"
         axes.plot(*rates[birth], color=colour, label=label, linewidth=1.2)
-    title = "Learning rates of the parameter groups by birth" + (f" (λ: × {of_lam:g})" if of_lam != 1 else "")
-    axes.set(title=title, ylabel="learning rate")
-    axes.legend(loc="upper right")
+    _name(axes, "New components have a warm-up of their own", "learning rate of A and B")
+    of_lam_too = f"that of λ: {of_lam:g} × as high" if of_lam != 1 else None
+    axes.legend(loc="upper right", fontsize="small", title=of_lam_too, title_fontsize="small")

@@ -23,10 +23,11 @@ SEQUENTIAL = ListedColormap(colormaps["YlGnBu"](np.linspace(0.12, 1, 256)))
 DIVERGING = colormaps["PuOr_r"]  # violet is less, orange more; for print in grey the numbers carry a sign
 EVEN_LUMINANCE = 0.18  # relative luminance on which black and white stand out alike (WCAG)
 RANK_SCALE, BLANKS = "rank of a layer: darker is more", "; blank: not adapted"
-TEXT_SIZE = 8  # points
+BACKGROUND = "#f3f4f6"  # of every picture: readable on a light page and on a dark one
+TEXT_SIZE = 8  # points: readable where a narrow map is shown on a phone
 TITLE: dict[str, Any] = {"fontsize": 10, "pad": 10}
-MIN_WIDTH, MIN_CELL_WIDTH, CELL_HEIGHT, CHARACTER_WIDTH, LINE_HEIGHT = 5.5, 0.4, 0.24, 0.062, 0.13  # inches
-TITLE_AND_SCALE_HEIGHT = 1.4  # inches
+MIN_WIDTH, CELL_WIDTH, CELL_HEIGHT, CHARACTER_WIDTH = 3.7, 0.4, 0.24, 0.062  # inches
+TITLE_AND_SCALE_HEIGHT = 1.5  # inches
 TOTALS_AT, TOTALS_COLOUR = 0.35, "0.3"  # cells to the right of the last one
 TALL = 30  # rows from which the modules are named below the map, too
 BAR: dict[str, Any] = {"aspect": 40, "shrink": 0.8, "pad": 0.02}
@@ -120,12 +121,11 @@ def _colour_scale(ranks: Collection[int]) -> ScalarMappable:
 
 def _panels(rows: Sequence[str], columns: Sequence[str], count: int) -> tuple[Figure, Sequence[Any]]:
     """A figure with ``count`` axes, sized such that its cells are about as large as those of any other map."""
-    modules, blocks = module_names(columns), block_names(rows)
-    cell = max(MIN_CELL_WIDTH, CHARACTER_WIDTH * (max(len(part) for name in modules for part in name.split(".")) + 1))
-    width = count * (len(columns) + 1.5) * cell + CHARACTER_WIDTH * max(map(len, blocks))
-    lines = (1 + max(name.count(".") for name in modules)) * (2 if len(rows) > TALL else 1)
-    height = (len(rows) + 1) * CELL_HEIGHT + lines * LINE_HEIGHT + TITLE_AND_SCALE_HEIGHT
-    figure = Figure(figsize=(max(MIN_WIDTH * (1 + count) / 2, width), height), layout="constrained")
+    names = CHARACTER_WIDTH * max(map(len, module_names(columns))) * (2 if len(rows) > TALL else 1)
+    width = count * (len(columns) + 1.5) * CELL_WIDTH + CHARACTER_WIDTH * max(map(len, block_names(rows)))
+    height = (len(rows) + 1) * CELL_HEIGHT + names + TITLE_AND_SCALE_HEIGHT
+    size = max(MIN_WIDTH * (1 + count) / 2, width), height
+    figure = Figure(figsize=size, layout="constrained", facecolor=BACKGROUND)
     return figure, list(figure.subplots(1, count, squeeze=False)[0])
 
 
@@ -133,7 +133,7 @@ def _draw(axes: Any, matrix: np.ndarray, scale: ScalarMappable) -> None:
     """Draw coloured cells with their numbers, and beside them the sums of rows and columns."""
     rows, columns = matrix.shape
     form = "{:+.0f}" if scale.cmap is DIVERGING else "{:.0f}"
-    axes.pcolormesh(np.ma.masked_invalid(matrix), cmap=scale.cmap, norm=scale.norm, edgecolors="white", linewidth=1)
+    axes.pcolormesh(np.ma.masked_invalid(matrix), cmap=scale.cmap, norm=scale.norm, edgecolors=BACKGROUND, linewidth=1)
     for (row, column), value in np.ndenumerate(matrix):
         if not math.isnan(value):
             _write(axes, row, column, form.format(value), _readable_on(scale.to_rgba(value)))
@@ -141,7 +141,7 @@ def _draw(axes: Any, matrix: np.ndarray, scale: ScalarMappable) -> None:
         _write(axes, row, columns + TOTALS_AT - 0.5, form.format(total), TOTALS_COLOUR)
     for column, total in enumerate(np.nansum(matrix, axis=0)):
         _write(axes, rows, column, form.format(total), TOTALS_COLOUR)
-    axes.set(xlim=(0, columns + 2 * TOTALS_AT), ylim=(rows + 1, 0))
+    axes.set(xlim=(0, columns + 2 * TOTALS_AT), ylim=(rows + 1, 0), facecolor=BACKGROUND)
 
 
 def _write(axes: Any, row: float, column: float, text: str, colour: str) -> None:
@@ -157,9 +157,9 @@ def _readable_on(colour: Any) -> str:
 
 def _label_axes(panels: Sequence[Any], rows: Sequence[str], columns: Sequence[str]) -> None:
     """Name the blocks on the left of the first panel, and the modules above each, and below where the map is tall."""
-    modules = [name.replace(".", ".\n") for name in module_names(columns)]
+    names = [*module_names(columns), "total"]
     for axes in panels:
-        axes.set_xticks([*(np.arange(len(columns)) + 0.5), len(columns) + TOTALS_AT], [*modules, "total"])
+        axes.set_xticks([*(np.arange(len(columns)) + 0.5), len(columns) + TOTALS_AT], names, rotation=90)
         axes.set_yticks(np.arange(len(rows) + 1) + 0.5, [*block_names(rows), "total"])
         axes.tick_params(length=0, labelsize=TEXT_SIZE, labeltop=True, labelbottom=len(rows) > TALL)
         axes.tick_params(axis="y", labelleft=axes is panels[0])

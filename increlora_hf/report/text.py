@@ -19,25 +19,32 @@ ORTH_LOSS = "increlora/orth_loss"
 RANK_OF = "increlora/rank/"  # and the layer's name
 BLOCKS = "▁▂▃▄▅▆▇█"
 LINE_WIDTH = 80  # columns of a plain terminal
+BARS_LEGEND = "  Each bar is the total rank of one block of the model, first to last, from 0."
 
 
 def plan_line(growth: Growth, other_trainable: int) -> str:
-    """The plan in one line; ``other_trainable`` counts the fully trained parameters outside the adapter."""
+    """The plan in two lines of at most 80 columns; a third names the budget where narrow layers lower it.
+
+    ``other_trainable`` counts the fully trained parameters outside the adapter.
+    """
     plan, layers = growth.plan, growth.layers
     assert plan is not None
-    now = sum(p.numel() for p in growth.parameters())
-    head = f" plus head {_millions(other_trainable)} M" if other_trainable else ""
-    note = budget_note(growth.config, len(layers), plan.target_total_rank)
+    now = _millions(sum(p.numel() for p in growth.parameters()))
+    head = f", head {_millions(other_trainable)} M" if other_trainable else ""
+    note = budget_note(growth.config, len(layers), plan.target_total_rank).replace("; ", "\n  ", 1)
+    start = f"IncreLoRA: {len(layers)} layers, rank "
     if not (plan.rounds or plan.cut_step):
-        ranks = f"{plan.target_total_rank}, fixed{note}"
-        return f"IncreLoRA: {len(layers)} layers, total rank {ranks}; trainable {_millions(now)} M{head}"
-    low, high = _final_parameters(growth)
-    cut = f"cut to {plan.target_total_rank} at step {plan.cut_step:,}; " if plan.cut_step else ""
+        return f"{start}{plan.target_total_rank}, fixed; adapter {now} M{head}{note}"
+    low, high = map(_millions, _final_parameters(growth))
+    ranks = [plan.initial_total_rank, plan.peak_total_rank, *([plan.target_total_rank] if plan.cut_step else [])]
+    steps = f"every {plan.interval:,} steps: {plan.first_step:,}-{plan.last_step:,} of {plan.total_steps:,}"
+    rounds = (
+        f"{plan.rounds} rounds of {plan.top_h}, {steps}" if plan.rounds else f"no round in {plan.total_steps:,} steps"
+    )
+    cut = f"; cut at {plan.cut_step:,}" if plan.cut_step else ""
     return (
-        f"IncreLoRA: {len(layers)} layers, rank {plan.initial_total_rank} → {plan.peak_total_rank} in {plan.rounds} "
-        f"rounds of {plan.top_h} every {plan.interval:,} steps from step {plan.first_step:,}, last at "
-        f"{plan.last_step:,} of {plan.total_steps:,} ({plan.last_step / plan.total_steps:.0%}); "
-        f"{cut}trainable {_millions(now)} M → {_millions(low)}-{_millions(high)} M{head}{note}"
+        f"{start}{' → '.join(map(str, ranks))}, adapter {now} → {'≤ ' * (low != high)}{high} M{head}\n"
+        f"  {rounds}{cut}{note}"
     )
 
 
@@ -56,11 +63,11 @@ def budget_note(config: IncreLoraConfig, num_layers: int, budget: int) -> str:
     asked = num_layers * config.r_avg
     if config.fixed_ranks is not None or budget >= asked:
         return ""
-    return f"; the budget is {budget} and not {asked}, since no rank grows above its layer's min(in, out)"
+    return f"; the budget is {budget}, not {asked}: no rank can exceed its layer's min(in, out)"
 
 
 def _millions(count: int) -> str:
-    return f"{count / 1e6:.2f}"
+    return f"{count / 1e6:,.{2 if count < 1e7 else 0}f}"
 
 
 def _final_parameters(growth: Growth) -> tuple[int, int]:

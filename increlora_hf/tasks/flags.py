@@ -1,52 +1,53 @@
-"""What a user of the scripts may set: flags, or a JSON file of them, checked before anything is loaded."""
+"""What a user of the scripts may set: flags, or a JSON file of them. Wrong ones are refused before torch is loaded."""
 
+from __future__ import annotations
+
+import argparse
 import json
-import logging
 import os
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, NamedTuple
-
-from datasets import Dataset
-from transformers import HfArgumentParser, TrainingArguments
-from transformers.integrations import get_available_reporting_integrations
-from transformers.trainer_utils import get_last_checkpoint
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from ..config import IncreLoraArguments, IncreLoraConfig
+from .help import HELP, HELP_ALL, USAGE, Flag, first_flags, help_text, trainer_flags
+
+if TYPE_CHECKING:  # both take seconds to import
+    from datasets import Dataset
+    from transformers import TrainingArguments
 
 ADAPTER_CONFIG = "adapter_config.json"
-WEIGHTS = ("adapter_model.safetensors", "model.safetensors")
 RENAMED = {  # flags of earlier versions of transformers
     "--evaluation_strategy": "--eval_strategy",
     "--warmup_ratio": "--warmup_steps (a share below 1)",
     "--no_cuda": "--use_cpu",
 }
-DEFAULT_RATE = TrainingArguments.learning_rate  # of full fine-tuning; those of LoRA are some ten times higher
 TUNERS = ("increlora", "lora", "adalora", "bitfit", "full", "head")
+REFUSED = 2  # exit code, as argparse's own
 
 
-logger = logging.getLogger(__name__)
-
-
-def flag(default: Any, text: str) -> Any:
-    """A dataclass field that `HfArgumentParser` shows with `text` as its help."""
-    return field(default=default, metadata={"help": text})
+def flag(default: Any, text: str, choices: Iterable[str] = ()) -> Any:
+    """A dataclass field that `HfArgumentParser` takes, and the help shows with `text` and `choices`."""
+    return field(default=default, metadata={"help": text, "metavar": f"{{{','.join(choices)}}}" if choices else None})
 
 
 @dataclass
 class ModelArguments:
     """Which model, and how it is loaded."""
 
-    model_name_or_path: str = flag("", "Base model: a folder or a Hub name. Without --do_train also a saved adapter.")
-    config_name: str | None = flag(None, "Model config, if it is elsewhere.")
-    tokenizer_name: str | None = flag(None, "Tokenizer, if it is elsewhere.")
-    cache_dir: str | None = flag(None, "Where downloaded models and prepared data are kept.")
+    model_name_or_path: str = flag(
+        "", "The base model: a folder or a name on the Hub. Without --do_train it may be a saved adapter."
+    )
+    config_name: str | None = flag(None, "Folder or Hub name of the model's config. Default: the model's own.")
+    tokenizer_name: str | None = flag(None, "Folder or Hub name of the tokenizer. Default: the model's own.")
+    cache_dir: str | None = flag(None, "Folder for downloaded models and tokenized data. Default: that of the Hub.")
     model_revision: str = flag("main", "Branch, tag or commit of the model on the Hub.")
     token: str | None = flag(None, "Hub token. Default: the one that `hf auth login` stored.")
-    trust_remote_code: bool = flag(False, "Run code that the model's repository brings along.")
-    ignore_mismatched_sizes: bool = flag(False, "Start a new head where the model's own has other sizes.")
+    trust_remote_code: bool = flag(False, "Allow Python code from the model's repository to run.")
+    ignore_mismatched_sizes: bool = flag(False, "Replace the model's head by a new one if its size is wrong.")
 
     def loading(self) -> dict[str, Any]:
         """The options of every `from_pretrained`."""
@@ -67,15 +68,19 @@ class ModelArguments:
 class RowArguments:
     """Where the rows come from, and how many of them are used; a script adds what its task needs."""
 
-    dataset_name: str | None = flag(None, "A folder of parquet files, or a Hub name. Default: the task's on the Hub.")
-    dataset_config_name: str | None = flag(None, "Configuration of the dataset, or sub-folder. Default: the task's.")
-    train_file: str | None = flag(None, "Rows for --do_train.")
-    validation_file: str | None = flag(None, "The same for --do_eval.")
-    test_file: str | None = flag(None, "The same for --do_predict; what is to be predicted is ignored.")
-    overwrite_cache: bool = flag(False, "Tokenize again instead of reading the cached result.")
-    max_train_samples: int | None = flag(None, "Train on the first so many rows.")
-    max_eval_samples: int | None = flag(None, "Evaluate on the first so many rows of each set.")
-    max_predict_samples: int | None = flag(None, "Predict the first so many rows of each set.")
+    dataset_name: str | None = flag(
+        None, "A folder of parquet files, or a dataset on the Hub. Default: the task's dataset on the Hub."
+    )
+    dataset_config_name: str | None = flag(
+        None, "Configuration of the dataset, or a sub-folder of --dataset_name. Default: the task's."
+    )
+    train_file: str | None = flag(None, "File with the rows for --do_train.")
+    validation_file: str | None = flag(None, "File with the rows for --do_eval.")
+    test_file: str | None = flag(None, "File with the rows for --do_predict. Their labels or answers are ignored.")
+    overwrite_cache: bool = flag(False, "Tokenize again instead of using the cache.")
+    max_train_samples: int | None = flag(None, "Use only the first N rows for training.")
+    max_eval_samples: int | None = flag(None, "Use only the first N rows of each set for evaluation.")
+    max_predict_samples: int | None = flag(None, "Use only the first N rows of each set for prediction.")
 
     def __post_init__(self) -> None:
         """Refuse limits that leave no rows."""
@@ -108,12 +113,13 @@ class ScriptArguments:
 
     tuner: str = flag(
         "increlora",
-        f"One of {', '.join(TUNERS)}. The others take rank, alpha, dropout, target_modules and modules_to_save "
-        "from the --increlora_ flags.",
+        "The method of fine-tuning. All methods read rank, alpha, dropout, target_modules and modules_to_save from "
+        "the --increlora_ flags.",
+        TUNERS,
     )
     allow_pickles_on_hub: bool = flag(
         False,
-        "Let --hub_strategy checkpoint and all_checkpoints upload optimizer and random states, which are pickles.",
+        "Allow --hub_strategy checkpoint or all_checkpoints. They upload optimizer and random states as pickles.",
     )
 
     def __post_init__(self) -> None:
@@ -138,21 +144,80 @@ class Flags(NamedTuple):
         return {"train": training.do_train, "evaluate": training.do_eval, "predict": training.do_predict}
 
 
-def parse_flags(data_arguments: type[RowArguments], argv: Sequence[str], prog: str) -> Flags:
-    """The settings of a run, from flags, or from a JSON file and the flags after it."""
-    kinds: Any = (ModelArguments, data_arguments, TrainingArguments, IncreLoraArguments, ScriptArguments)
-    parser = HfArgumentParser(kinds, prog=prog, usage="%(prog)s [CONFIG.json] [--flag value ...]", allow_abbrev=False)
+def parse_flags(data_arguments: type[RowArguments], argv: Sequence[str], prog: str, example: str = "") -> Flags:
+    """The settings of a run, from flags, or from a JSON file and the flags after it.
+
+    Prints the help where it is asked for. Ends the program with one line on stderr and status 2 where a flag or a
+    value is wrong.
+
+    Args:
+        data_arguments: the script's own flags.
+        example: a command line, for the help.
+    """
+    groups = _groups(data_arguments)
+    if {*HELP, HELP_ALL} & {*argv}:
+        sys.stdout.write(_help(prog, groups, example, is_short=HELP_ALL not in argv))
+        raise SystemExit(0)
+    try:
+        return _parsed(data_arguments, argv, prog, [flag.name for group in groups.values() for flag in group])
+    except (ValueError, FileNotFoundError, ImportError) as error:
+        refuse(prog, error)
+
+
+def refuse(prog: str, error: BaseException) -> NoReturn:
+    """End the program with the error as one line on stderr, and status 2."""
+    sys.stderr.write(f"{prog}: error: {' '.join(str(error).split())}\n")
+    raise SystemExit(REFUSED) from error
+
+
+def _groups(data_arguments: type[RowArguments]) -> dict[str, list[Flag]]:
+    """All flags by what they are for."""
+    ours = {
+        "model": ModelArguments,
+        "data": data_arguments,
+        "IncreLoRA": IncreLoraArguments,
+        "other methods, and the Hub": ScriptArguments,
+    }
+    groups = {title: [Flag.of(one) for one in fields(kind)] for title, kind in ours.items()}
+    return {**groups, "training (transformers' TrainingArguments)": trainer_flags()}
+
+
+def _help(prog: str, groups: Mapping[str, Sequence[Flag]], example: str, *, is_short: bool) -> str:
+    about = "The settings may come from a JSON file. Flags after the file win."
+    if is_short:
+        about += f"\n`python {prog} {HELP_ALL}` lists every flag."
+    return help_text(prog, first_flags(groups) if is_short else groups, about, f"example:\n  {example}")
+
+
+def _parsed(data_arguments: type[RowArguments], argv: Sequence[str], prog: str, known: Sequence[str]) -> Flags:
+    from transformers import HfArgumentParser
+
     if argv and argv[0].endswith(".json"):
         argv = [*_json_flags(Path(argv[0])), *argv[1:]]
-    model, data, training, increlora, script, unknown = parser.parse_args_into_dataclasses(
-        list(argv), return_remaining_strings=True, look_for_args_file=False
-    )
+    options: dict[str, Any] = {"prog": prog, "usage": USAGE, "allow_abbrev": False, "add_help": False}
+
+    def parse(*kinds: Any) -> Any:
+        parser = HfArgumentParser(kinds, **options)
+        return parser.parse_args_into_dataclasses(list(argv), return_remaining_strings=True, look_for_args_file=False)
+
+    model, data, increlora, script, argv = parse(ModelArguments, data_arguments, IncreLoraArguments, ScriptArguments)
+    names = argparse.ArgumentParser(**options)
+    for name in known:
+        for prefix in ("--", "--no_"):
+            names.add_argument(prefix + name, (prefix + name).replace("_", "-"), nargs="*")
+    _refuse_unknown(names.parse_known_args(argv)[1], known, prog)
+    config = increlora.to_config()
+    from transformers import TrainingArguments
+
+    training, unknown = parse(TrainingArguments)
+    _refuse_unknown(unknown, known, prog)
+    return Flags(model, data, training, config, script)
+
+
+def _refuse_unknown(unknown: Sequence[str], known: Sequence[str], prog: str) -> None:
     if unknown:
-        known = [f"--{one.name}" for kind in kinds for one in fields(kind)]
-        raise ValueError(
-            f"unknown settings: {' '.join(unknown)}. {_did_you_mean(unknown, known)}`python {prog} --help` lists all."
-        )
-    return Flags(model, data, training, increlora.to_config(), script)
+        meant = _did_you_mean(unknown, [*HELP, HELP_ALL, *(f"--{name}" for name in known)])
+        raise ValueError(f"unknown settings: {' '.join(unknown)}. {meant}`python {prog} {HELP_ALL}` lists all.")
 
 
 def _did_you_mean(unknown: Sequence[str], known: Sequence[str]) -> str:
@@ -181,65 +246,3 @@ def _json_flags(path: Path) -> list[str]:
         elif value is not None:
             flags.append(f"--{name}={value if isinstance(value, str) else json.dumps(value)}")
     return flags
-
-
-def check_run(model: ModelArguments, training: TrainingArguments, tuner: str) -> None:
-    """Refuse a run without a model or a task to do, and one that would overwrite another run's adapter."""
-    if training.push_to_hub and not (training.do_train and tuner == "increlora"):
-        raise ValueError(
-            "--push_to_hub is for a training with IncreLoRA; Trainer alone would upload the token in a pickle. Leave "
-            f"it out, and push the adapter with `increlora push {training.output_dir} REPO`."
-        )
-    if not model.model_name_or_path:
-        raise ValueError("--model_name_or_path is missing. Give the folder or the Hub name of a pre-trained model.")
-    missing = sorted(set(training.report_to or ()) - {*get_available_reporting_integrations(), "none"})
-    if missing:
-        raise ValueError(
-            f"--report_to {' '.join(missing)}: that package is not installed. Install it, or give --report_to none."
-        )
-    if not (training.do_train or training.do_eval or training.do_predict):
-        raise ValueError("there is nothing to do. Give --do_train, --do_eval or --do_predict.")
-    evaluates = training.do_eval or training.do_predict or training.eval_strategy != "no"
-    for name, wrong, why in (
-        ("dataloader_drop_last", True, "leaves rows out of evaluation and prediction too"),
-        ("eval_do_concat_batches", False, "gives the outputs batch by batch, which have to be whole"),
-        ("prediction_loss_only", True, "leaves no outputs to score or to write"),
-    ):
-        if evaluates and getattr(training, name) is wrong:
-            raise ValueError(f"--{name} {wrong} {why}. Leave it out.")
-    if not training.do_train:
-        return
-    if tuner not in ("full", "head") and training.learning_rate == DEFAULT_RATE:
-        logger.warning(
-            "--learning_rate is at Trainer's default of %g, which suits full fine-tuning. Low-rank adapters learn at "
-            "rates some ten times higher: try 1e-3.",
-            DEFAULT_RATE,
-        )
-    if model.is_adapter:
-        raise ValueError(
-            f"--model_name_or_path {model.model_name_or_path} is an adapter. Train from the base model that its "
-            f"{ADAPTER_CONFIG} names."
-        )
-    out = Path(str(training.output_dir))
-    checkpoints = any(out.glob("checkpoint-*"))
-    holds_weights = any((out / name).exists() for name in WEIGHTS)
-    if checkpoint_to_resume(training) is None and (checkpoints or holds_weights):
-        resume = "Continue that run with --resume_from_checkpoint true, or choose" if checkpoints else "Choose"
-        raise ValueError(f"--output_dir {out} holds another run's weights. {resume} another --output_dir.")
-
-
-def checkpoint_to_resume(training: TrainingArguments) -> str | bool | None:
-    """What --resume_from_checkpoint names; True for the last complete one in --output_dir."""
-    path = training.resume_from_checkpoint
-    if not path or path.lower() == "false":
-        return None
-    if path.lower() != "true":
-        if not os.path.isdir(path):
-            raise FileNotFoundError(f"--resume_from_checkpoint {path}: there is no such folder. Name a checkpoint-N.")
-        return path
-    out = str(training.output_dir)
-    if not os.path.isdir(out) or get_last_checkpoint(out) is None:
-        raise FileNotFoundError(
-            f"--output_dir {out} holds no checkpoint to resume from. Name one, or start anew without the flag."
-        )
-    return True

@@ -1,18 +1,24 @@
-"""One run of a script from its flags to the Hub: parse, check, prepare, train, evaluate, predict, publish."""
+"""One run of a script from its settings to the Hub: check, prepare, train, evaluate, predict, publish."""
 
 import logging
+import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
 from transformers import TrainerCallback, TrainingArguments, set_seed
+from transformers.integrations import get_available_reporting_integrations
+from transformers.trainer_utils import get_last_checkpoint
 
 from ..errors import HubPushError
-from .flags import Flags, RowArguments, check_run, checkpoint_to_resume, parse_flags
+from .flags import ADAPTER_CONFIG, Flags, ModelArguments, refuse
 from .models import how_to_load
+
+WEIGHTS = ("adapter_model.safetensors", "model.safetensors")
+DEFAULT_RATE = TrainingArguments.learning_rate  # of full fine-tuning; those of LoRA are some ten times higher
 
 logger = logging.getLogger(__name__)
 
@@ -45,22 +51,13 @@ class Job:
         raise NotImplementedError
 
 
-def run_script(
-    prog: str,
-    data_arguments: type[RowArguments],
-    prepare: Callable[[Flags], Job],
-    argv: Sequence[str] | None = None,
-) -> dict[str, Any]:
+def run_script(prog: str, flags: Flags, prepare: Callable[[Flags], Job]) -> dict[str, Any]:
     """Run what the flags ask for; returns all metrics.
 
     Args:
         prog: the script's name.
-        data_arguments: its own flags.
         prepare: builds the job; refuses what the user may have to correct with ValueError or FileNotFoundError.
-        argv: default: the command line.
     """
-    with Preparation(prog):
-        flags = parse_flags(data_arguments, sys.argv[1:] if argv is None else argv, prog)
     training = flags.training
     set_up_logging(training)
     metrics: dict[str, Any] = {}
@@ -82,6 +79,68 @@ def run_script(
         sys.stdout.write(how_to_load(job.trainer.model, job.auto_model, *names, **job.model_options))
     publish(job, prog)
     return metrics
+
+
+def check_run(model: ModelArguments, training: TrainingArguments, tuner: str) -> None:
+    """Refuse a run without a model or a task to do, and one that would overwrite another run's adapter."""
+    if training.push_to_hub and not (training.do_train and tuner == "increlora"):
+        raise ValueError(
+            "--push_to_hub is for a training with IncreLoRA; Trainer alone would upload the token in a pickle. Leave "
+            f"it out, and push the adapter with `increlora push {training.output_dir} REPO`."
+        )
+    if not model.model_name_or_path:
+        raise ValueError("--model_name_or_path is missing. Give the folder or the Hub name of a pre-trained model.")
+    missing = sorted(set(training.report_to or ()) - {*get_available_reporting_integrations(), "none"})
+    if missing:
+        raise ValueError(
+            f"--report_to {' '.join(missing)}: that package is not installed. Install it, or give --report_to none."
+        )
+    if not (training.do_train or training.do_eval or training.do_predict):
+        raise ValueError("there is nothing to do. Give --do_train, --do_eval or --do_predict.")
+    evaluates = training.do_eval or training.do_predict or training.eval_strategy != "no"
+    for name, wrong, why in (
+        ("dataloader_drop_last", True, "leaves rows out of evaluation and prediction too"),
+        ("eval_do_concat_batches", False, "gives the outputs batch by batch, which have to be whole"),
+        ("prediction_loss_only", True, "leaves no outputs to score or to write"),
+    ):
+        if evaluates and getattr(training, name) is wrong:
+            raise ValueError(f"--{name} {wrong} {why}. Leave it out.")
+    if not training.do_train:
+        return
+    if tuner not in ("full", "head") and training.learning_rate == DEFAULT_RATE:
+        logger.warning(
+            "--learning_rate is at Trainer's default of %g, which suits full fine-tuning. Low-rank adapters learn at "
+            "rates some ten times higher: try 1e-3.",
+            DEFAULT_RATE,
+        )
+    if model.is_adapter:
+        raise ValueError(
+            f"--model_name_or_path {model.model_name_or_path} is an adapter. Train from the base model that its "
+            f"{ADAPTER_CONFIG} names."
+        )
+    out = Path(str(training.output_dir))
+    checkpoints = any(out.glob("checkpoint-*"))
+    holds_weights = any((out / name).exists() for name in WEIGHTS)
+    if checkpoint_to_resume(training) is None and (checkpoints or holds_weights):
+        resume = "Continue that run with --resume_from_checkpoint true, or choose" if checkpoints else "Choose"
+        raise ValueError(f"--output_dir {out} holds another run's weights. {resume} another --output_dir.")
+
+
+def checkpoint_to_resume(training: TrainingArguments) -> str | bool | None:
+    """What --resume_from_checkpoint names; True for the last complete one in --output_dir."""
+    path = training.resume_from_checkpoint
+    if not path or path.lower() == "false":
+        return None
+    if path.lower() != "true":
+        if not os.path.isdir(path):
+            raise FileNotFoundError(f"--resume_from_checkpoint {path}: there is no such folder. Name a checkpoint-N.")
+        return path
+    out = str(training.output_dir)
+    if not os.path.isdir(out) or get_last_checkpoint(out) is None:
+        raise FileNotFoundError(
+            f"--output_dir {out} holds no checkpoint to resume from. Name one, or start anew without the flag."
+        )
+    return True
 
 
 def train_and_save(job: Job, checkpoint: str | bool | None) -> dict[str, Any]:
@@ -135,9 +194,9 @@ class Preparation(TrainerCallback):
     Given to the Trainer as a callback, it ends when training begins: what fails from then on keeps its traceback.
     """
 
-    def __init__(self, prog: str, output_dir: str | None = None) -> None:
+    def __init__(self, prog: str, output_dir: str | None) -> None:
         self.prog = prog
-        out = Path(output_dir) if output_dir else Path()
+        out = Path(str(output_dir))
         self.new_folders = [folder for folder in (out, *out.parents) if not folder.exists()]
         self.is_over = False
 
@@ -154,8 +213,7 @@ class Preparation(TrainerCallback):
         for folder in self.new_folders:
             if folder.is_dir() and not any(folder.iterdir()):
                 folder.rmdir()
-        sys.stderr.write(f"{self.prog}: error: {' '.join(str(error).split())}\n")
-        raise SystemExit(2) from error
+        refuse(self.prog, error)
 
 
 def set_up_logging(training: TrainingArguments) -> None:

@@ -26,7 +26,7 @@ from ..growth.growth import Growth
 from ..growth.run import GrowthRun
 from ..growth.tensors import frozen_batch_norms
 from ..method.penalties import orthogonality
-from ..report.callback import GrowthReportCallback
+from ..report.callback import GrowthReportCallback, say
 from ..report.text import ORTH_LOSS, TOTAL_RANK, choice_note, final_ranks, plan_line
 from .loss_accounting import ItemCountsMixin, borrowed
 from .publishing import PublishingMixin, refuse_pickles
@@ -38,8 +38,6 @@ from .trl_models import load_by_name, reference_of_the_start
 OWN_ARGUMENTS = {"output_dir", "run_name", "local_rank", "hub_token", "report_to", "disable_tqdm", "log_level"}
 OWN_OF_TRL = {"model_init_kwargs"}  # names the device
 # These may differ between processes and change nothing that is trained.
-
-logger = logging.getLogger(__name__)
 
 
 class IncreLoraTrainerMixin(ItemCountsMixin, PublishingMixin, SearchMixin):
@@ -223,9 +221,9 @@ class IncreLoraTrainerMixin(ItemCountsMixin, PublishingMixin, SearchMixin):
             )
             self.lr_scheduler = self.growth_run.lr_scheduler
             self._created_lr_scheduler = True
-            self._say(plan_line(self.increlora, self._other_trainable()))
+            say(args, plan_line(self.increlora, self._other_trainable()))
             if note := choice_note(self.increlora.plan):
-                self._say("IncreLoRA: %s", note, level=logging.WARNING)
+                say(args, f"IncreLoRA: {note}", logging.WARNING)
         return self.lr_scheduler
 
     def _begin(self) -> None:
@@ -292,14 +290,15 @@ class IncreLoraTrainerMixin(ItemCountsMixin, PublishingMixin, SearchMixin):
         folder = Path(str(self.state.best_model_checkpoint))
         state, problem = complete_state(folder)
         if problem is not None:  # in some process
-            message = "IncreLoRA: the best checkpoint is not complete, and the last weights stay: %s"
-            return self._say(message, problem, level=logging.WARNING)
+            message = f"IncreLoRA: the best checkpoint is not complete. The model keeps its last weights. {problem}"
+            return say(self.args, message, logging.WARNING)
         at_end = self.increlora.num_parameters()
         self._start_over()
         self.increlora.load_state_dict(state, state["tensors"], source=state["source"])
         self.optimizer, self.lr_scheduler = None, None
         counts = {"adapter_parameters_at_best": self.increlora.num_parameters(), "adapter_parameters_at_end": at_end}
-        self._say("IncreLoRA: best model from %s (score %s): %s", folder, self.state.best_metric, counts)
+        words = ", ".join(f"{name} {count:,}" for name, count in counts.items())
+        say(self.args, f"IncreLoRA: loaded the best model, {folder} (score {self.state.best_metric}): {words}")
         self.log(dict(counts))
 
     # ---- What the user sees ------------------------------------------------------------------------------------
@@ -312,10 +311,6 @@ class IncreLoraTrainerMixin(ItemCountsMixin, PublishingMixin, SearchMixin):
                 growth = self.increlora
                 logs[ORTH_LOSS] = orthogonality(growth.factors(), growth.config.penalty).item()
         super().log(logs, *args, **kwargs)
-
-    def _say(self, message: str, *values: Any, level: int = logging.INFO) -> None:
-        """Log on the main process alone."""
-        logger.log(level if self.is_world_process_zero() else logging.DEBUG, message, *values)
 
     def _show_total_rank(self) -> None:
         for callback in self.callback_handler.callbacks:
@@ -342,7 +337,7 @@ class _GrowthCallback(TrainerCallback):
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         growth = self._trainer.increlora
         level = logging.WARNING if growth.total_rank > growth.target_total_rank else logging.INFO
-        self._trainer._say("IncreLoRA: %s", final_ranks(growth), level=level)
+        say(args, f"IncreLoRA: {final_ranks(growth)}", level)
 
 
 class IncreLoraTrainer(IncreLoraTrainerMixin, Trainer):

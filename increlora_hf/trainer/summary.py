@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from importlib.metadata import version
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, metadata, version
 from numbers import Real
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from transformers.training_args import OptimizerNames
 from .._version import __version__
 from ..hub.card import IMAGES, RunSummary
 
+PROJECT = "increlora-hf"
 PACKAGES = ("peft", "transformers", "torch", "datasets", "accelerate")
 NOT_SCORES = ("runtime", "samples", "_per_second", "preparation_time", "total", "_thresh", "num_tokens")  # endings
 AT_BEST = "adapter_parameters_at_best"  # in the log, of the moment when the best checkpoint was loaded
@@ -31,6 +33,9 @@ def describe(trainer: Any, folder: Path, repository: str | None) -> RunSummary:
     config = model.peft_config[model.active_adapter]
     state = trainer.state
     best = next((entry for entry in reversed(state.log_history) if AT_BEST in entry), None)
+    hyperparameters = {**extract_hyperparameters_from_trainer(trainer), "optimizer": _optimizer(trainer.args)}
+    if growth.schedule is not None and "lr_scheduler_warmup_steps" in hyperparameters:
+        hyperparameters["lr_scheduler_warmup_steps"] = growth.schedule["warmup_steps"]  # they may be given as a share
     step, metrics = _last_evaluation(state.log_history, state.best_global_step if best else None)
     labels = dict(getattr(getattr(model, "config", None), "id2label", None) or {})
     return RunSummary(
@@ -47,10 +52,20 @@ def describe(trainer: Any, folder: Path, repository: str | None) -> RunSummary:
         best=best,
         metrics=metrics,
         step=step,
-        hyperparameters={**extract_hyperparameters_from_trainer(trainer), "optimizer": _optimizer(trainer.args)},
+        hyperparameters=hyperparameters,
         images=[name for name in IMAGES if (folder / name).exists()],
-        software={"increlora-hf": __version__, **{name: version(name) for name in PACKAGES}},
+        project=_project(),
+        software={PROJECT: __version__, **{name: version(name) for name in PACKAGES}},
     )
+
+
+def _project() -> str | None:
+    """The address of this library, from its installed metadata; None where that names none."""
+    urls: list[str] = []
+    with suppress(PackageNotFoundError):
+        urls = metadata(PROJECT).get_all("Project-URL") or []
+    labelled = [url.split(", ", 1) for url in urls]
+    return next((address for label, address in labelled if label in ("Repository", "Homepage", "Source")), None)
 
 
 def _last_evaluation(log: Sequence[Mapping[str, Any]], best_step: int | None) -> tuple[int, dict[str, float]]:
