@@ -67,13 +67,13 @@ def _setting(
 
 @dataclass(frozen=True, kw_only=True)
 class IncreLoraConfig:
-    """The settings of one IncreLoRA run; only ``r_avg`` needs thought. Source: arXiv 2308.12043.
+    """The settings of one IncreLoRA run (arXiv 2308.12043). Set ``r_avg``; the other defaults fit most runs.
 
-    Every field is explained in its ``metadata["help"]`` with its symbol in the paper. An instance cannot be changed;
-    use `dataclasses.replace`.
+    The ``metadata["help"]`` of each field explains it, with its symbol in the paper. An instance cannot be changed.
+    `dataclasses.replace` makes a changed copy.
 
     Raises:
-        ValueError: a setting is out of range; the message names the value, the reason and the remedy.
+        ValueError: a setting is out of range. The message names the value, the reason and the remedy.
     """
 
     r_avg: int = _setting(

@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 class AdapterFormatError(ValueError):
-    """A file of an adapter or checkpoint has the wrong content; the message names file, key, expected and found."""
+    """A file of an adapter or checkpoint has wrong content. The message names file, key, expected and found value."""
 
     def __init__(self, file: Path | str, key: str, expected: str, found: str) -> None:
         """Keep the four parts, and put them into one message."""
@@ -15,4 +15,4 @@ class AdapterFormatError(ValueError):
 
 
 class HubPushError(OSError):
-    """The Hub did not take a folder. The message says why, and how to push the folder later; it is still complete."""
+    """A push to the Hub failed. The message says why, and how to push the folder later. It is complete."""

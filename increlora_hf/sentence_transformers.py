@@ -28,11 +28,11 @@ UNPOOLED = "last_hidden_state"  # the output that a module takes where it leaves
 
 
 class SentenceTransformersMixin(IncreLoraTrainerMixin):
-    """`IncreLoraTrainerMixin` for the Trainers of sentence-transformers: the transformer inside the model grows.
+    """`IncreLoraTrainerMixin` for the Trainers of sentence-transformers. The transformer inside the model grows.
 
-    ``trainer.model`` stays a SentenceTransformer, CrossEncoder or the like, and saves as one: the adapter, the other
-    modules and modules.json, which the library loads by the folder's name. The other modules (Dense, ...) and the
-    parameters of the loss train fully; a checkpoint holds them.
+    ``trainer.model`` keeps its class (SentenceTransformer, CrossEncoder, ...) and saves as before: the adapter, the
+    other modules and modules.json. The library loads this folder by its name. The other modules (Dense, ...) and the
+    parameters of the loss train fully. A checkpoint holds them.
     """
 
     model: Any
@@ -114,16 +114,16 @@ def _without_idle_pooler(
 
 
 class IncreLoraSentenceTransformerTrainer(SentenceTransformersMixin, SentenceTransformerTrainer):  # type: ignore[misc]
-    """SentenceTransformerTrainer that grows; see `SentenceTransformersMixin`."""
+    """SentenceTransformerTrainer with growing ranks, see `SentenceTransformersMixin`."""
 
 
 class IncreLoraCrossEncoderTrainer(SentenceTransformersMixin, CrossEncoderTrainer):  # type: ignore[misc]
-    """CrossEncoderTrainer that grows; see `SentenceTransformersMixin`."""
+    """CrossEncoderTrainer with growing ranks, see `SentenceTransformersMixin`."""
 
 
 class IncreLoraSparseEncoderTrainer(SentenceTransformersMixin, SparseEncoderTrainer):  # type: ignore[misc]
-    """SparseEncoderTrainer that grows; see `SentenceTransformersMixin`."""
+    """SparseEncoderTrainer with growing ranks, see `SentenceTransformersMixin`."""
 
 
 class IncreLoraMultiVectorEncoderTrainer(SentenceTransformersMixin, MultiVectorEncoderTrainer):  # type: ignore[misc]
-    """MultiVectorEncoderTrainer that grows; see `SentenceTransformersMixin`."""
+    """MultiVectorEncoderTrainer with growing ranks, see `SentenceTransformersMixin`."""

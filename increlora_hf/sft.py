@@ -1,7 +1,7 @@
-"""TRL's trainers with IncreLoRA (``pip install increlora-hf[sft]``); other Trainer classes are extended likewise.
+"""TRL's Trainers with IncreLoRA (``pip install increlora-hf[sft]``). Other Trainer classes are extended the same way.
 
-Give ``increlora_config`` where you gave ``peft_config``; see `IncreLoraTrainerMixin`. The reference of a trainer that
-has one is the model as it was when the trainer was made.
+Pass ``increlora_config`` in place of ``peft_config``, see `IncreLoraTrainerMixin`. The reference model of a Trainer is
+the model as it was when the Trainer was made.
 """
 
 from trl import DPOTrainer, GRPOTrainer, KTOTrainer, RewardTrainer, RLOOTrainer, SFTTrainer
@@ -10,24 +10,24 @@ from .trainer.mixin import IncreLoraTrainerMixin
 
 
 class IncreLoraSFTTrainer(IncreLoraTrainerMixin, SFTTrainer):  # type: ignore[misc]
-    """SFTTrainer that grows."""
+    """SFTTrainer with growing ranks."""
 
 
 class IncreLoraRewardTrainer(IncreLoraTrainerMixin, RewardTrainer):  # type: ignore[misc]
-    """RewardTrainer that grows."""
+    """RewardTrainer with growing ranks."""
 
 
 class IncreLoraDPOTrainer(IncreLoraTrainerMixin, DPOTrainer):  # type: ignore[misc]
-    """DPOTrainer that grows."""
+    """DPOTrainer with growing ranks."""
 
 
 class IncreLoraKTOTrainer(IncreLoraTrainerMixin, KTOTrainer):  # type: ignore[misc]
-    """KTOTrainer that grows."""
+    """KTOTrainer with growing ranks."""
 
 
 class IncreLoraRLOOTrainer(IncreLoraTrainerMixin, RLOOTrainer):  # type: ignore[misc]
-    """RLOOTrainer that grows."""
+    """RLOOTrainer with growing ranks."""
 
 
 class IncreLoraGRPOTrainer(IncreLoraTrainerMixin, GRPOTrainer):  # type: ignore[misc]
-    """GRPOTrainer that grows."""
+    """GRPOTrainer with growing ranks."""

@@ -39,14 +39,15 @@ IGNORED = ("auto_mapping",)  # names classes to import; none is imported
 
 
 def load_adapter(model: nn.Module, path_or_repo: str | Path, *, trainable: bool = False) -> PeftModel:
-    """Load the LoRA adapter in a folder or Hub repository onto ``model``; refuse it unless it fits exactly.
+    """Load the LoRA adapter of a folder or Hub repository onto ``model``, if it fits exactly.
 
-    Only ``adapter_config.json`` and ``adapter_model.safetensors`` are read: no pickle is opened, no code is run.
+    Reads only ``adapter_config.json`` and ``adapter_model.safetensors``. Opens no pickle and runs no code. Checks each
+    key, shape, dtype, rank and value before it changes the model. Returns a `PeftModel`.
 
     Args:
         model: the base model, without adapters.
         path_or_repo: a local folder, or the name of a Hub repository.
-        trainable: leave the adapter trainable. `attach` makes the result grow.
+        trainable: whether the adapter can train. `attach` makes the result grow.
 
     Raises:
         AdapterFormatError: a key, shape, dtype, rank or value does not fit the model and the configuration. The model

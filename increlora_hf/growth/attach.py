@@ -25,20 +25,20 @@ logger = logging.getLogger(__name__)
 def attach(model: nn.Module, config: IncreLoraConfig | None = None) -> PeftModel:
     """Put growing LoRA layers into ``model``: ΔW = s · B diag(λ) A per layer, 0 at the start.
 
-    The result is PEFT's own `PeftModel`: it merges, disables and saves as one, and what it saves is an ordinary LoRA
-    adapter. Its growth is at ``.increlora`` (`Growth`). Ranks grow while a `GrowthRun`, or the Trainer, trains it.
+    Returns PEFT's own `PeftModel`. It merges, disables and saves as any other, and it saves an ordinary LoRA adapter.
+    Its attribute ``increlora`` is a `Growth`. Ranks grow while a `GrowthRun` or `IncreLoraTrainer` trains the model.
 
-    A model that holds a trained LoRA adapter continues from it: the same function, growth on top.
+    If the model holds a trained LoRA adapter, it starts as the same function, and the adapter's layers grow.
 
     Args:
-        model: any transformers model, or any nn.Module with linear layers, or one with a LoRA adapter: a `PeftModel`,
-            or what ``model.add_adapter`` or ``AutoModel.from_pretrained(ADAPTER)`` gives. It is changed in place.
-        config: default `IncreLoraConfig()`.
+        model: a transformers model, or any nn.Module with linear layers. It may hold a LoRA adapter: as a `PeftModel`,
+            or from ``model.add_adapter`` or ``AutoModel.from_pretrained(ADAPTER)``. It is changed in place.
+        config: the settings. Default: `IncreLoraConfig()`.
 
     Raises:
-        ValueError: the settings do not fit the model, it is compiled or one of sentence-transformers, it holds
-            adapters that cannot grow, or bitsandbytes has repacked its 4-bit weights for the CPU; the model is left as
-            it was.
+        ValueError: the settings do not fit the model; the model is compiled; it is a model of sentence-transformers;
+            it holds adapters that cannot grow; or bitsandbytes has repacked its 4-bit weights for the CPU. The model
+            is left as it was.
     """
     if is_compiled_module(model):
         raise ValueError(

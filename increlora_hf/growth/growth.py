@@ -34,28 +34,39 @@ PARAMETERS_OF_LAYER = 3  # A, λ and B
 
 @dataclass(frozen=True, kw_only=True)
 class Round:
-    """One round: of growth, or the cut."""
+    """One round of growth, or the cut.
 
-    step: int  # optimizer steps completed when it happened
-    birth_step: int  # scheduler step at which its parameter group was born
-    layers: list[str]  # chosen, best first; none in the cut
-    scores: dict[str, float]  # of all layers
-    removed: dict[str, list[int]] = field(default_factory=dict)  # layer -> places of components that were cut
+    Attributes:
+        step: optimizer steps completed before it.
+        birth_step: scheduler step at which its parameter group was added.
+        layers: names of the layers that grew, best first. Empty for the cut.
+        scores: the score of every layer.
+        removed: layer name -> positions of the components that the cut removed.
+    """
+
+    step: int
+    birth_step: int
+    layers: list[str]
+    scores: dict[str, float]
+    removed: dict[str, list[int]] = field(default_factory=dict)
 
 
 class Growth:
-    """The state of growth of one attached model. Everything but Ī and U is a function of the list of rounds.
+    """The state of growth of one attached model. Everything except Ī and U is a function of the list of rounds.
 
     Attributes:
         config: the settings.
-        layers: the adapted layers by name, in the model's order.
-        plan: the schedule of rounds; None until a Trainer knows how long the run is.
-        rounds: one record per round so far.
-        rounds_before_optimizer: how many of them the optimizer was made after; what they gave is in its first groups.
-        schedule: the learning rate's, with the names and values that `restart_curves` takes; None until then, too.
+        layers: the adapted layers by name, in the order of the model.
+        plan: the schedule of the rounds. None until the length of the run is known.
+        rounds: one record for each round so far.
+        rounds_before_optimizer: the number of rounds before the optimizer was made. Its first groups hold their
+            components.
+        schedule: name and values of the learning-rate schedule, as `restart_curves` takes them. None until the length
+            of the run is known.
         tracker: Ī and U of all layers.
         model: the model that grows.
-        trained: holds all that training changes: the model, unless a Trainer trains more, such as a loss.
+        trained: the module with everything that training changes. This is the model, unless the Trainer also trains
+            other modules, such as a loss.
     """
 
     def __init__(self, model: PeftModel, config: IncreLoraConfig) -> None:
@@ -88,17 +99,17 @@ class Growth:
 
     @property
     def rank_pattern(self) -> dict[str, int]:
-        """Inner module name -> rank r_k now."""
+        """Layer name -> current rank r_k."""
         return {name: layer.rank for name, layer in self.layers.items()}
 
     @property
     def total_rank(self) -> int:
-        """Σ r_k now."""
+        """The current total rank Σ r_k."""
         return sum(self.rank_pattern.values())
 
     @property
     def target_total_rank(self) -> int:
-        """The budget r^final = n · r_avg, or what the layers have room for; with a fixed rank pattern its sum."""
+        """The budget r^final = n · r_avg, at most what the layers have room for; the sum of a fixed rank pattern."""
         return self._budget(overshoot=0)
 
     @property
@@ -117,9 +128,9 @@ class Growth:
         return self.peak_total_rank - self.total_rank
 
     def begin_run(self, total_steps: int, warmup_steps: int, state: Mapping[str, Any] | None = None) -> Plan:
-        """Plan a training of this length, which starts from the ranks as they are now.
+        """Plan a training of this length. It starts from the current ranks.
 
-        What was born before counts as there from its start.
+        Components that exist already count as present from its start.
 
         Args:
             state: of `state_dict`, in a training that is resumed: it started from the ranks that this names.
@@ -225,7 +236,7 @@ class Growth:
         return [factor.components for layer in self.layers.values() for factor in (layer.A, layer.B)]
 
     def history(self) -> dict[str, Any]:
-        """Settings, plan, learning-rate schedule, rounds, first and final ranks as plain values."""
+        """Settings, plan, learning-rate schedule, rounds, first and current ranks, as values that JSON can hold."""
         return {
             "format_version": HISTORY_FORMAT,
             "config": self.config.to_dict(),

@@ -37,30 +37,34 @@ RUN_NAME = "increlora_run.pt"
 
 
 class GrowthRun:
-    """Grows a model while an optimizer trains it; the Trainer uses it, and so can any loop::
+    """Grows a model while an optimizer trains it. The Trainer uses it, and any loop can.
 
-        model = attach(model, IncreLoraConfig(r_avg=2))
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-        run = GrowthRun(model, optimizer, total_steps=1000, warmup_steps=60)
-        for batch in batches:
-            model(**batch).loss.backward()
-            run.before_step()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            run.after_step()
-            optimizer.zero_grad()
+    ```python
+    model = attach(model, IncreLoraConfig(r_avg=2))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    run = GrowthRun(model, optimizer, total_steps=1000, warmup_steps=60)
+    for batch in batches:
+        model(**batch).loss.backward()
+        run.before_step()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        run.after_step()
+        optimizer.zero_grad()
+    ```
 
-    `after_step` is the one call that a loop needs. `before_step` is needed where gradients are clipped or read: it
-    adds the gradient of the orthogonality penalty and averages over the processes; without it, ``optimizer.step()``
-    does so itself. `after_backward` is needed where an update has several backward passes: call it after each.
+    Every loop calls `after_step`. The other calls depend on the loop:
 
-    With several processes, no wrapper stands around the model: the run averages the gradients in `before_step`.
+    - `before_step`, before gradients are clipped or read. It adds the gradient of the orthogonality penalty, and
+      averages over the processes. Without this call, ``optimizer.step()`` does so.
+    - `after_backward`, after each backward pass, if an update has several.
+
+    With several processes, do not wrap the model. `before_step` averages the gradients.
 
     Attributes:
-        growth: the model's growth: plan, rounds, ranks.
-        optimizer: the optimizer itself, out of the wrappers of accelerate or Lightning.
-        lr_scheduler: the learning rates of all groups; `after_step` steps it.
-        step: optimizer steps completed.
+        growth: plan, rounds and ranks of the model.
+        optimizer: the optimizer, without the wrappers of accelerate or Lightning.
+        lr_scheduler: the learning rates of all groups. `after_step` steps it.
+        step: the number of completed optimizer steps.
     """
 
     def __init__(
@@ -76,22 +80,22 @@ class GrowthRun:
         compiled: bool = False,
         state: Mapping[str, Any] | None = None,
     ) -> None:
-        """Plan the rounds, take over the adapter's parameters in the optimizer, and set the first learning rates.
+        """Plan the rounds, regroup the adapter's parameters in the optimizer, and set the first learning rates.
 
         Args:
-            model: of `attach`.
-            optimizer: holds the parameters that train; new. Its learning rates are the peaks of the schedule.
-            total_steps: optimizer steps of the whole run.
-            warmup_steps: of the learning rate, at the start and again for what each round adds.
-            schedule: a name that `transformers.get_scheduler` knows; its curve must depend on the step alone.
-            schedule_kwargs: its ``scheduler_specific_kwargs``.
-            scaler: where the loss is scaled before ``backward``.
-            compiled: whether the model is compiled; its code is discarded when layers change.
-            state: of an earlier run to continue; see `load_state_dict`.
+            model: the result of `attach`.
+            optimizer: a new optimizer that holds the parameters that train. Its learning rates are the peak values.
+            total_steps: the number of optimizer steps of the whole run.
+            warmup_steps: the warm-up of the learning rate, at the start and again for the components of each round.
+            schedule: a name that `transformers.get_scheduler` knows. Its curve must depend on the step alone.
+            schedule_kwargs: the ``scheduler_specific_kwargs`` of the schedule.
+            scaler: the GradScaler, if the loss is scaled before ``backward``.
+            compiled: whether the model is compiled. Its code is discarded when layers change.
+            state: the state of an earlier run to continue, see `load_state_dict`.
 
         Raises:
-            ValueError: the budget is out of reach in ``total_steps``, the optimizer or the schedule cannot be
-                followed, or the processes of the run differ. The message says what to do.
+            ValueError: the budget is out of reach in ``total_steps``; the optimizer or the schedule is not supported;
+                or the processes of the run differ. The message says what to do.
         """
         _require_attached(model)
         require_curve(schedule, _learning_rate(unwrapped(optimizer)), schedule_kwargs)
@@ -150,13 +154,14 @@ class GrowthRun:
     # ---- One step ------------------------------------------------------------------------------------------------
 
     def after_backward(self, weight: float = 1.0) -> None:
-        """Take in the sensitivities, equation (5), of the backward pass that has just run.
+        """Read the sensitivities, equation (5), of the last backward pass.
 
         The sensitivity of a step is the mean over its M micro-batches, each with the gradient of its own mean loss.
         Divide each loss by M before ``backward``, as for the gradients.
 
         Args:
-            weight: turns the gradients of this pass into 1/M of those of its own mean loss, where they are not.
+            weight: factor that turns the gradients of this pass into 1/M of the gradients of its own mean loss. It is
+                1 if the loss was divided by M.
         """
         self._packing.recover()
         self._backward_passes += 1
@@ -166,10 +171,10 @@ class GrowthRun:
             self._sensitivities = values if self._sensitivities is None else self._sensitivities + values
 
     def before_step(self) -> None:
-        """Make the gradients whole: add the penalty's, once an update, and average over the processes.
+        """Complete the gradients: add the penalty's gradient, once per update, and average over the processes.
 
         Call it after the last ``backward`` of an update, before gradients are unscaled, clipped or read. A second call
-        adds nothing; after a further ``backward`` it averages anew.
+        adds nothing. After a further ``backward`` it averages again.
         """
         if self._backward_passes == 0:
             self.after_backward()
@@ -187,10 +192,10 @@ class GrowthRun:
         self._is_averaged = True
 
     def after_step(self) -> Round | None:
-        """Count the optimizer's step, hold a round if one is due, and step the learning rates.
+        """Count the optimizer step, run a round if one is due, and step the learning rates.
 
         Returns:
-            The round, if there was one. ``model.parameters()`` are new then: parameters that were kept are stale.
+            The round, or None. A round makes new ``model.parameters()``; a list that you made earlier is out of date.
         """
         was_skipped = self._packing.steps == self._steps_before and self._scaler is not None
         record = self.grow_if_due()
@@ -199,7 +204,7 @@ class GrowthRun:
         return record
 
     def grow_if_due(self) -> Round | None:
-        """As `after_step`, in a loop that steps ``lr_scheduler`` itself, after this."""
+        """Do what `after_step` does, but leave ``lr_scheduler`` alone. Your loop steps it after this call."""
         growth = self.growth
         assert growth.plan is not None
         if self._packing.steps == self._steps_before and self._scaler is None:
@@ -235,7 +240,7 @@ class GrowthRun:
             )
 
     def skip_update(self) -> None:
-        """Forget an update whose gradients will not be used, such as one that is not finite; zero them yourself."""
+        """Discard an update whose gradients are not used, for instance after a NaN. Zero the gradients yourself."""
         if self._probes is not None:
             self._probes.read()
         self._begin_update()
@@ -303,7 +308,7 @@ class GrowthRun:
         self._statistics = [t for t in running_statistics(self.growth.trained).values() if t.is_floating_point()]
 
     def state_dict(self) -> dict[str, Any]:
-        """All that the run and the model's training hold, between two updates; the optimizer has a state of its own.
+        """The state of the run and of everything that trains, between two updates. Save the optimizer's state too.
 
         Tensors are references, as in ``nn.Module.state_dict``.
         """
@@ -317,14 +322,14 @@ class GrowthRun:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue a run bit for bit: replay its rounds on model and optimizer, then load the values.
 
-        Call it on a new run, with model and optimizer made as they were then, before the optimizer's own state is
-        loaded: that has the groups of the grown model.
+        Call it on a new run, with model and optimizer made as the first time. Load the optimizer's own state after
+        this call, because that state has the groups of the grown model.
 
         Args:
-            state: of `state_dict`.
+            state: the result of `state_dict`.
 
         Raises:
-            ValueError: the state is of other settings, another plan or another model.
+            ValueError: the state belongs to other settings, another plan or another model.
         """
         growth, source = self.growth, state.get("source", "The state")
         if len(growth.rounds) != state["rounds_before_optimizer"]:
@@ -341,9 +346,9 @@ class GrowthRun:
         self.start_at(state.get("step", 0))
 
     def register_for_checkpointing(self, accelerator: Any) -> None:
-        """Let ``accelerator.save_state`` and ``load_state`` hold the run, in the place of the model's weights.
+        """Let ``accelerator.save_state`` and ``load_state`` save and load the run, in place of the model's weights.
 
-        Call it once; the file is `RUN_NAME`.
+        Call it once. The file is `RUN_NAME`.
         """
 
         def save(models: list[Any], weights: list[Any], folder: str) -> None:

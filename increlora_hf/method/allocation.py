@@ -14,7 +14,7 @@ CHOSEN_SHARE = 2  # the default plan lets a round name at most one layer in so m
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """The schedule of rounds, fixed before step 1. Steps count completed optimizer steps, from 1."""
+    """The schedule of the rounds, fixed before step 1. A step is a number of completed optimizer steps."""
 
     num_layers: int  # n
     total_steps: int
@@ -34,12 +34,12 @@ class Plan:
 
     @property
     def first_step(self) -> int:
-        """Step of the first round; 0 where nothing grows."""
+        """Step of the first round; 0 if nothing grows."""
         return self.round_steps[0] if self.rounds else 0
 
     @property
     def last_step(self) -> int:
-        """Step of the last round; 0 where nothing grows."""
+        """Step of the last round; 0 if nothing grows."""
         return self.round_steps[-1] if self.rounds else 0
 
     @property

@@ -43,18 +43,18 @@ OWN_OF_TRL = {"model_init_kwargs"}  # names the device
 class IncreLoraTrainerMixin(ItemCountsMixin, PublishingMixin, SearchMixin):
     """IncreLoRA on any Trainer class: ``class MyTrainer(IncreLoraTrainerMixin, SomeTrainer): pass``.
 
-    A plain model is wrapped by `attach` with ``increlora_config``; a model that is already attached is taken as it is.
-    The loss that is logged and evaluated stays the task's own.
+    It attaches a plain model with ``increlora_config``, and takes an attached model as it is. The logged loss and the
+    evaluated loss are those of the task, without the penalty.
 
     Args:
-        model: plain or attached, or a name where the Trainer class takes one (TRL's); or give ``model_init``.
-        increlora_config: or its settings as a mapping; default `IncreLoraConfig()`; ``seed`` defaults to the training
-            arguments' seed.
-        allow_pickles_on_hub: let ``hub_strategy`` checkpoint and all_checkpoints upload optimizer and random states,
-            which are pickles and run code where they are loaded.
+        model: plain or attached. TRL's Trainers also take a name. Or pass ``model_init``.
+        increlora_config: the settings, or a mapping with them. Default: `IncreLoraConfig()`, with the ``seed`` of the
+            training arguments.
+        allow_pickles_on_hub: let ``hub_strategy`` checkpoint and all_checkpoints upload optimizer and random states.
+            These are pickles, which can run code where they are loaded.
 
     Raises:
-        ValueError: a setting that IncreLoRA cannot work with, before anything is trained or written.
+        ValueError: IncreLoRA cannot work with a setting. Nothing has been trained or written.
     """
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -100,7 +100,7 @@ class IncreLoraTrainerMixin(ItemCountsMixin, PublishingMixin, SearchMixin):
 
     @property
     def increlora(self) -> Growth:
-        """Plan, rounds and ranks of the model being trained."""
+        """Plan, rounds and ranks of the model that is trained."""
         return self.model.increlora  # type: ignore[union-attr, return-value]
 
     def _attach(self, model: Any, seed: int, **trial_settings: Any) -> Any:
@@ -143,16 +143,16 @@ class IncreLoraTrainerMixin(ItemCountsMixin, PublishingMixin, SearchMixin):
     # ---- Set-up, in Trainer's order ----------------------------------------------------------------------------
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
-        """Train; resuming takes the newest complete checkpoint and continues bit for bit.
+        """Train the model, or resume a run bit for bit.
 
         Args:
-            resume_from_checkpoint: True for the newest complete checkpoint in output_dir, or a checkpoint's path.
+            resume_from_checkpoint: the path of a checkpoint, or True for the newest complete one in output_dir.
 
         Raises:
-            AdapterFormatError: the checkpoint that was named is damaged.
-            ValueError: there is no checkpoint to resume, or it was written under other settings; or the processes
-                were not started alike.
-            RuntimeError: another process of the run is gone.
+            AdapterFormatError: the named checkpoint is damaged.
+            ValueError: there is no checkpoint to resume from; it was written under other settings; or the processes
+                of the run differ.
+            RuntimeError: another process of the run has died.
         """
         folder, resumed_step, self._has_ended = None, -1, False
         if resume_from_checkpoint:
