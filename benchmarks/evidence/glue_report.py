@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import re
 import statistics
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -29,6 +30,28 @@ PAPER = {  # arXiv 2308.12043, Table 1, DeBERTaV3-base: the authors' numbers
     "- A -": {"rte": 87.00, "stsb": 91.89},
     "- - -": {"rte": 85.92, "stsb": 91.64},
 }
+
+# What pictures call tasks, metrics and rows; a row's name is matched by regular expressions.
+TASK_TITLES = {"cola": "CoLA", "stsb": "STS-B", "squad_v2": "SQuAD 2.0", "mrpc": "MRPC", "rte": "RTE"}
+METRIC_TITLES = {
+    "matthews_correlation": "Matthews correlation × 100",
+    "pearson": "Pearson correlation × 100",
+    "f1": "F1",
+    "accuracy": "accuracy, %",
+}
+TITLES = {
+    r"\bincrelora\b": "IncreLoRA",
+    r"\badalora\b": "AdaLoRA",
+    r"\blora\b": "LoRA",
+    r"^cut\b": "IncreLoRA with the cut",
+    r"\bbitfit\b": "BitFit",
+    r"^full$": "full fine-tuning",
+    r"^houlsby$": "Houlsby's adapters",
+    r"^pfeiffer$": "Pfeiffer's adapters",
+    r"\br=(\d+)": r"r = \1",
+    r"\blam x (\d+)": r"λ's rate × \1",
+}
+ABLATED = ("penalty", "reserve", "new warm-up")  # O, A and R
 
 TUNING = "tuning"  # the study of learning rates, on what is held out of the training data
 
@@ -179,48 +202,80 @@ def put(text: str, output: Path | None) -> None:
     output.write_text(f"{document.split(begin)[0]}{begin}\n{text}\n{end}{document.split(end)[1]}")
 
 
-def figures(found: Sequence[Mapping[str, Any]], folder: Path) -> None:
-    """Pictures of what the lines hold: evaluations and the penalty over the steps, scores by budget."""
+def title_of(row: str) -> str:
+    """What a picture calls a row."""
+    if parts := re.fullmatch("([O-]) ([A-]) ([R-])", row):
+        kept = [name for letter, name in zip(parts.groups(), ABLATED, strict=True) if letter != "-"]
+        return " + ".join(kept) or "none of the three"
+    for pattern, name in TITLES.items():
+        row = re.sub(pattern, name, row)
+    return row
+
+
+def new_figure(height: float, rows: int = 1) -> tuple[Any, Any]:
+    """A figure that is readable on a phone, on light pages and on dark ones; its axes, one below the other."""
     from matplotlib import pyplot
 
+    from increlora_hf.report.plots import WIDTH
+    from increlora_hf.report.rank_map import BACKGROUND
+
+    size = {"figsize": (WIDTH, height), "layout": "constrained", "facecolor": BACKGROUND, "squeeze": False}
+    figure, axes = pyplot.subplots(rows, 1, sharex=True, **size)
+    return figure, axes[:, 0] if rows > 1 else axes[0, 0]
+
+
+def save_figure(figure: Any, path: Path) -> None:
+    """Write a figure, and let it go."""
+    from matplotlib import pyplot
+
+    figure.savefig(path, dpi=200)
+    pyplot.close(figure)
+
+
+def figures(found: Sequence[Mapping[str, Any]], folder: Path) -> None:
+    """Pictures of what the lines hold: evaluations and the penalty over the steps, scores by budget."""
     folder.mkdir(parents=True, exist_ok=True)
     for study, task in dict.fromkeys((line["study"], line["task"]) for line in found):
         if study == TUNING:
             continue
         own = [line for line in found if (line["study"], line["task"]) == (study, task)]
-        figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
+        name, of_score = TASK_TITLES.get(task, task), METRIC_TITLES[metric(task)]
+        figure, axes = new_figure(1.6 + 0.35 * len({line["row"] for line in own}))
         _draw_scores(axes, own)
-        axes.set(title=f"{task}, {study}: last step; a dot a seed, | their mean", xlabel=metric(task))
-        figure.savefig(folder / f"{study}-{task}.png", dpi=120)
-        pyplot.close(figure)
+        figure.suptitle(f"{name}: score at the last step")
+        axes.set_xlabel(of_score)
+        figure.legend(loc="outside lower center", ncols=2, fontsize="small")
+        save_figure(figure, folder / f"{study}-{task}.png")
         curves = {
-            "evaluations": ("evaluations", f"eval_{metric(task)}"),
-            "penalty": ("training", "orth_loss"),
+            "evaluations": ("evaluations", f"eval_{metric(task)}", of_score),
+            "penalty": ("training", "orth_loss", "orthogonality penalty"),
         }
-        for name, (where, key) in curves.items():
-            figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
+        for kind, (where, key, of_y) in curves.items():
+            figure, axes = new_figure(5)
             _draw_curves(axes, own, where, key)
+            figure.suptitle(f"{name} during training")
+            axes.set(xlabel="optimizer step", ylabel=of_y)
             if axes.lines:
-                axes.set(title=f"{task}: {key}, a line a seed", xlabel="optimizer step")
-                axes.legend(fontsize="small")
-                figure.savefig(folder / f"{study}-{task}-{name}.png", dpi=120)
-            pyplot.close(figure)
+                words = {"title": "a line for each seed", "title_fontsize": "small", "fontsize": "small"}
+                figure.legend(loc="outside lower center", **words)
+                save_figure(figure, folder / f"{study}-{task}-{kind}.png")
         if study == "budgets":
-            figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
+            figure, axes = new_figure(3.8)
             _draw_budgets(axes, own)
-            axes.set(title=f"{task}: mean and deviation over seeds", xlabel="average rank")
+            figure.suptitle(f"{name}: mean and deviation of the seeds")
+            axes.set(xlabel="average rank of a layer", ylabel=of_score)
             axes.legend()
-            figure.savefig(folder / f"budgets-{task}.png", dpi=120)
-            pyplot.close(figure)
+            save_figure(figure, folder / f"budgets-{task}.png")
 
 
 def _draw_scores(axes: Any, own: Sequence[Mapping[str, Any]]) -> None:
     rows = list(dict.fromkeys(line["row"] for line in own))
     for index, row in enumerate(rows):
         values = [score(line, best=False) for line in own if line["row"] == row]
-        axes.plot(values, [index] * len(values), "o", color=f"C{index % 10}", alpha=0.7)
-        axes.plot(statistics.mean(values), index, "|", color="black", markersize=18)
-    axes.set_yticks(range(len(rows)), rows)
+        labels = (None, None) if index else ("one seed", "mean of the seeds")
+        axes.plot(values, [index] * len(values), "o", color="C0", alpha=0.7, label=labels[0])
+        axes.plot(statistics.mean(values), index, "|", color="black", markersize=16, label=labels[1])
+    axes.set_yticks(range(len(rows)), map(title_of, rows))
     axes.invert_yaxis()
     axes.grid(axis="x", alpha=0.3)
 
@@ -231,7 +286,7 @@ def _draw_curves(axes: Any, own: Sequence[Mapping[str, Any]], where: str, key: s
     for line in own:
         points = [(entry["step"], entry[key]) for entry in line[where] if key in entry]
         if len(points) > 1:
-            label = None if line["row"] in labelled else line["row"]
+            label = None if line["row"] in labelled else title_of(line["row"])
             labelled.add(line["row"])
             axes.plot(*zip(*points, strict=True), color=f"C{rows.index(line['row']) % 10}", label=label, alpha=0.8)
 
@@ -245,4 +300,4 @@ def _draw_budgets(axes: Any, own: Sequence[Mapping[str, Any]]) -> None:
         ranks_of_method = sorted(by_rank)
         means = [statistics.mean(by_rank[rank]) for rank in ranks_of_method]
         errors = [statistics.stdev(by_rank[rank]) if len(by_rank[rank]) > 1 else 0.0 for rank in ranks_of_method]
-        axes.errorbar(ranks_of_method, means, yerr=errors, marker="o", capsize=3, label=method)
+        axes.errorbar(ranks_of_method, means, yerr=errors, marker="o", capsize=3, label=title_of(method))

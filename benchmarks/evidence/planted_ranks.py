@@ -1,7 +1,7 @@
 """A task whose ranks are known: who finds them, and what the found ranks are worth.
 
 python benchmarks/evidence/planted_ranks.py run --results R.jsonl --contenders lora paper overshoot=2,score=weakest
-python benchmarks/evidence/planted_ranks.py report --results R.jsonl --output docs/planted-ranks.md
+python benchmarks/evidence/planted_ranks.py report --results R.jsonl --output docs/planted-ranks.md --figures FOLDER
 
 A teacher is a small random model with an update of rank r_k added to each linear layer: orthonormal factors, every
 singular value half of the weight's spectral norm, Σ r_k = 2 n. A student of the same weights gets adapters of that
@@ -17,8 +17,10 @@ import hashlib
 import itertools
 import json
 import math
+import os
 import statistics
 import sys
+import textwrap
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -30,7 +32,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from glue_report import lines, paired, put
+from glue_report import lines, new_figure, paired, put, save_figure
 from peft import AdaLoraConfig, LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.optim import AdamW
@@ -44,6 +46,8 @@ SHAPES = {"encoder": 64, "causal": 128}  # and their widths
 DRAWINGS = ("exponential", "sparse")
 STOCK = ("lora", "oracle", "adalora")  # beside them "paper", "default", and settings such as overshoot=2,score=weakest
 ADALORA_START = 3  # AdaLoRA's own ratio of first to last rank, 1.5
+EVEN = ("lora", "oracle")  # their ranks are given
+TITLE_WIDTH = 56  # characters of a panel's title
 PACKAGES = ("torch", "transformers", "peft", "increlora-hf")
 
 
@@ -329,36 +333,44 @@ def report(settings: argparse.Namespace) -> None:
     for cell in dict.fromkeys(map(cell_of, found)):
         shape, drawing, steps, width = cell
         parts.append(f"### {shape} of width {width}, {drawing} ranks, {steps:,} steps\n\n{table(found, cell)}\n")
-        if settings.figures is not None:
-            draw(found, cell, settings)
+        path = None if settings.figures is None else draw(found, cell, settings)
+        if path is not None:
+            place = os.path.relpath(path, settings.output.parent) if settings.output else path
+            words = f"Planted ranks of every linear layer beside those that each method found, {shape}, {drawing}"
+            parts.append(f"![{words}]({place})\n")
     put("\n".join(parts), settings.output)
 
 
-def draw(found: Sequence[Mapping[str, Any]], cell: Cell, settings: argparse.Namespace) -> None:
-    """Planted ranks beside found ones, of one seed: a row for each contender that finds ranks."""
-    from matplotlib import pyplot
+def draw(found: Sequence[Mapping[str, Any]], cell: Cell, settings: argparse.Namespace) -> Path | None:
+    """Draw planted ranks beside found ones, of the first seed: a panel for each contender; where the picture is."""
+    from matplotlib.ticker import MaxNLocator
 
-    seed = min(line["seed"] for line in found)
-    best = {name: at_best_rate(found, cell, name).get(seed) for name in settings.shown}
+    own = [line for line in found if cell_of(line) == cell]
+    seed = min(line["seed"] for line in own)
+    names = settings.shown or [name for name in dict.fromkeys(line["contender"] for line in own) if name not in EVEN]
+    best = {name: at_best_rate(found, cell, name).get(seed) for name in names}
     shown = {name: line for name, line in best.items() if line is not None}
     if not shown:
-        return
+        return None
     planted = next(iter(shown.values()))["planted"]
-    figure, panels = pyplot.subplots(
-        len(shown), 1, figsize=(8, 1.6 * len(shown) + 0.6), sharex=True, layout="constrained", squeeze=False
-    )
+    figure, panels = new_figure(2 * len(shown) + 0.9, rows=len(shown))
+    panels = np.atleast_1d(panels)
     places = np.arange(len(planted))
-    for axes, (name, line) in zip(panels[:, 0], shown.items(), strict=True):
-        axes.bar(places, list(planted.values()), width=0.9, color="0.82", label="planted")
+    for axes, (name, line) in zip(panels, shown.items(), strict=True):
+        axes.bar(places, list(planted.values()), width=0.9, color="0.75", label="planted")
         axes.bar(places, [line["found"].get(layer, 0) for layer in planted], width=0.45, color="C0", label="found")
-        number = correlation(line)
-        axes.set_title(f"{name}: loss {line['loss']:.4f}, correlation {number:.2f}", fontsize="medium", loc="left")
+        title = "AdaLoRA" if name == "adalora" else f"IncreLoRA: {name.replace(',', ', ')}"
+        numbers = f"loss {line['loss']:.4f}, correlation {correlation(line):.2f}"
+        axes.set_title("\n".join([*textwrap.wrap(title, TITLE_WIDTH), numbers]), fontsize="small", loc="left")
         axes.set_ylabel("rank")
-    panels[0, 0].legend(loc="upper right", ncols=2)
-    panels[-1, 0].set_xlabel("linear layer, in the order of the model")
+        axes.yaxis.set_major_locator(MaxNLocator(4, integer=True))
+    panels[-1].set_xlabel("linear layers, in the order of the model")
+    figure.suptitle(f"Planted and found ranks: {cell[0]}, {cell[1]} ranks", fontsize="medium")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
     settings.figures.mkdir(parents=True, exist_ok=True)
-    figure.savefig(settings.figures / f"planted-{cell[0]}-{cell[1]}.png", dpi=120)
-    pyplot.close(figure)
+    path: Path = settings.figures / f"planted-{'-'.join(map(str, cell))}.png"
+    save_figure(figure, path)
+    return path
 
 
 def run_all(settings: argparse.Namespace) -> None:
@@ -408,7 +420,7 @@ def main() -> None:
     reporting = commands.add_parser("report", help="print tables, or put them into a document")
     reporting.add_argument("--results", type=Path, required=True)
     reporting.add_argument("--figures", type=Path, help="folder for pictures; needs matplotlib")
-    reporting.add_argument("--shown", nargs="+", default=["adalora", "paper", "default"], help="in the pictures")
+    reporting.add_argument("--shown", nargs="+", help="in the pictures; default: all that find ranks")
     reporting.add_argument(
         "--output", type=Path, help="a document with the marks <!-- tables --> and <!-- end of tables -->"
     )
