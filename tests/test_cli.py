@@ -16,6 +16,7 @@ import pytest
 from conftest import arguments, tiny_bert, token_rows
 from hub_server import Hub
 from PIL import Image
+from safetensors.torch import load_file
 from test_adapter import unequal
 from test_saved_adapter import change, plain_lora
 
@@ -154,7 +155,7 @@ def test_inspect_shows_the_ranks_of_any_lora(increlora: Run, adapter: Path, lora
     for folder in (adapter, lora):
         code, out, err = increlora("inspect", folder)
         assert (code, err) == (DONE, "")
-        assert rank_table(read_adapter(folder).ranks) in out
+        assert rank_table(read_adapter(folder).shown_ranks) in out
     code, out, _ = increlora("inspect", adapter, "--json")
     document = json.loads(out)
     assert document["ranks"] == read_adapter(adapter).ranks
@@ -168,12 +169,62 @@ def test_compare_shows_both_ranks_and_their_difference(increlora: Run, adapter: 
     ours, theirs = read_adapter(adapter).ranks, read_adapter(lora).ranks
     rows = {line.split()[0]: line.split()[1:] for line in out.splitlines() if line}
     for name in ours:
-        a, b = ours[name], theirs.get(name, 0)
-        assert rows[name] == [str(a), str(b), f"{b - a:+}"]
+        a, b = ours[name], theirs.get(name)
+        assert rows[name] == [str(a), "-" if b is None else str(b), f"{(b or 0) - a:+}"]
     total = sum(ours.values()), sum(theirs.values())
     assert rows["total"] == [str(total[0]), str(total[1]), f"{total[1] - total[0]:+}"]
     document = json.loads(increlora("compare", adapter, lora, "--json")[1])
     assert document["totals"] == list(total)
+
+
+def test_compare_says_that_no_layer_is_common(increlora: Run, tmp_path: Path) -> None:
+    query, key = (plain_lora(tmp_path / name, target_modules=[name]) for name in ("query", "key"))
+    _, out, _ = increlora("compare", query, key)
+    assert "A and B have no layer in common" in out
+    assert out.split("total")[1].split()[:3] == ["4", "4", "+0"]
+    assert "in common" not in increlora("compare", query, query)[1]
+
+
+@pytest.mark.parametrize(
+    "settings, heads",
+    [
+        ({"bias": "all"}, []),
+        ({"bias": "lora_only", "modules_to_save": ["classifier"]}, ["classifier"]),
+        ({"use_dora": True, "modules_to_save": ["classifier"]}, ["classifier"]),
+    ],
+    ids=["biases", "biases and a head", "DoRA and a head"],
+)
+def test_inspect_takes_biases_and_magnitudes_for_no_heads(
+    increlora: Run, tmp_path: Path, settings: dict[str, Any], heads: list[str]
+) -> None:
+    plain_lora(tmp_path, **settings)
+    document = json.loads(increlora("inspect", tmp_path, "--json")[1])
+    sizes = {key: tensor.numel() for key, tensor in load_file(tmp_path / "adapter_model.safetensors").items()}
+    assert document["heads"] == heads
+    assert document["head_parameters"] == sum(
+        size for key, size in sizes.items() if any(head in key for head in heads)
+    )
+    assert document["adapter_parameters"] == sum(
+        size for key, size in sizes.items() if ".lora_A" in key or ".lora_B" in key
+    )
+    parts = ("adapter_parameters", "head_parameters", "other_parameters")
+    assert sum(document[part] for part in parts) == sum(sizes.values())
+    assert "in biases and magnitudes" in increlora("inspect", tmp_path)[1]
+
+
+def test_layers_have_one_order_in_tables_pictures_and_history(increlora: Run, adapter: Path) -> None:
+    order = list(json.loads((adapter / "increlora_history.json").read_text())["rank_pattern"])
+    assert list(json.loads(increlora("inspect", adapter, "--json")[1])["ranks"]) == order
+    assert list(json.loads(increlora("compare", adapter, adapter, "--json")[1])["ranks"]) == order
+    history = read_adapter(adapter).history
+    assert history is not None
+    assert list(history["rank_pattern"]) == order == list(unequal().increlora.rank_pattern)
+
+
+def test_no_row_of_a_table_is_without_a_name() -> None:
+    table = rank_table({"pooler": 2, "layer.0.query": 1}).splitlines()
+    assert [line.split()[0] for line in table[1:4]] == ["elsewhere", "layer.0", "total"]
+    assert rank_table({"query": 1}).splitlines()[1].split()[0] == "all"
 
 
 def test_compare_draws_both(increlora: Run, adapter: Path, lora: Path, tmp_path: Path) -> None:

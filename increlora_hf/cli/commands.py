@@ -15,7 +15,7 @@ from ..documents import HISTORY_NAME
 from ..errors import AdapterFormatError
 from ..files.export import new_folder, uniform_hint, vllm_rank, write_merged, write_peft, write_uniform
 from ..files.saved_adapter import SavedAdapter, read_adapter
-from ..report.text import budget_note, rank_table
+from ..report.text import budget_note, in_one_order, rank_table
 
 FORMATS = ("peft", "uniform", "merged")
 DEFAULT_EPOCHS, DEFAULT_BATCH_SIZE = 3.0, 8  # Trainer's
@@ -99,7 +99,7 @@ def _memory(needed: Mapping[str, Mapping[str, int | None]], args: argparse.Names
 def inspect(args: argparse.Namespace) -> Answer:
     """Show an adapter's ranks, scale and sizes."""
     adapter = read_adapter(args.adapter)
-    ranks, steps = adapter.ranks, adapter.round_steps
+    ranks, steps = adapter.shown_ranks, adapter.round_steps
     scales = sorted({float(f"{layer.scale:.6g}") for layer in adapter.layers.values()})
     document: Document = {
         "adapter": str(adapter.folder),
@@ -111,6 +111,7 @@ def inspect(args: argparse.Namespace) -> Answer:
         "adapter_parameters": sum(layer.num_parameters for layer in adapter.layers.values()),
         "heads": adapter.heads,
         "head_parameters": adapter.head_parameters,
+        "other_parameters": adapter.other_parameters,
         "round_steps": steps,
     }
     facts = {
@@ -120,7 +121,8 @@ def inspect(args: argparse.Namespace) -> Answer:
         "layers": f"{len(ranks)}, of rank {min(ranks.values())} to {max(ranks.values())}, "
         f"{document['total_rank'] / len(ranks):.3g} on average",
         "scale": f"{scales[0]:g}" + (f" to {scales[-1]:g}" if len(scales) > 1 else ""),
-        "parameters": f"{document['adapter_parameters']:,} in the factors, {document['head_parameters']:,} in heads",
+        "parameters": f"{document['adapter_parameters']:,} in the factors, {document['head_parameters']:,} in heads"
+        + (f", {others:,} in biases and magnitudes" if (others := adapter.other_parameters) else ""),
         "heads": ", ".join(adapter.heads) or "none",
         "rounds": "no history"
         if steps is None
@@ -155,19 +157,24 @@ def _matplotlib() -> Iterator[None]:
 
 def compare(args: argparse.Namespace) -> Answer:
     """Show the ranks of two adapters side by side."""
-    a, b = (read_adapter(name).ranks for name in (args.a, args.b))
-    rows = {name: [a.get(name, 0), b.get(name, 0)] for name in {**a, **b}}
+    a, b = (read_adapter(name).shown_ranks for name in (args.a, args.b))
+    rows = {name: (a.get(name), b.get(name)) for name in in_one_order(a, b)}
     if args.output is not None:
         with _matplotlib():
             from ..report.plots import compare as draw
             from ..report.plots import save
 
             save(draw(a, b, (args.a, args.b)), args.output)
-    totals = [sum(a.values()), sum(b.values())]
+    totals = (sum(a.values()), sum(b.values()))
     width = max(len(name) for name in (*rows, "layer"))
-    lines = [_facts({"A": args.a, "B": args.b}), "", f"{'layer':<{width}}{'A':>7}{'B':>7}{'B - A':>7}"]
-    for name, (left, right) in {**rows, "total": totals}.items():
-        lines.append(f"{name:<{width}}{left:>7,}{right:>7,}{right - left:>+7,}")
+    lines = [_facts({"A": args.a, "B": args.b}), "", f"{'layer':<{width}}{'A':>7}{'B':>7}{'B − A':>7}"]
+    for name, pair in {**rows, "total": totals}.items():
+        shown = "".join(f"{'-' if rank is None else format(rank, ','):>7}" for rank in pair)
+        lines.append(f"{name:<{width}}{shown}{(pair[1] or 0) - (pair[0] or 0):>+7,}")
+    if not a.keys() & b.keys():
+        lines += ["", "A and B have no layer in common: do they belong to one base model?"]
+    elif a.keys() != b.keys():
+        lines += ["", "-: the adapter does not have this layer. It counts as rank 0."]
     document = {"a": args.a, "b": args.b, "ranks": rows, "totals": totals}
     return document | ({} if args.output is None else {"output": str(args.output)}), "\n".join(lines)
 
