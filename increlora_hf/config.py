@@ -44,7 +44,7 @@ class Range(NamedTuple):
     def __str__(self) -> str:
         """As in mathematics: (0, 1]."""
         return (
-            f"at least {self.low:g}"
+            f"of at least {self.low:g}"
             if self.high == math.inf
             else f"in {self.ends[0]}{self.low:g}, {self.high:g}{self.ends[1]}"
         )

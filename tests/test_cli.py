@@ -341,7 +341,7 @@ def test_push_says_why_it_was_refused(increlora: Run, lora: Path, hub: Hub) -> N
     "args",
     [[], ["plan"], ["plan", "x"], ["plan", "x", "--max_steps", "-1"], ["inspect"], ["fly"]]
     + [["plan", "x", "--rows", "9", *rest] for rest in (["--max_steps", "9"], ["--epochs", "0"], ["--rows", "1.5"])]
-    + [["plan", "x", "--max_steps", "9", "--epochs", "2"]]
+    + [["plan", "x", "--max_steps", "9", "--epochs", "2"], ["compare", "x", "y", "--output", "z.txt"]]
     + [["plan", "x", "--max_steps", "9", *rest] for rest in (["--task", "no"], ["--advance_learning", "maybe"])]
     + [["export", "x", "--format", "peft", "--output", "y", "--base", "z"]],
     ids=" ".join,
@@ -358,6 +358,46 @@ def test_a_refusal_is_one_line_on_stderr_and_ends_with_1(increlora: Run, tmp_pat
         code, out, err = increlora(*args, *json_too)
         assert (code, out) == (REFUSED, "")
         assert re.fullmatch(r"increlora: error: [^\n]+\n", err)
+
+
+NOT_HERE = "is not here, and the Hub does not give it: "
+
+
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        (["inspect", "no-folder"], f"ADAPTER 'no-folder' {NOT_HERE}"),
+        (["plot", "./no"], "ADAPTER './no': there is no such file or folder."),
+        (["compare", "LORA", "no/folder"], f"B 'no/folder' {NOT_HERE}"),
+        (["compare", "FILE", "LORA"], "is a file. Name the folder that holds the adapter."),
+        (["push", "/no/folder", "me/it"], "ADAPTER '/no/folder': there is no such file or folder."),
+        (["export", "no", "--format", "peft", "--output", "x"], f"ADAPTER 'no' {NOT_HERE}"),
+        (["export", "LORA", "--format", "peft", "--output", "FILE"], "is not an empty folder, and nothing is"),
+        (["export", "LORA", "--format", "peft", "--output", "FILE/x"], "--output FILE/x cannot be written: "),
+        (["export", "LORA", "--format", "merged", "--output", "x", "--base", "no"], f"--base 'no' {NOT_HERE}"),
+        (["plot", "LORA", "--output", "FILE"], "--output FILE cannot be written: File exists."),
+        (["compare", "LORA", "LORA", "--output", "FILE/x.png"], "--output FILE/x.png cannot be written: "),
+        (["plan", "no/model", "--rows", "9"], f"MODEL 'no/model' {NOT_HERE}"),
+        (["plan", "no/config.json", "--rows", "9"], "MODEL 'no/config.json': there is no such file or folder."),
+        (["plan", "LORA", "--rows", "9"], "is an adapter. Name its base model."),
+        (["plan", "FILE", "--rows", "9"], "is not a valid JSON file. Check its config.json."),
+        (["plan", "BERT", "--rows", "9", "--task", "seq2seq-lm"], "Check its config.json, or choose another --task."),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_what_is_missing_or_wrong_is_named_by_its_argument(
+    increlora: Run, lora: Path, model: Path, tmp_path: Path, args: list[str], message: str
+) -> None:
+    places = {"LORA": lora, "BERT": model, "FILE": tmp_path / "file"}
+    places["FILE"].write_text("text")
+    for word, path in places.items():
+        args = [arg.replace(word, str(path)) for arg in args]
+        message = message.replace(word, str(path))
+    code, out, err = increlora(*args)
+    assert (code, out) == (REFUSED, "")
+    assert message in err
+    assert len(err.splitlines()) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_a_plan_that_is_too_short_is_refused_with_the_reason(increlora: Run, model: Path) -> None:
@@ -403,6 +443,17 @@ def test_what_libraries_print_does_not_mix_with_the_document(
 
 def run_program(*args: Any, **options: Any) -> subprocess.CompletedProcess[str]:
     return subprocess.run([*PROGRAM, *map(str, args)], capture_output=True, text=True, check=False, **options)
+
+
+def test_packages_that_a_plan_does_not_need_stay_unloaded_in_the_program_alone(
+    increlora: Run, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("increlora_hf.cli.main.QUANTISERS", ("some_quantiser",))
+    assert increlora("plan", model, "--rows", 999)[0] == DONE
+    assert "some_quantiser" not in sys.modules
+    monkeypatch.setattr(sys, "argv", ["increlora", "plan", str(model), "--rows", "999"])
+    assert main() == DONE
+    assert sys.modules.pop("some_quantiser") is None
 
 
 def test_help_has_examples_and_exit_codes_and_imports_no_torch() -> None:

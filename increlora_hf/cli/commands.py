@@ -8,16 +8,18 @@ import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 from ..config import IncreLoraArguments, IncreLoraConfig
 from ..documents import HISTORY_NAME
 from ..errors import AdapterFormatError
 from ..files.export import new_folder, uniform_hint, vllm_rank, write_merged, write_peft, write_uniform
-from ..files.saved_adapter import SavedAdapter, read_adapter
+from ..files.saved_adapter import CONFIG_NAME, SavedAdapter, read_adapter
 from ..report.text import budget_note, in_one_order, rank_table
 
 FORMATS = ("peft", "uniform", "merged")
+NOWHERE = "is not here, and the Hub does not give it"
 DEFAULT_EPOCHS, DEFAULT_BATCH_SIZE = 3.0, 8  # Trainer's
 
 COUNTED = """\
@@ -38,15 +40,68 @@ def plan(args: argparse.Namespace) -> Answer:
         args.usage_error("--epochs goes with --rows, not with --max_steps")
     settings = {setting.name: getattr(args, setting.name) for setting in fields(IncreLoraArguments)}
     config = IncreLoraArguments(**settings).to_config()
-    from ..files.base_models import skeleton
     from .estimate import memory, num_steps, plan_model
 
     steps = args.max_steps or num_steps(args.rows, args.epochs or DEFAULT_EPOCHS, args.batch_size)
     warmup = math.ceil(steps * args.warmup_steps) if args.warmup_steps < 1 else int(args.warmup_steps)  # as Trainer
-    model = skeleton(args.model, args.task)
+    model = _skeleton("MODEL", args.model, args.task)
     planned = plan_model(model, config, max_steps=steps, warmup_steps=warmup)
     needed = memory(model, planned, config, batch_size=args.batch_size, length=args.max_seq_length)
     return {**planned, "memory": needed}, f"{_planned(planned, config)}\n\n{_memory(needed, args)}"
+
+
+def _skeleton(argument: str, name: str, task: str | None) -> Any:
+    """The model that an argument names, without weights. An error names the argument."""
+    from ..files.base_models import skeleton
+
+    folder = Path(name)
+    if (folder / CONFIG_NAME).is_file() and not (folder / "config.json").is_file():
+        raise ValueError(f"{argument} {name!r} is an adapter. Name its base model.")
+    if not folder.exists():
+        _refuse_path(argument, name)
+    try:
+        return skeleton(name, task)
+    except (OSError, ValueError) as error:
+        reason = str(error).partition("Model type should be")[0].strip()  # transformers lists them all
+        fault, remedy = NOWHERE, "Check the name and the connection."
+        if folder.exists():
+            fault, remedy = (
+                "cannot be used",
+                "Check its config.json" + (", or choose another --task." if task else "."),
+            )
+        raise ValueError(f"{argument} {name!r} {fault}: {reason} {remedy}") from error
+
+
+def _adapter(argument: str, name: str) -> SavedAdapter:
+    """The adapter that an argument names. An error names the argument."""
+    folder = Path(name)
+    if folder.is_file():
+        raise ValueError(f"{argument} {name!r} is a file. Name the folder that holds the adapter.")
+    if not folder.is_dir():
+        _refuse_path(argument, name)
+    try:
+        return read_adapter(name)
+    except AdapterFormatError:
+        raise
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{argument} {name!r} {NOWHERE}: {error} Check the name and the connection.") from error
+
+
+def _refuse_path(argument: str, name: str) -> None:
+    """Refuse a name that can only be a path: a Hub repository is NAME or NAMESPACE/NAME."""
+    if Path(name).is_absolute() or name.startswith(".") or name.endswith(".json") or name.count("/") > 1:
+        raise FileNotFoundError(f"{argument} {name!r}: there is no such file or folder. Check the path.")
+
+
+@contextmanager
+def _writing(output: Path) -> Iterator[None]:
+    """Errors of the file system name --output."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None:  # of transformers, which loads here, too
+            raise
+        raise OSError(f"--output {output} cannot be written: {error.strerror}. Choose another place.") from error
 
 
 def _planned(planned: Document, config: IncreLoraConfig) -> str:
@@ -97,8 +152,8 @@ def _memory(needed: Mapping[str, Mapping[str, int | None]], args: argparse.Names
 
 
 def inspect(args: argparse.Namespace) -> Answer:
-    """Show an adapter's ranks, scale and sizes."""
-    adapter = read_adapter(args.adapter)
+    """Show the ranks, scale and sizes of an adapter."""
+    adapter = _adapter("ADAPTER", args.adapter)
     ranks, steps = adapter.shown_ranks, adapter.round_steps
     scales = sorted({float(f"{layer.scale:.6g}") for layer in adapter.layers.values()})
     document: Document = {
@@ -132,10 +187,10 @@ def inspect(args: argparse.Namespace) -> Answer:
 
 
 def plot(args: argparse.Namespace) -> Answer:
-    """Draw an adapter's ranks, and its growth where its history is there."""
-    adapter = read_adapter(args.adapter)
+    """Draw the ranks of an adapter, and its growth if it has a history."""
+    adapter = _adapter("ADAPTER", args.adapter)
     history = adapter.history or {"rank_pattern": adapter.ranks}
-    with _matplotlib():
+    with _matplotlib(), _writing(args.output):
         from ..report.plots import draw_all
 
         try:
@@ -157,13 +212,14 @@ def _matplotlib() -> Iterator[None]:
 
 def compare(args: argparse.Namespace) -> Answer:
     """Show the ranks of two adapters side by side."""
-    a, b = (read_adapter(name).shown_ranks for name in (args.a, args.b))
+    a, b = (_adapter(*one).shown_ranks for one in (("A", args.a), ("B", args.b)))
     rows = {name: (a.get(name), b.get(name)) for name in in_one_order(a, b)}
     if args.output is not None:
-        with _matplotlib():
+        with _matplotlib(), _writing(args.output):
             from ..report.plots import compare as draw
             from ..report.plots import save
 
+            args.output.parent.mkdir(parents=True, exist_ok=True)
             save(draw(a, b, (args.a, args.b)), args.output)
     totals = (sum(a.values()), sum(b.values()))
     width = max(len(name) for name in (*rows, "layer"))
@@ -182,9 +238,12 @@ def compare(args: argparse.Namespace) -> Answer:
 def export(args: argparse.Namespace) -> Answer:
     """Export an adapter for another program."""
     if args.format != "merged" and (args.base or args.task):
-        args.usage_error("--base and --task are for --format merged")
-    adapter = read_adapter(args.adapter)
-    with new_folder(args.output) as draft:
+        args.usage_error("--base and --task go with --format merged only")
+    adapter = _adapter("ADAPTER", args.adapter)
+    base = args.base or adapter.base_model
+    if args.format == "merged" and base:
+        _skeleton("--base" if args.base else "the adapter's base model", base, args.task)
+    with _writing(args.output), new_folder(args.output) as draft:
         if args.format == "merged":
             write_merged(adapter, draft, args.base, args.task)
         else:
@@ -216,7 +275,7 @@ def _for_vllm(adapter: SavedAdapter) -> list[str]:
 
 def push(args: argparse.Namespace) -> Answer:
     """Upload an adapter to the Hub."""
-    adapter = read_adapter(args.adapter)
+    adapter = _adapter("ADAPTER", args.adapter)
     from ..hub.upload import push_folder
 
     logging.basicConfig(format="%(message)s")  # to stderr: what is not uploaded
