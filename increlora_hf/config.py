@@ -44,7 +44,7 @@ class Range(NamedTuple):
     def __str__(self) -> str:
         """As in mathematics: (0, 1]."""
         return (
-            f"at least {self.low:g}"
+            f"of at least {self.low:g}"
             if self.high == math.inf
             else f"in {self.ends[0]}{self.low:g}, {self.high:g}{self.ends[1]}"
         )
@@ -78,55 +78,60 @@ class IncreLoraConfig:
 
     r_avg: int = _setting(
         2,
-        "Average rank per adapted layer at the end of growth (r^avg); the budget is n * r_avg. No rank grows above "
-        "its layer's min(in, out).",
+        "Average rank of the adapted layers at the end of growth (r^avg). The budget is n * r_avg for n layers. A "
+        "layer's rank never exceeds its min(in, out).",
         within=RANK,
     )
     init_r: int | None = _setting(
-        None, "Rank of every layer at the start. Default: 1, or with an overshoot r_avg + overshoot // 2.", within=RANK
+        None, "Rank of every layer at the start. Default: 1; with an overshoot: r_avg + overshoot // 2.", within=RANK
     )
     top_h: int | None = _setting(
         None,
-        "Layers that grow in one round (h). Default: such that growth ends at growth_fraction of the run.",
+        "Number of layers that grow in one round (h). Default: so many that growth ends at growth_fraction of the "
+        "run.",
         within=STEPS,
     )
-    increment: int = _setting(1, "Components that a chosen layer gains in one round (k).", within=RANK)
+    increment: int = _setting(1, "Components that each chosen layer gains in one round (k).", within=RANK)
     interval: int | None = _setting(
         None,
-        "Optimizer steps between rounds (nu). Default: the warm-up steps, else 2.5 % of the run, at least 10; less "
-        "where a round would otherwise name more than half of the layers.",
+        "Optimizer steps between rounds (nu). Default: the warm-up steps; without warm-up 2.5 % of the run, at least "
+        "10. It is shorter if a round would otherwise choose more than half of the layers.",
         within=STEPS,
     )
     overshoot: int = _setting(
         0,
-        "Components per layer, on average, that growth adds above r_avg. An interval after the last round, the "
-        "smallest of the model are cut, down to the budget; a layer may lose all.",
+        "Components per layer, on average, that growth adds above r_avg. One interval after the last round, the "
+        "model's smallest components are removed until the budget is met. A layer may lose all of its components.",
         within=Range(0, MAX_RANK),
     )
     start: int | None = _setting(
-        None, "Rounds happen only after this optimizer step. Default: interval.", within=Range(0)
+        None, "No round takes place before this optimizer step. Default: interval.", within=Range(0)
     )
     growth_fraction: float = _setting(
-        0.4, "Share of the run by which the last round comes when top_h is not given.", within=Range(0, 1, "(]")
+        0.4, "Growth ends at this share of the run, if top_h is not given.", within=Range(0, 1, "(]")
     )
     score: str = _setting(
         "paper",
-        "What a layer is chosen by: 'paper' = smoothed sensitivity * uncertainty (equation 8), or 'weakest' = the "
-        "size of its smallest component, which needs no gradient.",
+        "Score that chooses the layers of a round: 'paper' = smoothed sensitivity * uncertainty (equation 8), or "
+        "'weakest' = the size of the layer's smallest component, which needs no gradients.",
         choices=SCORES,
     )
     beta1: float = _setting(
-        0.85, "EMA factor of the smoothed sensitivity (beta1), equation (6).", within=Range(0, 1, "()")
+        0.85, "Decay of the moving average of the sensitivity (beta1), equation (6).", within=Range(0, 1, "()")
     )
-    beta2: float = _setting(0.85, "EMA factor of the uncertainty (beta2), equation (7).", within=Range(0, 1, "()"))
+    beta2: float = _setting(
+        0.85, "Decay of the moving average of the uncertainty (beta2), equation (7).", within=Range(0, 1, "()")
+    )
     score_tolerance: float = _setting(
         1e-4,
-        "Only the K steps before a round are scored, max(beta1, beta2)^K <= this. 0 scores every step.",
+        "Only the last K steps before a round are scored: the fewest with max(beta1, beta2)^K <= this value. 0 scores "
+        "every step.",
         within=Range(0, 1, "[)"),
     )
     score_reduction: str = _setting(
         "mean",
-        "Sensitivity per layer: 'mean' over the out*in entries (equation 5), or 'sqrt': sum / sqrt(out*in).",
+        "How a layer's sensitivity is summed up: 'mean' over the out*in entries (equation 5), or 'sqrt': sum / "
+        "sqrt(out*in).",
         choices=SCORE_REDUCTIONS,
     )
     rank_scaling: str = _setting(
@@ -135,47 +140,52 @@ class IncreLoraConfig:
         choices=RANK_SCALINGS,
     )
     lora_alpha: float = _setting(16.0, "LoRA alpha.", within=FACTOR)
-    lora_dropout: float = _setting(0.0, "Dropout on the adapter's input.", within=Range(0, 1, "[)"))
+    lora_dropout: float = _setting(0.0, "Dropout probability on the adapter's input.", within=Range(0, 1, "[)"))
     target_modules: list[str] | str | None = _setting(
         None,
         "Names of the linear layers to adapt, as in peft.LoraConfig. Default: every linear layer of the backbone.",
         flag_type=list[str] | None,
     )
     modules_to_save: list[str] | None = _setting(
-        None, "Modules that are trained fully and saved. Default: everything with parameters outside the backbone."
+        None,
+        "Modules outside the adapter that are trained and saved as a whole, such as a classifier. Default: all "
+        "modules with parameters outside the backbone.",
     )
     orth_reg_weight: float = _setting(
-        0.1, "Weight of the orthogonality penalty, equation (4). 0 switches it off.", within=Range(0, MAX_FACTOR)
+        0.1, "Weight of the orthogonality penalty, equation (4). 0 turns it off.", within=Range(0, MAX_FACTOR)
     )
     penalty: str = _setting(
         "paper",
-        "Form of the penalty: 'paper' = the norm in equation (4), as the authors' code has it, 'squared' = its "
-        "square, as the paper writes it, or 'directions' = the cosines between components, whatever their norms.",
+        "Form of the penalty: 'paper' = the norm in equation (4), as in the authors' code; 'squared' = its square, as "
+        "in the paper; 'directions' = the cosines between components, whose norms then do not count.",
         choices=PENALTIES,
     )
     advance_learning: bool = _setting(
-        True, "Train a reserve ahead of its activation; off: new components start fresh."
+        True, "Train new components in advance, as a reserve. Without it they start untrained."
     )
-    restart_warmup: bool = _setting(True, "Each round's parameters restart the learning-rate warm-up.")
-    reserve_lambda: float = _setting(1e-5, "Frozen lambda of the reserve.", within=FACTOR)
+    restart_warmup: bool = _setting(
+        True, "Give the new parameters of each round a learning-rate warm-up of their own."
+    )
+    reserve_lambda: float = _setting(1e-5, "Constant lambda of the components in the reserve.", within=FACTOR)
     init_std: float | str = _setting(
         0.02,
-        "Standard deviation of new A and B; 'unit' draws with 1/sqrt(d), near norm 1.",
+        "Standard deviation of the initial values of A and B. 'unit' = 1/sqrt(d), so that rows have a norm near 1.",
         flag_type=str,
         within=FACTOR,
     )
     lam_lr_multiplier: float = _setting(
         10.0,
-        "Factor on the learning rate of the lambdas: 10 lets an update grow as fast as LoRA's. The paper's is 1.",
+        "Factor on the learning rate of the lambdas. With 10, updates grow as fast as LoRA's. The paper uses 1.",
         within=FACTOR,
     )
     rank_pattern: dict[str, int] | str | None = _setting(
         None,
-        "Fixed ranks without growth: layer name -> rank, or a JSON file with them (an increlora_history.json does).",
+        "Train with these fixed ranks, without growth: layer name -> rank, or a JSON file with them, such as an "
+        "increlora_history.json.",
         flag_type=str | None,
     )
     seed: int | None = _setting(
-        None, "Seed of new components. Default: the Trainer's seed.", within=Range(0, 2**32 - 1)
+        None, "Seed for the initial values of new components. Default: the Trainer's seed.", within=Range(0, 2**32 - 1)
     )
 
     def __post_init__(self) -> None:
@@ -184,8 +194,8 @@ class IncreLoraConfig:
             object.__setattr__(self, one.name, _checked(one, getattr(self, one.name)))
         if self.r_avg + self.overshoot < self.first_rank:
             raise ValueError(
-                f"r_avg={self.r_avg} is below init_r={self.init_r} by more than overshoot={self.overshoot}, and "
-                "growth only adds rank. Raise r_avg or lower init_r."
+                f"r_avg={self.r_avg} is below init_r={self.init_r} by more than overshoot={self.overshoot}, but "
+                "growth can only add rank. Raise r_avg or lower init_r."
             )
 
     @classmethod
@@ -286,7 +296,7 @@ def _checked(setting: dataclasses.Field[Any], value: Any) -> Any:
         return value
     if kind is bool:
         if not isinstance(value, bool):
-            raise ValueError(f"{setting.name}={value!r} is neither True nor False. Give one of the two.")
+            raise ValueError(f"{setting.name}={value!r} is neither True nor False. Give one of them.")
         return value
     is_count = int in (kind, *get_args(kind))
     if is_count and isinstance(value, float) and value.is_integer():
@@ -308,8 +318,8 @@ def _checked_names(setting: str, value: Any, *, may_be_pattern: bool) -> Any:
             re.compile(value)
         except re.error as error:
             raise ValueError(
-                f"{setting}={value!r} is no regular expression ({error}). Give a list of names, or a pattern that "
-                "matches full names of layers."
+                f"{setting}={value!r} is not a valid regular expression ({error}). Give a list of names, or a pattern "
+                "that matches full layer names."
             ) from None
         return value
     names = sorted(value) if isinstance(value, Set) else value
@@ -318,28 +328,34 @@ def _checked_names(setting: str, value: Any, *, may_be_pattern: bool) -> Any:
     names = list(names)
     wrong = [name for name in names if not isinstance(name, str) or not name]
     if wrong:
-        raise ValueError(f"{setting} holds {wrong[0]!r}, which is no name of a module. Give names as strings.")
+        raise ValueError(f"{setting} contains {wrong[0]!r}, which is not a module name. Give names as strings.")
     return names
 
 
 def _read_rank_pattern(value: Any) -> Any:
     """The ranks in a JSON file: a plain mapping, or any document with one under ``rank_pattern``."""
     if not isinstance(value, str | os.PathLike) or not os.path.isfile(value):
-        raise ValueError(f"rank_pattern={str(value)!r} is not a file. Give a JSON file or a mapping of name to rank.")
+        raise ValueError(
+            f"rank_pattern={str(value)!r} is not a file. Give a JSON file, or a mapping from layer name to rank."
+        )
     path = Path(value)
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"rank_pattern={str(path)!r} is not JSON ({error}). Give name -> rank as JSON.") from error
+        raise ValueError(
+            f"rank_pattern={str(path)!r} is not JSON ({error}). Write one JSON object: layer name -> rank."
+        ) from error
     return document.get("rank_pattern", document) if isinstance(document, dict) else document
 
 
 def _checked_rank_pattern(pattern: Any) -> dict[str, int]:
     if not isinstance(pattern, Mapping) or not pattern:
-        raise ValueError(f"rank_pattern={pattern!r} is not a mapping of layer name to rank. Give at least one layer.")
+        raise ValueError(
+            f"rank_pattern={pattern!r} is not a mapping from layer name to rank with at least one layer. Give one."
+        )
     for name, rank in pattern.items():
         if not isinstance(name, str) or not name:
-            raise ValueError(f"rank_pattern names {name!r}, which is no name of a layer. Give names as strings.")
+            raise ValueError(f"rank_pattern contains {name!r}, which is not a layer name. Give names as strings.")
         if isinstance(rank, bool) or not isinstance(rank, numbers.Integral) or rank not in Range(0, MAX_RANK):
             raise ValueError(
                 f"rank_pattern[{name!r}]={rank!r} is not a rank in [0, {MAX_RANK}]. Give a whole number; 0 leaves the "
@@ -385,7 +401,7 @@ def _make_arguments() -> Any:
         )
         for f in fields(IncreLoraConfig)
     ]
-    about_presets = "Settings to start from, which other flags replace: 'paper' = the paper's method, exactly."
+    about_presets = "Settings to start from: 'paper' = exactly the paper's method. Other flags replace them."
     made = dataclasses.make_dataclass(
         "IncreLoraArguments", [_flag("preset", str | None, None, about_presets, PRESETS), *flags], bases=(_Flags,)
     )

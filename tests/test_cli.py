@@ -16,6 +16,7 @@ import pytest
 from conftest import arguments, tiny_bert, token_rows
 from hub_server import Hub
 from PIL import Image
+from safetensors.torch import load_file
 from test_adapter import unequal
 from test_saved_adapter import change, plain_lora
 
@@ -154,7 +155,7 @@ def test_inspect_shows_the_ranks_of_any_lora(increlora: Run, adapter: Path, lora
     for folder in (adapter, lora):
         code, out, err = increlora("inspect", folder)
         assert (code, err) == (DONE, "")
-        assert rank_table(read_adapter(folder).ranks) in out
+        assert rank_table(read_adapter(folder).shown_ranks) in out
     code, out, _ = increlora("inspect", adapter, "--json")
     document = json.loads(out)
     assert document["ranks"] == read_adapter(adapter).ranks
@@ -168,12 +169,62 @@ def test_compare_shows_both_ranks_and_their_difference(increlora: Run, adapter: 
     ours, theirs = read_adapter(adapter).ranks, read_adapter(lora).ranks
     rows = {line.split()[0]: line.split()[1:] for line in out.splitlines() if line}
     for name in ours:
-        a, b = ours[name], theirs.get(name, 0)
-        assert rows[name] == [str(a), str(b), f"{b - a:+}"]
+        a, b = ours[name], theirs.get(name)
+        assert rows[name] == [str(a), "-" if b is None else str(b), f"{(b or 0) - a:+}"]
     total = sum(ours.values()), sum(theirs.values())
     assert rows["total"] == [str(total[0]), str(total[1]), f"{total[1] - total[0]:+}"]
     document = json.loads(increlora("compare", adapter, lora, "--json")[1])
     assert document["totals"] == list(total)
+
+
+def test_compare_says_that_no_layer_is_common(increlora: Run, tmp_path: Path) -> None:
+    query, key = (plain_lora(tmp_path / name, target_modules=[name]) for name in ("query", "key"))
+    _, out, _ = increlora("compare", query, key)
+    assert "A and B have no layer in common" in out
+    assert out.split("total")[1].split()[:3] == ["4", "4", "+0"]
+    assert "in common" not in increlora("compare", query, query)[1]
+
+
+@pytest.mark.parametrize(
+    "settings, heads",
+    [
+        ({"bias": "all"}, []),
+        ({"bias": "lora_only", "modules_to_save": ["classifier"]}, ["classifier"]),
+        ({"use_dora": True, "modules_to_save": ["classifier"]}, ["classifier"]),
+    ],
+    ids=["biases", "biases and a head", "DoRA and a head"],
+)
+def test_inspect_takes_biases_and_magnitudes_for_no_heads(
+    increlora: Run, tmp_path: Path, settings: dict[str, Any], heads: list[str]
+) -> None:
+    plain_lora(tmp_path, **settings)
+    document = json.loads(increlora("inspect", tmp_path, "--json")[1])
+    sizes = {key: tensor.numel() for key, tensor in load_file(tmp_path / "adapter_model.safetensors").items()}
+    assert document["heads"] == heads
+    assert document["head_parameters"] == sum(
+        size for key, size in sizes.items() if any(head in key for head in heads)
+    )
+    assert document["adapter_parameters"] == sum(
+        size for key, size in sizes.items() if ".lora_A" in key or ".lora_B" in key
+    )
+    parts = ("adapter_parameters", "head_parameters", "other_parameters")
+    assert sum(document[part] for part in parts) == sum(sizes.values())
+    assert "in biases and magnitudes" in increlora("inspect", tmp_path)[1]
+
+
+def test_layers_have_one_order_in_tables_pictures_and_history(increlora: Run, adapter: Path) -> None:
+    order = list(json.loads((adapter / "increlora_history.json").read_text())["rank_pattern"])
+    assert list(json.loads(increlora("inspect", adapter, "--json")[1])["ranks"]) == order
+    assert list(json.loads(increlora("compare", adapter, adapter, "--json")[1])["ranks"]) == order
+    history = read_adapter(adapter).history
+    assert history is not None
+    assert list(history["rank_pattern"]) == order == list(unequal().increlora.rank_pattern)
+
+
+def test_no_row_of_a_table_is_without_a_name() -> None:
+    table = rank_table({"pooler": 2, "layer.0.query": 1}).splitlines()
+    assert [line.split()[0] for line in table[1:4]] == ["elsewhere", "layer.0", "total"]
+    assert rank_table({"query": 1}).splitlines()[1].split()[0] == "all"
 
 
 def test_compare_draws_both(increlora: Run, adapter: Path, lora: Path, tmp_path: Path) -> None:
@@ -290,7 +341,7 @@ def test_push_says_why_it_was_refused(increlora: Run, lora: Path, hub: Hub) -> N
     "args",
     [[], ["plan"], ["plan", "x"], ["plan", "x", "--max_steps", "-1"], ["inspect"], ["fly"]]
     + [["plan", "x", "--rows", "9", *rest] for rest in (["--max_steps", "9"], ["--epochs", "0"], ["--rows", "1.5"])]
-    + [["plan", "x", "--max_steps", "9", "--epochs", "2"]]
+    + [["plan", "x", "--max_steps", "9", "--epochs", "2"], ["compare", "x", "y", "--output", "z.txt"]]
     + [["plan", "x", "--max_steps", "9", *rest] for rest in (["--task", "no"], ["--advance_learning", "maybe"])]
     + [["export", "x", "--format", "peft", "--output", "y", "--base", "z"]],
     ids=" ".join,
@@ -307,6 +358,46 @@ def test_a_refusal_is_one_line_on_stderr_and_ends_with_1(increlora: Run, tmp_pat
         code, out, err = increlora(*args, *json_too)
         assert (code, out) == (REFUSED, "")
         assert re.fullmatch(r"increlora: error: [^\n]+\n", err)
+
+
+NOT_HERE = "is not here, and the Hub does not give it: "
+
+
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        (["inspect", "no-folder"], f"ADAPTER 'no-folder' {NOT_HERE}"),
+        (["plot", "./no"], "ADAPTER './no': there is no such file or folder."),
+        (["compare", "LORA", "no/folder"], f"B 'no/folder' {NOT_HERE}"),
+        (["compare", "FILE", "LORA"], "is a file. Name the folder that holds the adapter."),
+        (["push", "/no/folder", "me/it"], "ADAPTER '/no/folder': there is no such file or folder."),
+        (["export", "no", "--format", "peft", "--output", "x"], f"ADAPTER 'no' {NOT_HERE}"),
+        (["export", "LORA", "--format", "peft", "--output", "FILE"], "is not an empty folder, and nothing is"),
+        (["export", "LORA", "--format", "peft", "--output", "FILE/x"], "--output FILE/x cannot be written: "),
+        (["export", "LORA", "--format", "merged", "--output", "x", "--base", "no"], f"--base 'no' {NOT_HERE}"),
+        (["plot", "LORA", "--output", "FILE"], "--output FILE cannot be written: File exists."),
+        (["compare", "LORA", "LORA", "--output", "FILE/x.png"], "--output FILE/x.png cannot be written: "),
+        (["plan", "no/model", "--rows", "9"], f"MODEL 'no/model' {NOT_HERE}"),
+        (["plan", "no/config.json", "--rows", "9"], "MODEL 'no/config.json': there is no such file or folder."),
+        (["plan", "LORA", "--rows", "9"], "is an adapter. Name its base model."),
+        (["plan", "FILE", "--rows", "9"], "is not a valid JSON file. Check its config.json."),
+        (["plan", "BERT", "--rows", "9", "--task", "seq2seq-lm"], "Check its config.json, or choose another --task."),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_what_is_missing_or_wrong_is_named_by_its_argument(
+    increlora: Run, lora: Path, model: Path, tmp_path: Path, args: list[str], message: str
+) -> None:
+    places = {"LORA": lora, "BERT": model, "FILE": tmp_path / "file"}
+    places["FILE"].write_text("text")
+    for word, path in places.items():
+        args = [arg.replace(word, str(path)) for arg in args]
+        message = message.replace(word, str(path))
+    code, out, err = increlora(*args)
+    assert (code, out) == (REFUSED, "")
+    assert message in err
+    assert len(err.splitlines()) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_a_plan_that_is_too_short_is_refused_with_the_reason(increlora: Run, model: Path) -> None:
@@ -352,6 +443,17 @@ def test_what_libraries_print_does_not_mix_with_the_document(
 
 def run_program(*args: Any, **options: Any) -> subprocess.CompletedProcess[str]:
     return subprocess.run([*PROGRAM, *map(str, args)], capture_output=True, text=True, check=False, **options)
+
+
+def test_packages_that_a_plan_does_not_need_stay_unloaded_in_the_program_alone(
+    increlora: Run, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("increlora_hf.cli.main.QUANTISERS", ("some_quantiser",))
+    assert increlora("plan", model, "--rows", 999)[0] == DONE
+    assert "some_quantiser" not in sys.modules
+    monkeypatch.setattr(sys, "argv", ["increlora", "plan", str(model), "--rows", "999"])
+    assert main() == DONE
+    assert sys.modules.pop("some_quantiser") is None
 
 
 def test_help_has_examples_and_exit_codes_and_imports_no_torch() -> None:

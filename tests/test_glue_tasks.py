@@ -41,7 +41,7 @@ def test_a_task_goes_by_its_name_in_any_case():
 
 
 def test_an_unknown_task_is_refused_with_the_list():
-    with pytest.raises(ValueError, match=r"--task_name 'snli' is no GLUE task\. Choose one of cola, mnli, .*wnli"):
+    with pytest.raises(ValueError, match=r"--task_name 'snli' is not a GLUE task\. Choose one of cola, mnli, .*wnli"):
         glue_task("snli")
 
 
@@ -193,13 +193,13 @@ def test_rows_to_predict_lose_their_label():
 @pytest.mark.parametrize(
     "task, labels, message",
     [
-        ("rte", [0, 2], r"here, row 2: the label 2 is none of rte's classes: entailment, not_entailment"),
-        ("rte", [0, -1], r"row 2: the label -1 is none of"),
-        ("rte", ["entailment", "neutral"], r"row 2: the label 'neutral' is none of"),
-        ("rte", [0, None], r"row 2: the label None is none of"),
-        ("stsb", ["1.5", "high"], r"here, row 2: the label 'high' is no number"),
-        ("stsb", [1.5, float("nan")], r"row 2: the label nan is no number"),
-        ("stsb", [1.5, None], r"row 2: the label None is no number"),
+        ("rte", [0, 2], r"here, row 2: the label 2 is not one of rte's classes: entailment, not_entailment"),
+        ("rte", [0, -1], r"row 2: the label -1 is not one of"),
+        ("rte", ["entailment", "neutral"], r"row 2: the label 'neutral' is not one of"),
+        ("rte", [0, None], r"row 2: the label None is not one of"),
+        ("stsb", ["1.5", "high"], r"here, row 2: the label 'high' is not a number"),
+        ("stsb", [1.5, float("nan")], r"row 2: the label nan is not a number"),
+        ("stsb", [1.5, None], r"row 2: the label None is not a number"),
     ],
     ids=["number", "unlabelled", "name", "missing class", "text for a value", "not finite", "missing value"],
 )
@@ -326,7 +326,7 @@ def test_blank_lines_and_a_byte_order_mark_are_skipped(tmp_path):
         ("x.json", b'{"a": 1}\n{"b": 1}\n', r"x\.json, line 2: column 'a' is missing"),
         ("x.json", b'{"label": 1}\n\n{"label": null}\n', r"x\.json, line 3: column 'label' has no value"),
         ("x.csv", b"text,text,label\na,b,0\n", r"x\.csv, line 1: two columns are called 'text'"),
-        ("x.txt", b"a", r"x\.txt: its format is unknown\. Give a file that ends in \.csv, \.json, \.jsonl"),
+        ("x.txt", b"a", r"x\.txt: the file format is unknown\. Give a file that ends in \.csv, \.json, \.jsonl"),
     ],
     ids=[
         "no header", "header only", "blank", "cells", "quote", "no label", "encoding", "broken JSON",
@@ -429,7 +429,7 @@ def test_a_missing_split_names_those_found(tmp_path):
 def test_a_missing_file_argument_is_named(tmp_path, split):
     path = str(write_csv(tmp_path / "x.csv", sentence_pairs([0, 1])))
     files = {name: path for name in ("train", "validation", "test") if name != split}
-    with pytest.raises(ValueError, match=rf"the {split} split is needed, but no --{split}_file is given"):
+    with pytest.raises(ValueError, match=rf"--{split}_file is missing: the run needs a {split} set"):
         load(GlueSource(files=files), predict=True)
 
 
@@ -447,17 +447,19 @@ def test_a_broken_parquet_file_is_named(tmp_path):
 @pytest.mark.parametrize("name", ["no/such", "../no/such/folder", None], ids=["name", "path", "GLUE itself"])
 def test_a_dataset_that_is_nowhere_is_refused(tmp_path, name):
     source = GlueSource(task_name="rte", dataset_name=name, hub_options={"cache_dir": str(tmp_path)})
-    with pytest.raises(ValueError, match=rf"the dataset '{name or 'nyu-mll/glue'}' is no local folder, and the Hub"):
+    with pytest.raises(
+        ValueError, match=rf"the dataset '{name or 'nyu-mll/glue'}' is not a local folder, and the Hub"
+    ):
         load(source)
 
 
 def test_a_source_must_name_data():
-    with pytest.raises(ValueError, match=r"there is no data: give a GLUE task \(--task_name\), a dataset"):
+    with pytest.raises(ValueError, match=r"there is no data. Give a GLUE task \(--task_name\), a dataset"):
         GlueSource()
 
 
 def test_a_dataset_and_files_exclude_each_other():
-    with pytest.raises(ValueError, match=r"--dataset_name here and data files \(x\.csv\) exclude each other"):
+    with pytest.raises(ValueError, match=r"--dataset_name here and data files \(x\.csv\) cannot be used together"):
         GlueSource(dataset_name="here", files={"train": "x.csv"})
 
 

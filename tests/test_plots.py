@@ -155,13 +155,25 @@ def test_comparison_has_one_scale_and_signed_differences() -> None:
     scales = [axes.collections[0].norm for axes in (first, second)]
     assert [(scale.vmin, scale.vmax) for scale in scales] == [(1, 9), (1, 9)]
     assert [text.get_text() for text in difference.texts] == ["+8", "-1", "+8", "-1", "+7"]
-    assert first.get_title() == "ours\ntotal rank 5"
-    assert second.get_title() == "theirs\ntotal rank 12"
+    assert first.get_title() == "A: ours\ntotal rank 5"
+    assert second.get_title() == "B: theirs\ntotal rank 12"
+    assert difference.get_title() == "B − A"
 
 
-def test_comparison_of_adapters_of_other_layers_has_no_difference() -> None:
-    figure = compare({"l.0.q": 1}, {"l.0.v": 2}, ("ours", "theirs"))
-    assert figure.axes[2].collections[0].get_array().mask.all()
+@pytest.mark.parametrize(
+    "a, b",
+    [({"l.0.q": 1}, {"l.0.v": 2}), ({"l.0.q": 1, "l.0.k": 3, "l.1.q": 2}, {"l.0.q": 4, "l.1.v": 5, "h": 1})],
+    ids=["no common layer", "some common layers"],
+)
+def test_sums_of_a_comparison_are_those_of_all_layers(a: dict[str, int], b: dict[str, int]) -> None:
+    figure = compare(a, b, ("ours", "theirs"))
+    totals = (sum(a.values()), sum(b.values()), sum(b.values()) - sum(a.values()))
+    for axes, total in zip(figure.axes[:3], totals, strict=True):
+        cells = axes.collections[0].get_array().filled(0)
+        shown = [int(text.get_text()) for text in axes.texts][-sum(cells.shape) :]
+        assert shown == [*cells.sum(axis=1).astype(int), *cells.sum(axis=0).astype(int)]
+        assert cells.sum() == total
+    assert figure.axes[2].get_title().endswith("no layer in common") is not bool(a.keys() & b.keys())
     pixels(figure)
 
 

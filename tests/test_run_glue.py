@@ -343,7 +343,7 @@ def test_a_missing_train_file_is_refused(refused, tmp_path):
 def test_a_validation_label_that_training_does_not_know_is_refused(refused, tmp_path):
     train, validation = csv_file(tmp_path), csv_file(tmp_path, "validation.csv", labels=["yes", "maybe"])
     line = refused("--do_train", "--do_eval", train_file=train, validation_file=validation)
-    assert "validation.csv, row 2: the label 'maybe' is none of classification's classes: no, yes" in line
+    assert "validation.csv, row 2: the label 'maybe' is not one of classification's classes: no, yes" in line
 
 
 def test_a_folder_without_the_split_is_refused(refused, tmp_path):
@@ -355,18 +355,18 @@ def test_a_folder_without_the_split_is_refused(refused, tmp_path):
 @pytest.mark.parametrize(
     "flags, settings, message",
     [
-        (["--do_train"], {"task_name": "snli"}, "--task_name 'snli' is no GLUE task. Choose one of cola, mnli"),
-        (["--do_train"], {}, "there is no data: give a GLUE task (--task_name)"),
+        (["--do_train"], {"task_name": "snli"}, "--task_name 'snli' is not a GLUE task. Choose one of cola, mnli"),
+        (["--do_train"], {}, "there is no data. Give a GLUE task (--task_name)"),
         ([], {"task_name": "rte"}, "there is nothing to do. Give --do_train, --do_eval or --do_predict"),
         (["--do_train"], {"model_name_or_path": None, "task_name": "rte"}, "--model_name_or_path is missing"),
         (["--do_train"], {"increlora_r_avg": 1, "increlora_init_r": 2}, "r_avg=1 is below init_r=2"),
         (["--do_train", "--lerning_rate", "1"], {}, "unknown settings: --lerning_rate 1."),
         (["--do_train"], {"learning_rate": "fast"}, "invalid float value: 'fast'"),
         (["--do_train"], {"resume_from_checkpoint": "nowhere"}, "--resume_from_checkpoint nowhere: there is no such"),
-        (["--do_train"], {"resume_from_checkpoint": "true"}, "holds no checkpoint to resume from. Name one"),
-        (["--do_eval"], {"dataloader_drop_last": True}, "--dataloader_drop_last True leaves rows out of evaluation"),
-        (["--do_predict"], {"prediction_loss_only": True}, "--prediction_loss_only True leaves no outputs"),
-        (["--do_eval"], {"eval_do_concat_batches": False}, "--eval_do_concat_batches False gives the outputs"),
+        (["--do_train"], {"resume_from_checkpoint": "true"}, "contains no checkpoint. Name one"),
+        (["--do_eval"], {"dataloader_drop_last": True}, "--dataloader_drop_last True leaves out rows in evaluation"),
+        (["--do_predict"], {"prediction_loss_only": True}, "--prediction_loss_only True returns no outputs"),
+        (["--do_eval"], {"eval_do_concat_batches": False}, "--eval_do_concat_batches False returns the outputs"),
         (["--do_eval"], {"max_eval_samples": 0}, "--max_eval_samples 0 leaves no rows"),
     ],
     ids=[
@@ -397,7 +397,7 @@ def test_a_model_that_is_nowhere_is_refused(refused, tmp_path):
 def test_a_head_of_another_size_is_refused_or_replaced(refused, run, tmp_path):
     model = save_tiny_model(tmp_path / "headed", labels=3)
     line = refused("--do_train", train_file=csv_file(tmp_path), model_name_or_path=model)
-    assert "has a head of another size than the task's. Replace it with --ignore_mismatched_sizes" in line
+    assert "has a head whose size does not fit the task. Replace the head with --ignore_mismatched_sizes" in line
     run("--do_train", "--ignore_mismatched_sizes", train_file=csv_file(tmp_path), model_name_or_path=model)
 
 
@@ -434,7 +434,7 @@ def test_a_report_to_a_package_that_is_missing_is_refused(refused, tmp_path):
 
 def test_trainers_own_learning_rate_is_mentioned(run, tmp_path, caplog):
     run("--do_train", train_file=csv_file(tmp_path), learning_rate=5e-5)
-    assert "--learning_rate is at Trainer's default of 5e-05" in caplog.text
+    assert "--learning_rate has Trainer's default, 5e-05" in caplog.text
 
 
 def test_a_tokenizer_without_a_padding_token_is_refused(refused, model, tmp_path):
@@ -459,7 +459,7 @@ def test_another_runs_adapter_is_not_overwritten(run, out, tmp_path, capsys, con
     with pytest.raises(SystemExit):
         run("--do_train", train_file=csv_file(tmp_path), **settings)
     line = capsys.readouterr().err.splitlines()[-1]
-    assert f"--output_dir {out} holds another run's weights. {remedy}" in line
+    assert f"--output_dir {out} contains another run's weights. {remedy}" in line
     assert [path.name for path in out.iterdir()] == [content]
 
 

@@ -135,7 +135,7 @@ def test_squad_2_from_a_folder(run, out, tmp_path):
 @pytest.mark.parametrize("flags, name", [([], "rajpurkar/squad"), ([V2], "rajpurkar/squad_v2")], ids=["1.1", "2.0"])
 def test_the_hub_is_asked_where_no_data_is_named(refused, flags, name):
     line = refused("--do_train", *flags)
-    assert f"the dataset '{name}' is no local folder, and the Hub does not give it" in line
+    assert f"the dataset '{name}' is not a local folder, and the Hub does not give it" in line
 
 
 def test_long_contexts_are_cut_into_windows(run, out, tmp_path):
@@ -273,7 +273,7 @@ def broken(number=3, **cells):
         (broken(id="q1"), "row 4 (id 'q1'): row 2 has the same id"),
         (broken(answers={"text": ["cat"], "answer_start": []}), "the answers have 1 texts and 0 values"),
         (broken(answers={"text": [], "answer_start": []}), "1 of 12 rows have no answer, first row 4 (id 'q3')"),
-        (broken(0, question="red " * 9, context="red bird " * 9), "row 1 (id 'q0'): its question of 9 tokens"),
+        (broken(0, question="red " * 9, context="red bird " * 9), "row 1 (id 'q0'): the question has 9 tokens"),
         ([{"id": "a", "context": "cat"}], "line 1: 'question' is missing"),
     ],
     ids=["answer elsewhere", "empty context", "id twice", "lists of two lengths", "no answer in 1.1",
@@ -290,7 +290,7 @@ def test_bad_rows_are_refused(refused, tmp_path, rows, message, steps):
     "content, message",
     [
         ('{"data": [\n', "rows.json, line 2, column 1: not valid JSON"),
-        ('{"data": []}', "rows.json holds no question"),
+        ('{"data": []}', "rows.json contains no question"),
         ('{"id": "a"}\n{"id"', "rows.json, line"),
     ],
     ids=["broken", "empty", "broken line"],
@@ -306,10 +306,10 @@ def test_a_bad_file_is_refused(refused, tmp_path, content, message):
     [
         ([], {"doc_stride": 16}, "--doc_stride 16 is not between 0 and the 16 tokens of a window"),
         ([], {"doc_stride": 0}, "--doc_stride 0 is not between"),
-        ([], {"n_best_size": 0}, "--n_best_size 0 leaves no span"),
-        ([], {"max_answer_length": -1}, "--max_answer_length -1 leaves no span"),
-        (["--do_eval"], {}, "the validation split is needed, but no --validation_file is given"),
-        ([], {"dataset_name": "here"}, "exclude each other"),
+        ([], {"n_best_size": 0}, "--n_best_size 0 allows no answer"),
+        ([], {"max_answer_length": -1}, "--max_answer_length -1 allows no answer"),
+        (["--do_eval"], {}, "--validation_file is missing: the run needs a validation set"),
+        ([], {"dataset_name": "here"}, "cannot be used together"),
         ([], {"increlora_interval": 5, "increlora_top_h": 1}, "interval"),
     ],
     ids=["long stride", "no stride", "no best", "no length", "no file", "data twice", "too few steps"],
@@ -322,7 +322,7 @@ def test_bad_settings_are_refused(refused, tmp_path, flags, settings, message):
 def test_a_decoder_is_refused(refused, tmp_path):
     decoder = save_tiny_decoder(tmp_path / "decoder")
     line = refused("--do_train", **both(tmp_path, questions()), model_name_or_path=decoder)
-    assert "--model_name_or_path is a decoder (gpt2): each of its tokens sees only those before it" in line
+    assert "--model_name_or_path is a decoder (gpt2). Its tokens see only the tokens before them" in line
     assert "Choose an encoder" in line
 
 
@@ -346,7 +346,7 @@ def test_an_encoder_that_is_set_to_decode_is_refused():
 def test_a_slow_tokenizer_is_refused(refused, tmp_path):
     ByT5Tokenizer().save_pretrained(tmp_path / "bytes")
     line = refused("--do_train", **both(tmp_path, questions()), tokenizer_name=tmp_path / "bytes")
-    assert "the tokenizer ByT5Tokenizer is a slow one and gives no offsets" in line
+    assert "the tokenizer ByT5Tokenizer is a slow one: it gives no character offsets" in line
 
 
 # ---- As a program ---------------------------------------------------------------------------------------------------

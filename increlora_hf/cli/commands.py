@@ -8,16 +8,18 @@ import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 from ..config import IncreLoraArguments, IncreLoraConfig
 from ..documents import HISTORY_NAME
 from ..errors import AdapterFormatError
 from ..files.export import new_folder, uniform_hint, vllm_rank, write_merged, write_peft, write_uniform
-from ..files.saved_adapter import SavedAdapter, read_adapter
-from ..report.text import budget_note, rank_table
+from ..files.saved_adapter import CONFIG_NAME, SavedAdapter, read_adapter
+from ..report.text import budget_note, in_one_order, rank_table
 
 FORMATS = ("peft", "uniform", "merged")
+NOWHERE = "is not here, and the Hub does not give it"
 DEFAULT_EPOCHS, DEFAULT_BATCH_SIZE = 3.0, 8  # Trainer's
 
 COUNTED = """\
@@ -38,15 +40,68 @@ def plan(args: argparse.Namespace) -> Answer:
         args.usage_error("--epochs goes with --rows, not with --max_steps")
     settings = {setting.name: getattr(args, setting.name) for setting in fields(IncreLoraArguments)}
     config = IncreLoraArguments(**settings).to_config()
-    from ..files.base_models import skeleton
     from .estimate import memory, num_steps, plan_model
 
     steps = args.max_steps or num_steps(args.rows, args.epochs or DEFAULT_EPOCHS, args.batch_size)
     warmup = math.ceil(steps * args.warmup_steps) if args.warmup_steps < 1 else int(args.warmup_steps)  # as Trainer
-    model = skeleton(args.model, args.task)
+    model = _skeleton("MODEL", args.model, args.task)
     planned = plan_model(model, config, max_steps=steps, warmup_steps=warmup)
     needed = memory(model, planned, config, batch_size=args.batch_size, length=args.max_seq_length)
     return {**planned, "memory": needed}, f"{_planned(planned, config)}\n\n{_memory(needed, args)}"
+
+
+def _skeleton(argument: str, name: str, task: str | None) -> Any:
+    """The model that an argument names, without weights. An error names the argument."""
+    from ..files.base_models import skeleton
+
+    folder = Path(name)
+    if (folder / CONFIG_NAME).is_file() and not (folder / "config.json").is_file():
+        raise ValueError(f"{argument} {name!r} is an adapter. Name its base model.")
+    if not folder.exists():
+        _refuse_path(argument, name)
+    try:
+        return skeleton(name, task)
+    except (OSError, ValueError) as error:
+        reason = str(error).partition("Model type should be")[0].strip()  # transformers lists them all
+        fault, remedy = NOWHERE, "Check the name and the connection."
+        if folder.exists():
+            fault, remedy = (
+                "cannot be used",
+                "Check its config.json" + (", or choose another --task." if task else "."),
+            )
+        raise ValueError(f"{argument} {name!r} {fault}: {reason} {remedy}") from error
+
+
+def _adapter(argument: str, name: str) -> SavedAdapter:
+    """The adapter that an argument names. An error names the argument."""
+    folder = Path(name)
+    if folder.is_file():
+        raise ValueError(f"{argument} {name!r} is a file. Name the folder that holds the adapter.")
+    if not folder.is_dir():
+        _refuse_path(argument, name)
+    try:
+        return read_adapter(name)
+    except AdapterFormatError:
+        raise
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{argument} {name!r} {NOWHERE}: {error} Check the name and the connection.") from error
+
+
+def _refuse_path(argument: str, name: str) -> None:
+    """Refuse a name that can only be a path: a Hub repository is NAME or NAMESPACE/NAME."""
+    if Path(name).is_absolute() or name.startswith(".") or name.endswith(".json") or name.count("/") > 1:
+        raise FileNotFoundError(f"{argument} {name!r}: there is no such file or folder. Check the path.")
+
+
+@contextmanager
+def _writing(output: Path) -> Iterator[None]:
+    """Errors of the file system name --output."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None:  # of transformers, which loads here, too
+            raise
+        raise OSError(f"--output {output} cannot be written: {error.strerror}. Choose another place.") from error
 
 
 def _planned(planned: Document, config: IncreLoraConfig) -> str:
@@ -97,9 +152,9 @@ def _memory(needed: Mapping[str, Mapping[str, int | None]], args: argparse.Names
 
 
 def inspect(args: argparse.Namespace) -> Answer:
-    """Show an adapter's ranks, scale and sizes."""
-    adapter = read_adapter(args.adapter)
-    ranks, steps = adapter.ranks, adapter.round_steps
+    """Show the ranks, scale and sizes of an adapter."""
+    adapter = _adapter("ADAPTER", args.adapter)
+    ranks, steps = adapter.shown_ranks, adapter.round_steps
     scales = sorted({float(f"{layer.scale:.6g}") for layer in adapter.layers.values()})
     document: Document = {
         "adapter": str(adapter.folder),
@@ -111,6 +166,7 @@ def inspect(args: argparse.Namespace) -> Answer:
         "adapter_parameters": sum(layer.num_parameters for layer in adapter.layers.values()),
         "heads": adapter.heads,
         "head_parameters": adapter.head_parameters,
+        "other_parameters": adapter.other_parameters,
         "round_steps": steps,
     }
     facts = {
@@ -120,7 +176,8 @@ def inspect(args: argparse.Namespace) -> Answer:
         "layers": f"{len(ranks)}, of rank {min(ranks.values())} to {max(ranks.values())}, "
         f"{document['total_rank'] / len(ranks):.3g} on average",
         "scale": f"{scales[0]:g}" + (f" to {scales[-1]:g}" if len(scales) > 1 else ""),
-        "parameters": f"{document['adapter_parameters']:,} in the factors, {document['head_parameters']:,} in heads",
+        "parameters": f"{document['adapter_parameters']:,} in the factors, {document['head_parameters']:,} in heads"
+        + (f", {others:,} in biases and magnitudes" if (others := adapter.other_parameters) else ""),
         "heads": ", ".join(adapter.heads) or "none",
         "rounds": "no history"
         if steps is None
@@ -130,10 +187,10 @@ def inspect(args: argparse.Namespace) -> Answer:
 
 
 def plot(args: argparse.Namespace) -> Answer:
-    """Draw an adapter's ranks, and its growth where its history is there."""
-    adapter = read_adapter(args.adapter)
+    """Draw the ranks of an adapter, and its growth if it has a history."""
+    adapter = _adapter("ADAPTER", args.adapter)
     history = adapter.history or {"rank_pattern": adapter.ranks}
-    with _matplotlib():
+    with _matplotlib(), _writing(args.output):
         from ..report.plots import draw_all
 
         try:
@@ -155,19 +212,25 @@ def _matplotlib() -> Iterator[None]:
 
 def compare(args: argparse.Namespace) -> Answer:
     """Show the ranks of two adapters side by side."""
-    a, b = (read_adapter(name).ranks for name in (args.a, args.b))
-    rows = {name: [a.get(name, 0), b.get(name, 0)] for name in {**a, **b}}
+    a, b = (_adapter(*one).shown_ranks for one in (("A", args.a), ("B", args.b)))
+    rows = {name: (a.get(name), b.get(name)) for name in in_one_order(a, b)}
     if args.output is not None:
-        with _matplotlib():
+        with _matplotlib(), _writing(args.output):
             from ..report.plots import compare as draw
             from ..report.plots import save
 
+            args.output.parent.mkdir(parents=True, exist_ok=True)
             save(draw(a, b, (args.a, args.b)), args.output)
-    totals = [sum(a.values()), sum(b.values())]
+    totals = (sum(a.values()), sum(b.values()))
     width = max(len(name) for name in (*rows, "layer"))
-    lines = [_facts({"A": args.a, "B": args.b}), "", f"{'layer':<{width}}{'A':>7}{'B':>7}{'B - A':>7}"]
-    for name, (left, right) in {**rows, "total": totals}.items():
-        lines.append(f"{name:<{width}}{left:>7,}{right:>7,}{right - left:>+7,}")
+    lines = [_facts({"A": args.a, "B": args.b}), "", f"{'layer':<{width}}{'A':>7}{'B':>7}{'B − A':>7}"]
+    for name, pair in {**rows, "total": totals}.items():
+        shown = "".join(f"{'-' if rank is None else format(rank, ','):>7}" for rank in pair)
+        lines.append(f"{name:<{width}}{shown}{(pair[1] or 0) - (pair[0] or 0):>+7,}")
+    if not a.keys() & b.keys():
+        lines += ["", "A and B have no layer in common: do they belong to one base model?"]
+    elif a.keys() != b.keys():
+        lines += ["", "-: the adapter does not have this layer. It counts as rank 0."]
     document = {"a": args.a, "b": args.b, "ranks": rows, "totals": totals}
     return document | ({} if args.output is None else {"output": str(args.output)}), "\n".join(lines)
 
@@ -175,9 +238,12 @@ def compare(args: argparse.Namespace) -> Answer:
 def export(args: argparse.Namespace) -> Answer:
     """Export an adapter for another program."""
     if args.format != "merged" and (args.base or args.task):
-        args.usage_error("--base and --task are for --format merged")
-    adapter = read_adapter(args.adapter)
-    with new_folder(args.output) as draft:
+        args.usage_error("--base and --task go with --format merged only")
+    adapter = _adapter("ADAPTER", args.adapter)
+    base = args.base or adapter.base_model
+    if args.format == "merged" and base:
+        _skeleton("--base" if args.base else "the adapter's base model", base, args.task)
+    with _writing(args.output), new_folder(args.output) as draft:
         if args.format == "merged":
             write_merged(adapter, draft, args.base, args.task)
         else:
@@ -209,7 +275,7 @@ def _for_vllm(adapter: SavedAdapter) -> list[str]:
 
 def push(args: argparse.Namespace) -> Answer:
     """Upload an adapter to the Hub."""
-    adapter = read_adapter(args.adapter)
+    adapter = _adapter("ADAPTER", args.adapter)
     from ..hub.upload import push_folder
 
     logging.basicConfig(format="%(message)s")  # to stderr: what is not uploaded

@@ -23,10 +23,11 @@ from .commands import Answer, on_a_line
 
 DONE, REFUSED = 0, 1  # argparse itself exits with 2
 QUANTISERS = ("bitsandbytes", "torchao")  # PEFT imports them, for seconds, where they are installed; a plan needs none
+PICTURES = (".png", ".pdf", ".svg", ".jpg")
 FORMAT_HELP = """\
-peft: the adapter alone; uniform: one rank and one scale everywhere, for programs that read no patterns; merged: the
-whole model"""
-ABOUT = "IncreLoRA: plan a run, look at LoRA adapters, and hand them on."
+peft: the adapter as it is; uniform: the same update with one rank for all layers, for programs that need one rank;
+merged: the whole model with the adapter in its weights"""
+ABOUT = "IncreLoRA: plan a run, look at LoRA adapters, export and push them."
 EPILOG = """\
 examples:
   increlora plan meta-llama/Meta-Llama-3-8B --r_avg 8 --rows 50000
@@ -38,13 +39,13 @@ examples:
   increlora export adapter --format uniform --output for-llama
   increlora push adapter my-name/my-adapter --private
 
-An adapter is a folder or a Hub repository. Nothing but safetensors and JSON is
-read from it.
+An adapter is a folder or a Hub repository. The program reads safetensors and
+JSON files only, and never a pickle.
 
 exit codes:
   0  done
-  1  refused: the input is not what it has to be, or the plan cannot be met
-  2  the command line is wrong
+  1  refused: the input is wrong, or the run is too short for the plan
+  2  wrong command line
 """
 
 
@@ -100,7 +101,7 @@ def _parser() -> argparse.ArgumentParser:
 
     tasks: Any = {"choices": tuple(TASKS), "metavar": "TASK"}
     plan = command(commands.plan)
-    plan.add_argument("model", metavar="MODEL", help="Hub repository, folder or config.json; no weights are read")
+    plan.add_argument("model", metavar="MODEL", help="folder, config.json or Hub repository; weights are not needed")
     run = plan.add_argument_group("run")
     steps = run.add_mutually_exclusive_group(required=True)
     count, share = _number(int, STEPS), _number(float, Range(0))
@@ -119,18 +120,18 @@ def _parser() -> argparse.ArgumentParser:
     _add_settings(plan.add_argument_group("settings of IncreLoRA"))
     command(commands.inspect, "ADAPTER")
     plot = command(commands.plot, "ADAPTER")
-    plot.add_argument("--output", type=Path, default=Path("plots"), metavar="FOLDER", help="default: plots")
+    plot.add_argument("--output", type=Path, default=Path("plots"), metavar="FOLDER", help="(default: plots)")
     compare = command(commands.compare, "A", "B")
-    compare.add_argument("--output", type=Path, metavar="FILE", help="also draw the two, as PNG, PDF or SVG")
+    compare.add_argument("--output", type=_picture, metavar="FILE", help=f"also draw both: {', '.join(PICTURES)}")
     export = command(commands.export, "ADAPTER")
     export.add_argument("--format", choices=commands.FORMATS, required=True, help=FORMAT_HELP)
-    export.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="new or empty")
-    export.add_argument("--base", metavar="MODEL", help="for merged; default: the one that the adapter names")
-    export.add_argument("--task", **tasks, help=f"for merged; default: the adapter's; {', '.join(TASKS)}")
+    export.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="a new or empty folder")
+    export.add_argument("--base", metavar="MODEL", help="base model, for merged (default: the adapter's own)")
+    export.add_argument("--task", **tasks, help=f"for merged (default: the adapter's own): {', '.join(TASKS)}")
     push = command(commands.push, "ADAPTER")
-    push.add_argument("repo", metavar="REPO", help="such as my-name/my-adapter")
-    push.add_argument("--private", action="store_true", help="make a new repository private")
-    push.add_argument("--revision", help="branch to push to")
+    push.add_argument("repo", metavar="REPO", help="Hub repository, such as my-name/my-adapter")
+    push.add_argument("--private", action="store_true", help="create the repository as private, if it is new")
+    push.add_argument("--revision", metavar="BRANCH", help="branch to push to (default: the main branch)")
     return parser
 
 
@@ -165,6 +166,12 @@ def _number(kind: type[int] | type[float], within: Range) -> Callable[[str], flo
         return value
 
     return parse
+
+
+def _picture(text: str) -> Path:
+    if Path(text).suffix.lower() not in PICTURES:
+        raise argparse.ArgumentTypeError(f"{text!r} does not end in one of {', '.join(PICTURES)}")
+    return Path(text)
 
 
 def _truth(text: str) -> bool:

@@ -20,6 +20,7 @@ from ..errors import AdapterFormatError
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 STATE_NAME = "trainer_state.json"  # as transformers names it
+MAGNITUDE = ".lora_magnitude_vector"  # of DoRA, as PEFT names it
 TOKENIZER_NAMES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
     "vocab.txt", "vocab.json", "merges.txt", "bpe.codes", "spm.model", "spiece.model", "tokenizer.model",
@@ -77,17 +78,41 @@ class SavedAdapter:
         """The object in increlora_history.json, with the ranks of the tensors; None where there is no such file."""
         if not (self.folder / HISTORY_NAME).exists():
             return None
-        return {**read_json_object(own_file(self.folder, HISTORY_NAME)), "rank_pattern": self.ranks}
+        recorded = read_json_object(own_file(self.folder, HISTORY_NAME))
+        order = recorded.get("rank_pattern")
+        names = [name for name in order if name in self.layers] if isinstance(order, dict) else []
+        return {**recorded, "rank_pattern": {name: self.ranks[name] for name in [*names, *self.layers]}}
+
+    @property
+    def shown_ranks(self) -> dict[str, int]:
+        """The ranks in the model's order, where a history records it, else in the order of the names."""
+        return (self.history or {}).get("rank_pattern", self.ranks)
 
     @property
     def heads(self) -> list[str]:
         """Names of the fully trained modules that are saved beside the factors."""
-        return list(dict.fromkeys(key.removeprefix(PREFIX).rpartition(".")[0] for key in self.others))
+        return list(dict.fromkeys(key.removeprefix(PREFIX).rpartition(".")[0] for key in self._head_keys))
 
     @property
     def head_parameters(self) -> int:
         """Number of their parameters."""
-        return sum(math.prod(shape) for shape in self.others.values())
+        return sum(math.prod(self.others[key]) for key in self._head_keys)
+
+    @property
+    def other_parameters(self) -> int:
+        """Number of the parameters in trained biases and DoRA magnitudes."""
+        return sum(map(math.prod, self.others.values())) - self.head_parameters
+
+    @cached_property
+    def _head_keys(self) -> list[str]:
+        """Keys of the tensors of heads: no DoRA magnitudes, and no biases that are saved without their weight."""
+        without = [key for key in self.others if MAGNITUDE in key]
+        if self.config.get("bias", "none") != "none":
+            weights = {key.removesuffix(".weight") for key in self.others}
+            without += [
+                key for key in self.others if key.endswith(".bias") and key.removesuffix(".bias") not in weights
+            ]
+        return [key for key in self.others if key not in without]
 
     @property
     def round_steps(self) -> list[int] | None:

@@ -14,7 +14,7 @@ from matplotlib.colors import ListedColormap, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from .text import rank_grid
+from .text import in_one_order, rank_grid
 
 Ranks = Mapping[str, int]  # layer name -> rank
 
@@ -56,29 +56,32 @@ def rank_map(history: Mapping[str, Any]) -> Figure:
 
 
 def compare(ranks_a: Ranks, ranks_b: Ranks, titles: tuple[str, str]) -> Figure:
-    """Two rank maps side by side on one scale, and their difference, second less first.
+    """Two rank maps A and B side by side on one scale, and B − A.
 
     Args:
         ranks_a: layer name -> rank.
-        ranks_b: the same of another adapter, usually of the same layers; what only one of them has is blank in the
-            other and in the difference.
+        ranks_b: the same of another adapter, usually of the same layers. A layer that only one of them has is blank
+            in the other, and counts as rank 0 in the difference.
         titles: what the two are.
     """
-    rows, columns, _ = rank_grid({**ranks_a, **ranks_b})
+    names = in_one_order(ranks_a, ranks_b)
+    rows, columns, _ = rank_grid(dict.fromkeys(names, 0))
     figure, panels = _panels(rows, columns, 3)
     first, second = (_matrix(ranks, rows, columns) for ranks in (ranks_a, ranks_b))
-    scale, difference = _colour_scale([*ranks_a.values(), *ranks_b.values()]), second - first
+    scale = _colour_scale([*ranks_a.values(), *ranks_b.values()])
+    difference = _matrix({name: ranks_b.get(name, 0) - ranks_a.get(name, 0) for name in names}, rows, columns)
     most = np.nanmax(np.abs(difference), initial=1)
     signed = ScalarMappable(Normalize(-most, most), DIVERGING)
     _draw(panels[0], first, scale)
     _draw(panels[1], second, scale)
     _draw(panels[2], difference, signed)
-    for axes, title, matrix in zip(panels, titles, (first, second), strict=False):
-        axes.set_title(f"{title}\ntotal rank {np.nansum(matrix):.0f}", **TITLE)
-    panels[2].set_title("difference\nthe second less the first", **TITLE)
+    for axes, letter, title, matrix in zip(panels, "AB", titles, (first, second), strict=False):
+        axes.set_title(f"{letter}: {title}\ntotal rank {np.nansum(matrix):.0f}", **TITLE)
+    common = "" if ranks_a.keys() & ranks_b.keys() else "\nno layer in common"
+    panels[2].set_title(f"B − A{common}", **TITLE)
     _label_axes(panels, rows, columns)
-    _add_colour_bar(figure, scale, panels[:2], RANK_SCALE + (BLANKS if np.isnan(difference).any() else ""))
-    _add_colour_bar(figure, signed, panels[2:], "difference in rank")
+    _add_colour_bar(figure, scale, panels[:2], RANK_SCALE + (BLANKS if np.isnan(first + second).any() else ""))
+    _add_colour_bar(figure, signed, panels[2:], "B − A")
     return figure
 
 

@@ -170,15 +170,25 @@ def final_ranks(growth: Growth) -> str:
     return f"final ranks, total {growth.total_rank}{reason}\n{rank_table(growth.rank_pattern)}"
 
 
+def in_one_order(a: Mapping[str, int], b: Mapping[str, int]) -> list[str]:
+    """The names in either, each once, in the order of the one that has more of them."""
+    more, fewer = (a, b) if len(a) >= len(b) else (b, a)
+    return list({**more, **fewer})
+
+
 def rank_table(ranks: Mapping[str, int]) -> str:
-    """The ranks by layer and type of module, as text; the columns are numbered, and named below."""
+    """The ranks by layer and type of module, as text; the columns are numbered, and named below.
+
+    Layers whose names hold no number have a row of their own.
+    """
     rows, columns, cells = rank_grid(ranks)
-    width = max([len(row) for row in rows] + [len("total")])
+    labels = {row: row or ("elsewhere" if any(rows) else "all") for row in rows}
+    width = max(map(len, [*labels.values(), "total"]))
     lines = [" " * width + "".join(f"{i:>5}" for i in range(1, len(columns) + 1)) + "  total"]
     for row in rows:
         values = [cells.get((row, column)) for column in columns]
         shown = "".join(f"{'-' if value is None else value:>5}" for value in values)
-        lines.append(f"{row:<{width}}{shown}{sum(v or 0 for v in values):>7}")
+        lines.append(f"{labels[row]:<{width}}{shown}{sum(v or 0 for v in values):>7}")
     totals = [sum(cells.get((row, column), 0) for row in rows) for column in columns]
     lines.append(f"{'total':<{width}}" + "".join(f"{total:>5}" for total in totals) + f"{sum(totals):>7}")
     return "\n".join(lines + [f"{i:>5} = {column}" for i, column in enumerate(columns, 1)])

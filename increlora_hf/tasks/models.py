@@ -31,8 +31,8 @@ def load_model(args: ModelArguments, auto_model: Any, config: PreTrainedConfig) 
             tokenizer.pad_token = tokenizer.eos_token
         if tokenizer.pad_token is None:
             raise ValueError(
-                f"the tokenizer of {args.tokenizer_name or path} has neither a padding nor an end-of-sequence token, "
-                "and the texts of a batch have to be padded. Give another --tokenizer_name, or one with a pad_token."
+                f"the tokenizer of {args.tokenizer_name or path} has neither a padding nor an end-of-sequence token. "
+                "Batches need padding. Give --tokenizer_name with a tokenizer that has a pad_token."
             )
         if getattr(config, "pad_token_id", None) is None:
             config.pad_token_id = tokenizer.pad_token_id
@@ -60,7 +60,7 @@ def _refusals(args: ModelArguments) -> Iterator[None]:
         if "ignore_mismatched_sizes" not in str(error):
             raise
         raise ValueError(
-            f"--model_name_or_path {path} has a head of another size than the task's. Replace it with "
+            f"--model_name_or_path {path} has a head whose size does not fit the task. Replace the head with "
             "--ignore_mismatched_sizes."
         ) from error
 

@@ -85,8 +85,8 @@ def check_run(model: ModelArguments, training: TrainingArguments, tuner: str) ->
     """Refuse a run without a model or a task to do, and one that would overwrite another run's adapter."""
     if training.push_to_hub and not (training.do_train and tuner == "increlora"):
         raise ValueError(
-            "--push_to_hub is for a training with IncreLoRA; Trainer alone would upload the token in a pickle. Leave "
-            f"it out, and push the adapter with `increlora push {training.output_dir} REPO`."
+            "--push_to_hub needs --do_train with --tuner increlora: Trainer alone would upload the Hub token in a "
+            f"pickle. Leave it out, and push the adapter with `increlora push {training.output_dir} REPO`."
         )
     if not model.model_name_or_path:
         raise ValueError("--model_name_or_path is missing. Give the folder or the Hub name of a pre-trained model.")
@@ -99,9 +99,9 @@ def check_run(model: ModelArguments, training: TrainingArguments, tuner: str) ->
         raise ValueError("there is nothing to do. Give --do_train, --do_eval or --do_predict.")
     evaluates = training.do_eval or training.do_predict or training.eval_strategy != "no"
     for name, wrong, why in (
-        ("dataloader_drop_last", True, "leaves rows out of evaluation and prediction too"),
-        ("eval_do_concat_batches", False, "gives the outputs batch by batch, which have to be whole"),
-        ("prediction_loss_only", True, "leaves no outputs to score or to write"),
+        ("dataloader_drop_last", True, "leaves out rows in evaluation and prediction, too"),
+        ("eval_do_concat_batches", False, "returns the outputs batch by batch, but the metrics need all at once"),
+        ("prediction_loss_only", True, "returns no outputs to score or to write"),
     ):
         if evaluates and getattr(training, name) is wrong:
             raise ValueError(f"--{name} {wrong} {why}. Leave it out.")
@@ -109,8 +109,8 @@ def check_run(model: ModelArguments, training: TrainingArguments, tuner: str) ->
         return
     if tuner not in ("full", "head") and training.learning_rate == DEFAULT_RATE:
         logger.warning(
-            "--learning_rate is at Trainer's default of %g, which suits full fine-tuning. Low-rank adapters learn at "
-            "rates some ten times higher: try 1e-3.",
+            "--learning_rate has Trainer's default, %g, which suits full fine-tuning. Low-rank adapters need a rate "
+            "about ten times higher: try 1e-3.",
             DEFAULT_RATE,
         )
     if model.is_adapter:
@@ -123,7 +123,7 @@ def check_run(model: ModelArguments, training: TrainingArguments, tuner: str) ->
     holds_weights = any((out / name).exists() for name in WEIGHTS)
     if checkpoint_to_resume(training) is None and (checkpoints or holds_weights):
         resume = "Continue that run with --resume_from_checkpoint true, or choose" if checkpoints else "Choose"
-        raise ValueError(f"--output_dir {out} holds another run's weights. {resume} another --output_dir.")
+        raise ValueError(f"--output_dir {out} contains another run's weights. {resume} another --output_dir.")
 
 
 def checkpoint_to_resume(training: TrainingArguments) -> str | bool | None:
@@ -133,12 +133,14 @@ def checkpoint_to_resume(training: TrainingArguments) -> str | bool | None:
         return None
     if path.lower() != "true":
         if not os.path.isdir(path):
-            raise FileNotFoundError(f"--resume_from_checkpoint {path}: there is no such folder. Name a checkpoint-N.")
+            raise FileNotFoundError(
+                f"--resume_from_checkpoint {path}: there is no such folder. Name a checkpoint-N folder."
+            )
         return path
     out = str(training.output_dir)
     if not os.path.isdir(out) or get_last_checkpoint(out) is None:
         raise FileNotFoundError(
-            f"--output_dir {out} holds no checkpoint to resume from. Name one, or start anew without the flag."
+            f"--output_dir {out} contains no checkpoint. Name one with --resume_from_checkpoint, or leave it out."
         )
     return True
 

@@ -30,8 +30,8 @@ class DataSource:
         """Refuse a source that names its data twice."""
         if self.dataset_name and self.files:
             raise ValueError(
-                f"--dataset_name {self.dataset_name} and data files ({', '.join(self.files.values())}) exclude each "
-                "other. Give one of them."
+                f"--dataset_name {self.dataset_name} and data files ({', '.join(self.files.values())}) cannot be used "
+                "together. Give one of them."
             )
 
     @property
@@ -71,9 +71,11 @@ def require_split(splits: Mapping[str, Dataset], name: str, source: DataSource) 
     if name in splits:
         return splits[name]
     if source.files:
-        raise ValueError(f"the {name} split is needed, but no --{name}_file is given. Add it.")
+        raise ValueError(f"--{name}_file is missing: the run needs a {name} set. Add it.")
     found = ", ".join(sorted(splits))
-    raise ValueError(f"{source.name} has no split {name!r}, only: {found}. Add it, or leave out what needs it.")
+    raise ValueError(
+        f"{source.name} has no split {name!r}, only: {found}. Add it, or leave out the step that needs it."
+    )
 
 
 def require_columns(rows: Dataset, columns: Iterable[str], where: str) -> None:
@@ -101,7 +103,7 @@ def _read_folder(source: DataSource, config: str | None) -> dict[str, Dataset]:
     places = (inside, root) if source.dataset_config_name else (root, inside)
     files = next((found for place in places if (found := sorted(place.glob("*.parquet")))), [])
     if not files:
-        raise ValueError(f"--dataset_name {root} is a folder without parquet files. Name the folder that holds them.")
+        raise ValueError(f"--dataset_name {root} is a folder without parquet files. Name the folder that has them.")
     shards: dict[str, list[str]] = {}
     for file in files:
         shards.setdefault(SHARD.sub("", file.stem), []).append(str(file))
@@ -121,6 +123,6 @@ def _read_hub(source: DataSource, config: str | None) -> Mapping[str, Dataset]:
         return load_dataset(source.name, config, **source.hub_options)
     except (DatasetsError, OSError, ValueError) as error:
         raise ValueError(
-            f"the dataset {source.name!r} is no local folder, and the Hub does not give it ({error}). Give a folder "
-            "of parquet files with --dataset_name, or --train_file and --validation_file."
+            f"the dataset {source.name!r} is not a local folder, and the Hub does not give it ({error}). Give a "
+            "folder of parquet files with --dataset_name, or give --train_file and --validation_file."
         ) from error

@@ -30,10 +30,10 @@ def read_table(
     """
     path = Path(path)
     if path.suffix not in FORMATS:
-        raise ValueError(f"{path}: its format is unknown. Give a file that ends in {', '.join(FORMATS)}.")
+        raise ValueError(f"{path}: the file format is unknown. Give a file that ends in {', '.join(FORMATS)}.")
     rows = [(place, _without(row, ignore)) for place, row in FORMATS[path.suffix](path, read_text(path))]
     if not rows:
-        raise ValueError(f"{path} is empty: it needs at least one row of data.")
+        raise ValueError(f"{path} has no rows. Give a file with at least one row of data.")
     for place, row in rows:
         _check_cells(f"{path}, {place}", row, rows[0][1], label)
     columns = {name: [row[name] for _, row in rows] for name in rows[0][1]}
@@ -127,7 +127,7 @@ def _check_cells(place: str, row: Mapping[str, Any], first: Mapping[str, Any], l
     """Every row has the first row's columns, and a label."""
     for name in first:
         if name not in row:
-            raise ValueError(f"{place}: column {name!r} is missing, which the first row has. Add it.")
+            raise ValueError(f"{place}: column {name!r} is missing, but the first row has it. Add it.")
         if name == label and row[name] in (None, ""):
             raise ValueError(f"{place}: column {name!r} has no value. Fill it in or remove the row.")
 

@@ -30,7 +30,7 @@ class GlueSource(DataSource):
         """Refuse a source that names no data, names it twice, or names a task that is not in the table."""
         if not (self.task_name or self.dataset_name or self.files):
             raise ValueError(
-                "there is no data: give a GLUE task (--task_name), a dataset (--dataset_name) or files (--train_file)."
+                "there is no data. Give a GLUE task (--task_name), a dataset (--dataset_name) or files (--train_file)."
             )
         if len(self.text_columns) > 2:
             raise ValueError(
@@ -114,8 +114,8 @@ def _label_names(rows: Dataset, task: TextTask, where: str) -> Iterable[object]:
     if set(feature.names) != set(task.labels):
         wanted = f"the classes {', '.join(task.labels)}" if task.labels else "a value"
         raise ValueError(
-            f"{where}: the labels are the classes {', '.join(feature.names)}, and {task.name} predicts {wanted}. Give "
-            "the --task_name of these rows, or leave it out."
+            f"{where}: the labels are the classes {', '.join(feature.names)}, but {task.name} predicts {wanted}. Give "
+            "the --task_name that belongs to these rows, or leave it out."
         )
     return (feature.names[i] if i is not None and i >= 0 else i for i in rows[LABEL][:])
 
@@ -125,7 +125,9 @@ def _label_number(label: object, task: TextTask, where: str) -> int | float:
         return _finite(label, where)
     number = task.class_numbers.get(str(label))
     if number is None:
-        raise ValueError(f"{where}: the label {label!r} is none of {task.name}'s classes: {', '.join(task.labels)}.")
+        raise ValueError(
+            f"{where}: the label {label!r} is not one of {task.name}'s classes: {', '.join(task.labels)}."
+        )
     return number
 
 
@@ -135,7 +137,7 @@ def _finite(label: object, where: str) -> float:
     except ValueError:
         value = math.nan
     if not math.isfinite(value):
-        raise ValueError(f"{where}: the label {label!r} is no number, which a regression task needs. Correct it.")
+        raise ValueError(f"{where}: the label {label!r} is not a number, and a regression needs numbers. Correct it.")
     return value
 
 

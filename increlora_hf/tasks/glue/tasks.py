@@ -87,5 +87,5 @@ TASKS: Mapping[str, TextTask] = {task.name: task for task in _ROWS}
 def glue_task(name: str) -> TextTask:
     """The task of that name, in any case."""
     if name.lower() not in TASKS:
-        raise ValueError(f"--task_name {name!r} is no GLUE task. Choose one of {', '.join(TASKS)}.")
+        raise ValueError(f"--task_name {name!r} is not a GLUE task. Choose one of {', '.join(TASKS)}.")
     return TASKS[name.lower()]

@@ -23,6 +23,6 @@ def require_span_encoder(config: PreTrainedConfig) -> None:
     causal = kind in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and kind not in sees_both_ways
     if causal or getattr(config, "is_decoder", False):
         raise ValueError(
-            f"--model_name_or_path is a decoder ({kind}): each of its tokens sees only those before it, and the start "
-            "of an answer is marked without knowing its end. Choose an encoder such as BERT, RoBERTa or DeBERTa."
+            f"--model_name_or_path is a decoder ({kind}). Its tokens see only the tokens before them, so it would "
+            "mark an answer's start without seeing its end. Choose an encoder such as BERT, RoBERTa or DeBERTa."
         )

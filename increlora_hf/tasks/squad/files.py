@@ -24,13 +24,13 @@ def read_squad(path: str | Path, split: str = "train") -> Dataset:
     """
     path = Path(path)
     if path.suffix not in SUFFIXES:
-        raise ValueError(f"{path}: its format is unknown. Give a file that ends in {', '.join(SUFFIXES)}.")
+        raise ValueError(f"{path}: the file format is unknown. Give a file that ends in {', '.join(SUFFIXES)}.")
     text = read_text(path)
     features = TEXTS if split == "test" else QUESTIONS
     places = _flat(path, text) if _is_flat(text) else _nested(path, text)
     rows = [_row(row, place, features) for place, row in places]
     if not rows:
-        raise ValueError(f"{path} holds no question: at least one is needed. Check that it is the right file.")
+        raise ValueError(f"{path} contains no question. Give a file with at least one.")
     return Dataset.from_dict({name: [row[name] for row in rows] for name in features}, features=features)
 
 

@@ -48,7 +48,7 @@ def prepare_questions(rows: Dataset, rules: Rules, where: str, *, labelled: bool
     """
     rows = _typed(rows, where, labelled)
     if not len(rows):
-        raise ValueError(f"{where} has no rows: at least one question is needed. Check that it is the right data.")
+        raise ValueError(f"{where} has no rows. Give data with at least one question.")
     seen: dict[str, int] = {}
     bad: list[str] = []
     unanswerable: list[str] = []
@@ -92,10 +92,12 @@ def _check_texts(row: Row, place: str, seen: dict[str, int], number: int) -> Non
         if row[name] is None:
             raise ValueError(f"{place}: {name!r} has no value. Fill it in or remove the row.")
     if not row["context"].strip():
-        raise ValueError(f"{place}: the context is empty, so there is nothing to answer from. Remove the row.")
+        raise ValueError(f"{place}: the context is empty. Remove the row.")
     first = seen.setdefault(row["id"], number)
     if first != number:
-        raise ValueError(f"{place}: row {first} has the same id. Predictions go by id: give every row its own.")
+        raise ValueError(
+            f"{place}: row {first} has the same id. Predictions are stored by id. Give every row its own id."
+        )
 
 
 def _fault(row: Row, place: str) -> str | None:
@@ -105,7 +107,7 @@ def _fault(row: Row, place: str) -> str | None:
     if texts is None or starts is None or len(texts) != len(starts):
         raise ValueError(
             f"{place}: the answers have {len(texts or ())} texts and {len(starts or ())} values of answer_start. "
-            "Give two lists of one length, empty where there is no answer."
+            "Give two lists of the same length, or empty lists for a question without answer."
         )
     for text, start in zip(texts, starts, strict=True):
         if text is None or start is None or not text.strip():

@@ -32,7 +32,7 @@ class SpanSettings:
         """Refuse settings under which no span could be found."""
         for name in ("n_best_size", "max_answer_length"):
             if getattr(self, name) < 1:
-                raise ValueError(f"--{name} {getattr(self, name)} leaves no span to choose from. Give at least 1.")
+                raise ValueError(f"--{name} {getattr(self, name)} allows no answer. Give at least 1.")
 
 
 class Span(NamedTuple):

@@ -35,8 +35,8 @@ class Windows:
     def __init__(self, tokenizer: Any, settings: WindowSettings) -> None:
         if not tokenizer.is_fast:
             raise ValueError(
-                f"the tokenizer {type(tokenizer).__name__} is a slow one and gives no offsets, from which answers are "
-                "read. Choose a model with a fast tokenizer, or name one with --tokenizer_name."
+                f"the tokenizer {type(tokenizer).__name__} is a slow one: it gives no character offsets, and answers "
+                "need them. Choose a model with a fast tokenizer, or name one with --tokenizer_name."
             )
         self.tokenizer = tokenizer
         self.max_length = min(settings.max_seq_length, tokenizer.model_max_length)
@@ -109,9 +109,9 @@ class Windows:
             context = len(self.tokenizer(batch["context"][i], add_special_tokens=False)["input_ids"])
             if context > room:
                 raise ValueError(
-                    f"{where}, row {numbers[i] + 1} (id {batch['id'][i]!r}): its question of {length} tokens leaves "
-                    f"{max(room, 0)} of {self.max_length} to its context of {context}, no more than --doc_stride "
-                    f"{self.doc_stride}. Raise --max_seq_length, lower --doc_stride, or shorten the question."
+                    f"{where}, row {numbers[i] + 1} (id {batch['id'][i]!r}): the question has {length} tokens and "
+                    f"leaves {max(room, 0)} of {self.max_length} for its context of {context}, not more than "
+                    f"--doc_stride {self.doc_stride}. Raise --max_seq_length, lower --doc_stride, or shorten the question."
                 )
 
     def _null_position(self, ids: list[int]) -> int:
