@@ -316,7 +316,7 @@ def _checked_names(setting: str, value: Any, *, may_be_pattern: bool) -> Any:
     if isinstance(value, str) and may_be_pattern:
         try:
             re.compile(value)
-        except re.error as error:
+        except (re.error, OverflowError, RecursionError) as error:
             raise ValueError(
                 f"{setting}={value!r} is not a valid regular expression ({error}). Give a list of names, or a pattern "
                 "that matches full layer names."

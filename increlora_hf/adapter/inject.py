@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -66,22 +66,34 @@ def unchanged_on_error(model: nn.Module | None, overwritten: Iterable[Tensor] = 
 
     Values of tensors are restored only for those in ``overwritten``.
     """
-    values = [(tensor, tensor.detach().clone()) for tensor in overwritten]
-    modules = [] if model is None else [(module, type(module), dict(vars(module))) for module in model.modules()]
-    trainable = [] if model is None else [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    held = [
-        (container, container.copy())  # submodules, parameters, hooks, and PEFT's settings by adapter
-        for _, _, attributes in modules
-        for container in attributes.values()
-        if type(container) in (dict, OrderedDict, list, set)
-    ]
+    restore = snapshot(model, overwritten)
     try:
         yield
     except BaseException:
-        for module, kind, attributes in modules:
-            module.__class__ = kind
-            vars(module).clear()
-            vars(module).update(attributes)
+        restore()
+        raise
+
+
+def snapshot(
+    model: nn.Module | None, overwritten: Iterable[Tensor] = (), others: Iterable[Any] = ()
+) -> Callable[[], None]:
+    """A function that restores a model, see `unchanged_on_error`, and the attributes of ``others``."""
+    values = [(tensor, tensor.detach().clone()) for tensor in overwritten]
+    objects = [*([] if model is None else model.modules()), *others]
+    kept = [(one, type(one), dict(vars(one))) for one in objects]
+    trainable = [] if model is None else [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    held = [
+        (container, container.copy())  # submodules, parameters, hooks, and PEFT's settings by adapter
+        for _, _, attributes in kept
+        for container in attributes.values()
+        if type(container) in (dict, OrderedDict, list, set)
+    ]
+
+    def restore() -> None:
+        for one, kind, attributes in kept:
+            one.__class__ = kind
+            vars(one).clear()
+            vars(one).update(attributes)
         for container, content in held:
             container.clear()
             container.extend(content) if isinstance(container, list) else container.update(content)
@@ -89,7 +101,8 @@ def unchanged_on_error(model: nn.Module | None, overwritten: Iterable[Tensor] = 
             parameter.requires_grad_(required_grad)
         for tensor, value in values:
             tensor.detach().copy_(value)
-        raise
+
+    return restore
 
 
 def require_no_adapter(model: nn.Module) -> None:

@@ -195,8 +195,9 @@ def plot(args: argparse.Namespace) -> Answer:
 
         try:
             files = [str(path) for path in draw_all(history, adapter.log_history, args.output)]
-        except (KeyError, TypeError, AttributeError) as error:  # the history is not one that this package writes
-            raise AdapterFormatError(adapter.folder / HISTORY_NAME, "content", "a growth", repr(error)) from error
+        except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError, RecursionError) as error:
+            # the history or the log is not one that this package writes
+            raise AdapterFormatError(adapter.folder / HISTORY_NAME, "content", "a growth", repr(error)[:200]) from error
     return {"files": files}, "\n".join(map(on_a_line, files))
 
 

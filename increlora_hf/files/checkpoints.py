@@ -106,9 +106,10 @@ def checkpoints(output_dir: str | Path) -> list[Path]:
 def _written(folder: Path) -> int:
     """Time of writing in ns: from the manifest, which survives copying; without one, the folder's own time."""
     try:
-        return int(read_json_object(folder / MANIFEST_NAME)["written"])
-    except (AdapterFormatError, KeyError, TypeError, ValueError):
-        return folder.stat().st_mtime_ns
+        written = read_json_object(folder / MANIFEST_NAME).get("written")
+    except AdapterFormatError:
+        written = None
+    return written if isinstance(written, int) else folder.stat().st_mtime_ns
 
 
 @contextmanager

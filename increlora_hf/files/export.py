@@ -59,23 +59,27 @@ def write_uniform(adapter: SavedAdapter, folder: Path) -> None:
     is multiplied into its B, in float32 at least.
 
     Raises:
-        AdapterFormatError: it is more than a plain LoRA (DoRA, biases, ...).
+        AdapterFormatError: it is more than a plain LoRA (DoRA, biases, ...), or a factor is not of finite floats.
     """
     import torch
     from safetensors.torch import save_file
     from torch.nn.functional import pad
 
+    from ..growth.tensors import check_tensors
     from .loading import read_config
     from .tensors import read_tensors
 
     read_config(adapter.folder)
     tensors = read_tensors(own_file(adapter.folder, WEIGHTS_NAME))
+    factors = {key: tensors[key] for layer in adapter.layers.values() for key in (layer.key_a, layer.key_b)}
+    expected = {key: (tuple(factor.shape), None) for key, factor in factors.items()}
+    check_tensors(adapter.folder / WEIGHTS_NAME, factors, expected)
     rank = max(adapter.ranks.values())
     scale = max((layer.scale for layer in adapter.layers.values()), key=abs)
     for layer in adapter.layers.values():
         a, b = tensors[layer.key_a], tensors[layer.key_b]  # (r, in, ...), (out, r, ...)
         if not math.isclose(layer.scale, scale, rel_tol=ROUNDING):
-            b = b.to(torch.promote_types(b.dtype, torch.float32)) * (layer.scale / scale)
+            b = b.to(torch.float64 if b.dtype == torch.float64 else torch.float32) * (layer.scale / scale)
         missing = (0, rank - layer.rank)
         tensors[layer.key_a] = pad(a, (0, 0) * (a.ndim - 1) + missing)
         tensors[layer.key_b] = pad(b, (0, 0) * (b.ndim - 2) + missing)

@@ -23,7 +23,17 @@ from ..config import MAX_FACTOR, MAX_RANK
 from ..documents import read_json_object
 from ..errors import AdapterFormatError
 from ..growth.tensors import check_finite, check_tensors
-from .saved_adapter import CONFIG_NAME, WEIGHTS_NAME, Shape, check_patterns, local_folder, own_file
+from .saved_adapter import (
+    BEFORE_NUMBER,
+    CONFIG_NAME,
+    ENDING,
+    WEIGHTS_NAME,
+    WHOLE,
+    Shape,
+    check_patterns,
+    local_folder,
+    own_file,
+)
 from .tensors import read_tensors
 
 # Settings that `read_config` checks one by one
@@ -60,7 +70,9 @@ def load_adapter(model: nn.Module, path_or_repo: str | Path, *, trainable: bool 
     require_unpacked(model)
     folder = local_folder(path_or_repo, CONFIG_NAME, WEIGHTS_NAME)
     config = read_config(folder)
-    check_patterns(folder / CONFIG_NAME, _patterns(config), [name for name, _ in model.named_modules()])
+    names = [name for name, _ in model.named_modules()]
+    for form, patterns in _patterns(config).items():
+        check_patterns(folder / CONFIG_NAME, patterns, names, form)
     try:
         expected = _expected(folder, model, config)
     except (re.error, TypeError, AttributeError, OverflowError, RecursionError) as error:
@@ -89,7 +101,7 @@ def read_config(folder: Path) -> LoraConfig:
     path = own_file(folder, CONFIG_NAME)
     document = read_json_object(path)
     if document.get("peft_type") != "LORA":
-        raise AdapterFormatError(path, "peft_type", "'LORA'", repr(document.get("peft_type")))
+        raise AdapterFormatError(path, "peft_type", "'LORA'", repr(document.get("peft_type"))[:80])
     _require_plain_lora(path, document)
     _check_rank(path, "r", document.get("r"))
     _check_number(path, "lora_alpha", document.get("lora_alpha"))
@@ -113,15 +125,18 @@ def read_config(folder: Path) -> LoraConfig:
     _check_names(path, "layers_pattern", document.get("layers_pattern"), may_be_pattern=True)
     try:
         return cast(LoraConfig, LoraConfig.from_pretrained(str(folder)))
-    except (TypeError, ValueError, KeyError, AttributeError, OverflowError) as error:
+    except (TypeError, ValueError, KeyError, AttributeError, OverflowError, RecursionError) as error:
         raise AdapterFormatError(path, "content", "a LoRA configuration", str(error)) from None
 
 
-def _patterns(config: LoraConfig) -> list[str]:
-    """The settings that PEFT matches with names of modules as regular expressions."""
-    given = (config.target_modules, config.exclude_modules, config.layers_pattern)
-    whole = [pattern for one in given for pattern in ([one] if isinstance(one, str) else one or [])]
-    return [*whole, *(config.rank_pattern or {}), *(config.alpha_pattern or {})]
+def _patterns(config: LoraConfig) -> dict[str, list[str]]:
+    """What PEFT puts around a regular expression -> the settings that it matches so with names of modules."""
+    layers = config.layers_pattern or []
+    return {
+        WHOLE: [one for one in (config.target_modules, config.exclude_modules) if isinstance(one, str)],
+        BEFORE_NUMBER: [layers] if isinstance(layers, str) else list(layers),
+        ENDING: [*(config.rank_pattern or {}), *(config.alpha_pattern or {})],
+    }
 
 
 def _require_plain_lora(path: Path, document: Mapping[str, Any]) -> None:
@@ -178,7 +193,7 @@ def _expected(folder: Path, model: nn.Module, config: LoraConfig) -> dict[str, t
     for key in ("rank_pattern", "alpha_pattern"):
         for pattern in cast("Mapping[str, Any]", getattr(config, key)):
             if not any(get_pattern_key([pattern], name) == pattern for name in adapted):
-                raise AdapterFormatError(path, key, "adapted layers of the model", repr(pattern))
+                raise AdapterFormatError(path, key, "adapted layers of the model", repr(pattern)[:80])
     expected: dict[str, tuple[Shape, torch.dtype | None]] = {}
     for name, module in adapted.items():
         if not is_linear(module):

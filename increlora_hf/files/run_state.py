@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -47,7 +47,7 @@ def read_state(folder: Path) -> dict[str, Any]:
     initial = _ranks(path, document, "initial_ranks")
     plan = document.get("plan")
     if plan is not None and not isinstance(plan, dict):
-        raise AdapterFormatError(path, "plan", "an object or null", repr(plan))
+        raise AdapterFormatError(path, "plan", "an object or null", repr(plan)[:80])
     rounds = _typed(path, document, "rounds", list)
     for index, record in enumerate(rounds):
         _check_round(path, index, record, initial)
@@ -61,10 +61,10 @@ def read_state(folder: Path) -> dict[str, Any]:
         "config": config.to_dict(),
         "plan": plan,
         "initial_ranks": initial,
-        "run_start_rank": _typed(path, document, "run_start_rank", int),
-        "run_peak_rank": _typed(path, document, "run_peak_rank", int),
-        "rounds_before_run": _typed(path, document, "rounds_before_run", int),
-        "rounds_before_optimizer": _typed(path, document, "rounds_before_optimizer", int),
+        "run_start_rank": _count(path, document, "run_start_rank"),
+        "run_peak_rank": _count(path, document, "run_peak_rank"),
+        "rounds_before_run": _count(path, document, "rounds_before_run", len(rounds)),
+        "rounds_before_optimizer": _count(path, document, "rounds_before_optimizer", len(rounds)),
         "rounds": rounds,
         "smoothed": _numbers(path, document, "smoothed", len(initial)),
         "uncertainty": _numbers(path, document, "uncertainty", len(initial)),
@@ -79,20 +79,30 @@ def _typed(path: Path, document: Mapping[str, Any], key: str, kind: type) -> Any
     return value
 
 
+def _count(path: Path, document: Mapping[str, Any], key: str, most: int = 2**53) -> int:
+    value = document.get(key)
+    if type(value) is not int or not 0 <= value <= most:
+        raise AdapterFormatError(path, key, f"a whole number from 0 to {most}", repr(value)[:80])
+    return value
+
+
 def _ranks(path: Path, document: Mapping[str, Any], key: str, lowest: int = 1) -> dict[str, int]:
     ranks = _typed(path, document, key, dict)
     for name, rank in ranks.items():
         if not isinstance(rank, int) or isinstance(rank, bool) or rank < lowest:
-            raise AdapterFormatError(path, f"{key}[{name!r}]", f"a rank of at least {lowest}", repr(rank))
+            raise AdapterFormatError(path, f"{key}[{name!r:.80}]", f"a rank of at least {lowest}", repr(rank)[:80])
     return ranks
 
 
 def _numbers(path: Path, document: Mapping[str, Any], key: str, count: int) -> list[float]:
     values = _typed(path, document, key, list)
-    plain = all(isinstance(value, int | float) and math.isfinite(value) for value in values)
-    if len(values) != count or not plain:
+    if len(values) != count or not all(map(_is_finite, values)):
         raise AdapterFormatError(path, key, f"{count} finite numbers", repr(values)[:80])
     return values
+
+
+def _is_finite(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max
 
 
 def _check_round(path: Path, index: int, record: Any, layers: Mapping[str, int]) -> None:
@@ -101,17 +111,17 @@ def _check_round(path: Path, index: int, record: Any, layers: Mapping[str, int])
         raise AdapterFormatError(path, key, f"{', '.join(Round.__dataclass_fields__)}", repr(record)[:80])
     steps = (record["step"], record["birth_step"])
     if not all(isinstance(step, int) and not isinstance(step, bool) and step >= 0 for step in steps):
-        raise AdapterFormatError(path, key, "steps of at least 0", repr(steps))
+        raise AdapterFormatError(path, key, "steps of at least 0", repr(steps)[:80])
     chosen, scores, removed = record["layers"], record["scores"], record["removed"]
     if not isinstance(chosen, list) or bool(chosen) == bool(removed):
         raise AdapterFormatError(path, f"{key}.layers", "layer names, or components to remove", repr(chosen)[:80])
-    unknown = [name for name in chosen if name not in layers]
+    unknown = [name for name in chosen if not isinstance(name, str) or name not in layers]
     if unknown:
-        raise AdapterFormatError(path, f"{key}.layers", "layers of the adapter", repr(unknown[0]))
-    if not isinstance(scores, dict) or scores.keys() != layers.keys():
+        raise AdapterFormatError(path, f"{key}.layers", "layers of the adapter", repr(unknown[0])[:80])
+    if not isinstance(scores, dict) or scores.keys() != layers.keys() or not all(map(_is_finite, scores.values())):
         raise AdapterFormatError(path, f"{key}.scores", "a score for each layer", repr(scores)[:80])
     if not isinstance(removed, dict) or not all(
-        name in layers and isinstance(places, list) and all(isinstance(place, int) and place >= 0 for place in places)
+        name in layers and isinstance(places, list) and all(type(place) is int and place >= 0 for place in places)
         for name, places in removed.items()
     ):
         raise AdapterFormatError(path, f"{key}.removed", "places of components by layer", repr(removed)[:80])

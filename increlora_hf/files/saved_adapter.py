@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..adapter.names import PREFIX
+from ..config import MAX_RANK
 from ..documents import HISTORY_NAME, read_json_object
 from ..errors import AdapterFormatError
 
@@ -27,17 +28,20 @@ TOKENIZER_NAMES = (
     "sentencepiece.bpe.model", "target.spm", "source.spm",
 )  # fmt: skip
 
-MATCHING_SECONDS = 5
+LONGEST_KEY = 1_000  # characters; honest ones have less than 200
+MATCHING_SECONDS = 0.5  # of processor time
 MATCH = r"""
-import json, re, sys
-patterns, names = json.load(sys.stdin)
+import json, re, signal, sys
+seconds, form, patterns, names = json.load(sys.stdin)
+signal.setitimer(signal.ITIMER_VIRTUAL, seconds)  # the signal ends the process
 for pattern in patterns:
     try:
         for name in names:
-            re.match(rf"(.*\.)?({pattern})$", name), re.fullmatch(pattern, name)
+            re.match(form.replace("{}", pattern), name), re.fullmatch(form.replace("{}", pattern), name)
     except (re.error, OverflowError, RecursionError) as error:
         sys.exit(f"{pattern!r}: {error}")
-"""  # as PEFT matches them
+"""
+WHOLE, ENDING, BEFORE_NUMBER = "{}", r"(.*\.)?({})$", r"(?:^|.*?\.){}\.(?P<idx>\d+)\."  # as PEFT matches patterns
 
 Shape = tuple[int, ...]
 
@@ -199,8 +203,9 @@ def _read_shapes(path: Path) -> dict[str, Shape]:
     except (SafetensorError, OSError, ValueError) as error:
         raise AdapterFormatError(path, "content", "safetensors", str(error)) from None
     for key in shapes:
-        if not key.isprintable():
-            raise AdapterFormatError(path, ascii(key)[:80], "a printable key", "control characters")
+        if not key.isprintable() or len(key) > LONGEST_KEY:
+            found = f"{len(key)} characters" if key.isprintable() else "control characters"
+            raise AdapterFormatError(path, ascii(key)[:80], f"a printable key of at most {LONGEST_KEY}", found)
     return shapes
 
 
@@ -215,13 +220,13 @@ def _layers(
     if not found:
         raise AdapterFormatError(path, "keys", "the factors of a LoRA, lora_A and lora_B", f"{list(shapes)[:2]}")
     patterns = config.get("alpha_pattern")
-    check_patterns(config_path, patterns if isinstance(patterns, dict) else (), found)
+    check_patterns(config_path, patterns if isinstance(patterns, dict) else (), found, ENDING)
     for name in sorted(found, key=_by_numbers):
         keys = found[name]
         for missing in {"A", "B"} - keys.keys():
             raise AdapterFormatError(path, f"{name}.lora_{missing}", "a tensor", "nothing")
         a, b = shapes[keys["A"]], shapes[keys["B"]]  # (r, in, ...), (out, r, ...)
-        if min(len(a), len(b)) < 2 or a[0] != b[1] or a[0] < 1:
+        if min(len(a), len(b)) < 2 or a[0] != b[1] or not 1 <= a[0] <= MAX_RANK or 0 in (*a, *b):
             raise AdapterFormatError(path, name, "factors (r, in) and (out, r)", f"{list(a)} and {list(b)}")
         yield (
             name,
@@ -240,23 +245,24 @@ def _by_numbers(name: str) -> list[tuple[bool, int | str]]:
     return [(False, int(part)) if part.isdecimal() else (True, part) for part in name.split(".")]
 
 
-def check_patterns(path: Path, patterns: Iterable[str], names: Iterable[str]) -> None:
-    """Refuse regular expressions that are broken or match for too long: a process of limited time tries them."""
+def check_patterns(path: Path, patterns: Iterable[str], names: Iterable[str], form: str) -> None:
+    """Refuse regular expressions that are broken or match for too long: a process of limited time tries them.
+
+    ``form`` is what PEFT puts around them: `WHOLE`, `ENDING` or `BEFORE_NUMBER`.
+    """
     risky = [pattern for pattern in patterns if not re.fullmatch(r"\^?(?:[\w-]|\\?\.)*\$?", pattern)]
     if not risky:
         return
-    try:
-        tried = subprocess.run(
-            [sys.executable, "-I", "-S", "-c", MATCH],
-            input=json.dumps([risky, list(names)]),
-            timeout=MATCHING_SECONDS,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
+    tried = subprocess.run(
+        [sys.executable, "-I", "-S", "-X", "utf8", "-c", MATCH],
+        input=json.dumps([MATCHING_SECONDS, form, risky, list(names)]),
+        capture_output=True,
+        encoding="utf-8",
+        check=False,
+    )
+    if tried.returncode < 0:  # by the signal
         wanted = f"regular expressions that match within {MATCHING_SECONDS} s"
-        raise AdapterFormatError(path, "patterns", wanted, f"{risky}"[:80]) from None
+        raise AdapterFormatError(path, "patterns", wanted, f"{risky}"[:80])
     if tried.returncode:
         raise AdapterFormatError(path, "patterns", "regular expressions", tried.stderr.strip()[-80:])
 

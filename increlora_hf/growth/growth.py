@@ -289,6 +289,10 @@ class Growth:
             AdapterFormatError: ranks or tensors do not agree with the rounds.
         """
         self.require_same_settings(state, source)
+        self.replay(state, state["rounds_before_run"], follow)
+        for key, found in {"run_start_rank": self.total_rank, "run_peak_rank": self.peak_total_rank}.items():
+            if len(self.rounds) == state["rounds_before_run"] and state[key] != found:
+                raise AdapterFormatError(source, key, f"{found} by its rounds", f"{state[key]}"[:80])
         self.replay(state, len(state["rounds"]), follow)
         if self.rank_pattern != state["rank_pattern"]:
             key = next(name for name, rank in self.rank_pattern.items() if state["rank_pattern"].get(name) != rank)

@@ -51,5 +51,6 @@ def check_tensors(
 def check_finite(path: Path | str, tensors: Mapping[str, Tensor]) -> None:
     """Raise AdapterFormatError where a tensor holds NaN or infinity."""
     for name, tensor in tensors.items():
-        if not torch.isfinite(tensor).all():
+        wide = tensor.double() if tensor.is_floating_point() else tensor  # torch has no isfinite of float8
+        if not torch.isfinite(wide).all():
             raise AdapterFormatError(path, name, "finite values", "NaN or infinity")

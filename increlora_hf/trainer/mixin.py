@@ -12,8 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import ProgressCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers import ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, has_length
 
 from ..adapter.inject import unchanged_on_error
@@ -31,7 +30,7 @@ from ..report.text import ORTH_LOSS, TOTAL_RANK, choice_note, final_ranks, plan_
 from .loss_accounting import ItemCountsMixin, borrowed
 from .publishing import PublishingMixin, refuse_pickles
 from .refusals import refuse_other_classes, refuse_other_order, refuse_other_parallelism, refuse_unsupported
-from .resuming import complete_state, has_ended, require_on_every_node, same_checkpoint
+from .resuming import complete_state, require_on_every_node, same_checkpoint, state_to_resume, where_it_stopped
 from .search import SearchMixin
 from .trl_models import load_by_name, reference_of_the_start
 
@@ -157,11 +156,10 @@ class IncreLoraTrainerMixin(ItemCountsMixin, PublishingMixin, SearchMixin):
         folder, resumed_step, self._has_ended = None, -1, False
         if resume_from_checkpoint:
             folder = same_checkpoint(resume_from_checkpoint, str(self.args.output_dir))
-            self._resuming = read_state(folder)
+            # model_init makes the model anew, with the settings of a trial of a search
+            self._resuming = read_state(folder) if self.model_init else state_to_resume(folder, self.increlora)
             self.take_decision(self._resuming["loss_divides"])
-            state = TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME))
-            resumed_step = state.global_step
-            self._has_ended = has_ended(state, self.callback_handler.callbacks)
+            resumed_step, self._has_ended = where_it_stopped(folder, self.callback_handler.callbacks)
         try:
             with lost_process_explained():
                 result = super().train(str(folder) if folder else None, *args, **kwargs)

@@ -7,12 +7,16 @@ from pathlib import Path
 from typing import Any
 
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
 
+from ..adapter.inject import snapshot
 from ..distributed import all_gather_objects, barrier, num_processes, require_equal
 from ..documents import read_json_object
 from ..errors import AdapterFormatError
 from ..files.checkpoints import GROWTH_FILES, MANIFEST_NAME, check_manifest, resolve_checkpoint
 from ..files.run_state import STATE_TENSORS, read_state
+from ..growth.growth import Growth
+from ..growth.tensors import training_tensors
 
 ON_EVERY_NODE = (
     "Every node has to see the same checkpoints: put output_dir on a file system that the nodes share, or copy the "
@@ -47,6 +51,33 @@ def complete_state(folder: Path) -> tuple[dict[str, Any], str | None]:
     except AdapterFormatError as error:
         problem = str(error)
     return state, next(filter(None, all_gather_objects(problem)), None)
+
+
+def state_to_resume(folder: Path, growth: Growth) -> dict[str, Any]:
+    """The state of growth in a checkpoint.
+
+    Raises AdapterFormatError or ValueError where the model cannot take it. The model is as it was in any case.
+    """
+    state = read_state(folder)
+    parts = [growth, growth.tracker, *growth.model.peft_config.values()]
+    restore = snapshot(growth.trained, training_tensors(growth.trained).values(), parts)
+    try:
+        if growth.rounds:
+            growth.rewind()
+        growth.load_state_dict(state, state["tensors"], source=state["source"])
+    finally:
+        restore()
+    return state
+
+
+def where_it_stopped(folder: Path, callbacks: Iterable[TrainerCallback]) -> tuple[int, bool]:
+    """The step of a checkpoint, and whether the run `has_ended` there, by Trainer's own state of it."""
+    path = folder / TRAINER_STATE_NAME
+    try:
+        state = TrainerState.load_from_json(str(path))
+        return int(state.global_step), has_ended(state, callbacks)
+    except (LookupError, TypeError, ValueError, AttributeError, OSError, ArithmeticError, RecursionError) as error:
+        raise AdapterFormatError(path, "content", "the state of a Trainer", repr(error)[:200]) from error
 
 
 def has_ended(state: TrainerState, callbacks: Iterable[TrainerCallback]) -> bool:
