@@ -313,7 +313,7 @@ def table(found: Sequence[Mapping[str, Any]], cell: Cell) -> str:
         numbers = [correlation(line) for line in own]
         known = "" if any(map(math.isnan, numbers)) else f"{statistics.mean(numbers):.2f}"
         text.append(
-            f"| {contender} | {own[0]['learning_rate']:g} | {' '.join(f'{loss:.4f}' for loss in losses.values())} | "
+            f"| {contender.replace(',', ', ')} | {own[0]['learning_rate']:g} | {' '.join(f'{loss:.4f}' for loss in losses.values())} | "
             f"{' | '.join(ratios)} | {known} | {statistics.mean(map(overlap, own)):.0f} | "
             f"{statistics.mean(ranks.count(0) for ranks in found_ranks):.0f} | {max(map(max, found_ranks))} |"
         )
