@@ -313,9 +313,9 @@ def test_blank_lines_and_a_byte_order_mark_are_skipped(tmp_path):
 @pytest.mark.parametrize(
     "name, content, message",
     [
-        ("x.csv", b"", r"x\.csv is empty"),
-        ("x.csv", b"text,label\n", r"x\.csv is empty"),
-        ("x.jsonl", b"\n\n", r"x\.jsonl is empty"),
+        ("x.csv", b"", r"x\.csv has no rows"),
+        ("x.csv", b"text,label\n", r"x\.csv has no rows"),
+        ("x.jsonl", b"\n\n", r"x\.jsonl has no rows"),
         ("x.csv", b"text,label\na,0\nb,c,1\n", r"x\.csv, line 3: 3 cells under a header of 2 columns"),
         ("x.csv", b'text,label\n"a\nb",0\n"c,1\n', r"x\.csv, line 4: not valid CSV \(unexpected end of data\)"),
         ("x.csv", b"text,label\na,0\nb,\n", r"x\.csv, line 3: column 'label' has no value"),
@@ -535,7 +535,7 @@ def test_the_labels_of_another_task_are_refused(name):
             }
         ),
     )
-    with pytest.raises(ValueError, match=f"are the classes entailment, not_entailment, and {name} predicts"):
+    with pytest.raises(ValueError, match=f"are the classes entailment, not_entailment, but {name} predicts"):
         prepare_rows(rows, TASKS[name], "here")
 
 

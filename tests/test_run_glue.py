@@ -322,7 +322,7 @@ def test_a_run_continues_from_its_last_checkpoint(run, out, tmp_path):
 @pytest.mark.parametrize(
     "content, message",
     [
-        ("", "train.csv is empty"),
+        ("", "train.csv has no rows"),
         ("sentence1,label\na,x\nb\n", "train.csv, line 3: 1 cells under a header of 2 columns"),
         ("sentence1,answer\na,x\nb,y\n", "train.csv has no column 'label' (columns: sentence1, answer)"),
         ("sentence1,label\na,x\nb,x\n", "train.csv: all 2 rows have the label 'x'"),

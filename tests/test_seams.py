@@ -214,6 +214,8 @@ SEAMS = [
     Seam("trainer/publishing.py", "transformers.utils.hub.PushInProgress", "(jobs=None)", "what Trainer waits for"),
     Seam("trainer/publishing.py", "transformers.utils.hub.PushInProgress.jobs", PRESENT, "its uploads"),
     Seam("trainer/publishing.py", "transformers.utils.hub.PushInProgress.is_done", "(self)", "whether to wait"),
+    Seam("cli/estimate.py", "torch._subclasses.fake_tensor.FakeTensorMode", PRESENT,
+         "runs a forward pass over tensors without storage, to count what it keeps for the backward pass"),
     Seam("tasks/help.py", "transformers.training_args.TrainingArguments", PRESENT,
          "its fields are read from the source of that module, so that help needs no torch"),
     Seam("tasks/glue/metric.py", "evaluate.Metric._compute", "(self, *, predictions=None, references=None, **kwargs)",

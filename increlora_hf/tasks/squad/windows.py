@@ -111,7 +111,8 @@ class Windows:
                 raise ValueError(
                     f"{where}, row {numbers[i] + 1} (id {batch['id'][i]!r}): the question has {length} tokens and "
                     f"leaves {max(room, 0)} of {self.max_length} for its context of {context}, not more than "
-                    f"--doc_stride {self.doc_stride}. Raise --max_seq_length, lower --doc_stride, or shorten the question."
+                    f"--doc_stride {self.doc_stride}. Raise --max_seq_length, lower --doc_stride or shorten the "
+                    "question."
                 )
 
     def _null_position(self, ids: list[int]) -> int:
