@@ -15,8 +15,8 @@ from ..files.checkpoints import GROWTH_FILES, MANIFEST_NAME, check_manifest, res
 from ..files.run_state import STATE_TENSORS, read_state
 
 ON_EVERY_NODE = (
-    "Every node has to see the same checkpoints: put output_dir on a file system that the nodes share, or copy the "
-    "whole checkpoint to each."
+    "Every node must see the same checkpoints. Put output_dir on a file system that the nodes share, or copy the "
+    "whole checkpoint to each node."
 )
 
 
