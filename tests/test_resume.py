@@ -332,7 +332,7 @@ def test_nothing_to_resume_is_an_error_with_the_reasons(run: Path, tmp_path: Pat
 
 def test_checkpoint_without_optimizer_is_refused(tmp_path: Path) -> None:
     make(tmp_path, save_at={6}, save_only_model=True).train()
-    with pytest.raises(ValueError, match=r"holds no optimizer.pt \(save_only_model\)"):
+    with pytest.raises(ValueError, match=r"has no optimizer.pt \(save_only_model\)"):
         make(tmp_path).train(resume_from_checkpoint=True)
 
 
