@@ -178,6 +178,6 @@ def lost_process_explained() -> Iterator[None]:
             raise
         raise RuntimeError(
             f"Rank {dist.get_rank()} of {num_processes()} lost another process, or waited longer for it than "
-            "ddp_timeout: the first error of all processes is the cause. Start all of them again with "
-            "resume_from_checkpoint=True; nothing before the last checkpoint is lost."
+            "ddp_timeout. The first error of all processes is the cause. Start all of them again with "
+            "resume_from_checkpoint=True: nothing before the last checkpoint is lost."
         ) from error

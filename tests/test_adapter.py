@@ -274,7 +274,7 @@ REFUSED_TARGETS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "rank-of-a-head": (
         {"rank_pattern": {"bert.encoder.layer.0.attention.self.query": 1, "bert.pooler.dense": 2}},
-        r"layer 'bert.pooler.dense' is to be adapted, and modules_to_save=.*'bert.pooler'\] trains it fully",
+        r"modules_to_save=.*'bert.pooler'\] contains the layer 'bert.pooler.dense', which also gets",
     ),
 }
 

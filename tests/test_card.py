@@ -196,7 +196,7 @@ def test_a_card_that_fails_costs_no_checkpoint(tmp_path, monkeypatch, caplog):
     run.create_model_card()  # as some trainers do at every save
     run.save_model()
     assert (tmp_path / "adapter_model.safetensors").exists()
-    assert "could not be written: division by zero" in caplog.text
+    assert "could not write the model card of" in caplog.text
 
 
 def test_what_an_earlier_call_said_stays(tmp_path):

@@ -159,7 +159,7 @@ def test_adapter_above_the_budget_may_grow_to_the_peak() -> None:
     growth = attach(stock, IncreLoraConfig(r_avg=2, overshoot=2)).increlora
     assert (growth.total_rank, growth.peak_total_rank, growth.target_total_rank) == (6, 8, 4)
     stock = get_peft_model(tiny_bert(), LoraConfig(r=5, target_modules=["query"], task_type="SEQ_CLS"))
-    with pytest.raises(ValueError, match="grow to a total rank of 8, and the model's adapter has 10 already"):
+    with pytest.raises(ValueError, match="grow to a total rank of 8, but the model's adapter already has 10"):
         attach(stock, IncreLoraConfig(r_avg=2, overshoot=2))
 
 
@@ -238,7 +238,7 @@ def test_best_model_from_before_the_cut_comes_back_whole_and_is_told(
     trainer.args.greater_is_better = True
     trainer.train()
     assert trainer.increlora.total_rank == 36  # of step 10
-    assert "final ranks, total 36, 24 above the budget: the model is of a step before the cut" in caplog.text
+    assert "final ranks, total 36, 24 above the budget: the model is from a step before the cut" in caplog.text
     caplog.clear()
     trainer.train()
     assert trainer.increlora.total_rank == 36 - 24

@@ -228,7 +228,7 @@ def test_what_cannot_grow_is_refused_and_left_as_it_was() -> None:
     before = {name: value.clone() for name, value in trained(model).items()}
     with pytest.raises(ValueError, match="cannot be met in 5 steps"):
         quick_run(model, total_steps=5)
-    with pytest.raises(ValueError, match="follows a metric"):
+    with pytest.raises(ValueError, match="depends on a metric"):
         quick_run(model, schedule="reduce_lr_on_plateau")
     for schedule, kwargs in (("warmup_stable_decay", {}), ("linear", {"bogus": 1}), ("polynomial", {"lr_end": 5.0})):
         with pytest.raises(ValueError, match=f"lr_scheduler_kwargs=.* do not fit lr_scheduler_type='{schedule}'"):
@@ -312,9 +312,9 @@ def test_forgotten_growth_is_said_once(tmp_path: Path, caplog: pytest.LogCapture
     for _ in range(2):
         model.save_pretrained(tmp_path / "trained")
     assert [record.getMessage() for record in caplog.records] == [
-        "IncreLoRA: the adapter was trained without growing, and is saved at total rank 12 of 24. Train with "
-        "IncreLoraTrainer, or make a GrowthRun in your own loop and call its after_step() after every step of the "
-        "optimizer. IncreLoraConfig(r_avg=1, init_r=1) asks for ranks that do not grow."
+        "IncreLoRA: the adapter did not grow during training. It is saved at total rank 12 of 24. To let it grow, "
+        "train with IncreLoraTrainer, or make a GrowthRun in your own loop and call its after_step() after every step "
+        "of the optimizer. If the ranks should not grow, use IncreLoraConfig(r_avg=1, init_r=1)."
     ]
 
 

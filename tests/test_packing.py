@@ -147,14 +147,14 @@ def test_optimizer_of_another_model_and_one_in_use_are_refused() -> None:
     used = optim.AdamW([factor])
     factor.grad = torch.ones(1, 2)
     used.step()
-    with pytest.raises(ValueError, match="used already"):
+    with pytest.raises(ValueError, match="used before"):
         Packing(used, [factor])
 
 
 @pytest.mark.parametrize(
     "optimizer, message",
     [
-        (optim.Adagrad, "Adagrad makes its state when it is created.*torch.optim.AdamW; Trainer's is optim="),
+        (optim.Adagrad, "Adagrad makes its state when it is created.*torch.optim.AdamW .optim="),
         (optim.LBFGS, "LBFGS keeps the parameters that it was made with"),
         (LoraFAOptimizer, r"LoraFAOptimizer trains B alone and has frozen every A.*growth trains A, B and λ"),
     ],

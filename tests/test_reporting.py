@@ -507,7 +507,7 @@ def test_picture_that_fails_is_a_warning_and_training_ends_well(
     assert (
         warnings
         == [
-            "IncreLoRA: the growth could not be shown (OSError: No space left on device). "
+            "IncreLoRA: could not show the growth (OSError: No space left on device). "
             "Training and adapter are not affected."
         ]
         * 4

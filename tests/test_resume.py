@@ -232,7 +232,7 @@ def test_resume_with_an_optimizer_of_the_user(tmp_path: Path) -> None:
     whole.train()
     resumed.train(resume_from_checkpoint=True)
     assert_same_bits(bits(resumed), bits(whole))
-    with pytest.raises(ValueError, match="The optimizer that was passed held parameters that are gone"):
+    with pytest.raises(ValueError, match="The optimizer that was passed holds parameters that no longer exist"):
         whole.train(resume_from_checkpoint=str(tmp_path / "checkpoint-12"))
 
 
@@ -316,7 +316,7 @@ def test_named_checkpoint_that_is_not_there_is_told_from_those_that_are(run: Pat
     with pytest.raises(ValueError, match=r"empty': there is no such folder; .* holds no checkpoint\. Name one"):
         make(run).train(resume_from_checkpoint=str(tmp_path / "empty"))
     with pytest.raises(
-        ValueError, match=r"is an output folder and no checkpoint; it holds checkpoint-18, .*give True"
+        ValueError, match=r"is an output folder, not a checkpoint. It holds checkpoint-18, .*give True"
     ):
         make(run).train(resume_from_checkpoint=str(run))
 
@@ -332,7 +332,7 @@ def test_nothing_to_resume_is_an_error_with_the_reasons(run: Path, tmp_path: Pat
 
 def test_checkpoint_without_optimizer_is_refused(tmp_path: Path) -> None:
     make(tmp_path, save_at={6}, save_only_model=True).train()
-    with pytest.raises(ValueError, match=r"holds no optimizer.pt \(save_only_model\)"):
+    with pytest.raises(ValueError, match=r"has no optimizer.pt \(save_only_model\)"):
         make(tmp_path).train(resume_from_checkpoint=True)
 
 

@@ -624,8 +624,8 @@ def test_budget_out_of_reach_is_refused_before_step_1(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "settings, message",
     [
-        ({"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "epoch"}, "'reduce_lr_on_plateau' follows a"),
-        ({"lr_scheduler_type": "greedy", "eval_strategy": "epoch"}, "'greedy' follows a metric"),
+        ({"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "epoch"}, "'reduce_lr_on_plateau' depends on a"),
+        ({"lr_scheduler_type": "greedy", "eval_strategy": "epoch"}, "'greedy' depends on a metric"),
         ({"lr_scheduler_type": "warmup_stable_decay"}, "lr_scheduler_kwargs={} do not fit"),
     ],
     ids=["plateau", "greedy", "without its settings"],
@@ -651,7 +651,7 @@ def test_scheduler_that_leaves_ours_out_is_refused_before_step_1(tmp_path: Path)
             self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, float)
 
     trainer = Own(tiny_bert(), arguments(tmp_path), train_dataset=token_rows(), increlora_config=QUICK)
-    with pytest.raises(ValueError, match=r"create_scheduler of Own leaves IncreLoRA's out.*super\(\)"):
+    with pytest.raises(ValueError, match=r"create_scheduler of Own does not call IncreLoRA's.*super\(\)"):
         trainer.train()
     assert trainer.state.global_step == 0
 

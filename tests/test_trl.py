@@ -307,7 +307,9 @@ def test_training_arguments_are_found_in_any_position(folder: Path, tmp_path: Pa
 
 
 def test_an_adapter_configuration_beside_ours_is_refused(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"peft_config=LoraConfig\(\.\.\.\).*Leave it out, and give increlora_config"):
+    with pytest.raises(
+        ValueError, match=r"peft_config=LoraConfig\(\.\.\.\).*Leave peft_config out, and give increlora_config"
+    ):
         IncreLoraSFTTrainer(
             model=load(folder),
             args=SFTConfig(str(tmp_path), report_to="none", use_cpu=True, bf16=False),

@@ -43,8 +43,8 @@ def inject(
     layers = {name: module for name, module in inner.named_modules() if isinstance(module, LoraLayer)}
     if list(layers) != wanted:
         raise ValueError(
-            f"PEFT adapted {sorted(set(layers) ^ set(wanted))} differently from what was asked. Name the layers more "
-            "fully in target_modules."
+            f"PEFT adapted other layers than target_modules names; the difference is "
+            f"{sorted(set(layers) ^ set(wanted))}. Write the full names of the layers in target_modules."
         )
     handles = {name: AdaptedLayer(name, index, module) for index, (name, module) in enumerate(layers.items())}
     start_components(handles, first, config)

@@ -57,8 +57,8 @@ def resolve_targets(
         _warn_of_layers(model, refused)
     if config.modules_to_save is None and single:
         logger.warning(
-            "IncreLoRA: %s stay frozen and are not saved: PEFT trains whole modules beside the adapter, and no single "
-            "parameters. Put each into a module of its own, whose forward returns it.",
+            "IncreLoRA: %s stay frozen and are not saved. PEFT trains whole modules beside the adapter, not single "
+            "parameters. To train such a parameter, move it into a module of its own whose forward returns it.",
             ", ".join(single),
         )
     if ranks is not None:
@@ -83,8 +83,8 @@ def resolve_targets(
     left_out = next((name for name in ranks or () if name not in wanted), None)
     if left_out is not None:
         raise ValueError(
-            f"The layer {left_out!r} is to be adapted, and modules_to_save={lora_config.modules_to_save} trains it "
-            "fully: PEFT does one of the two. Name in modules_to_save only modules without adapted layers."
+            f"modules_to_save={lora_config.modules_to_save} contains the layer {left_out!r}, which also gets an "
+            "adapter. PEFT does one of the two. Name in modules_to_save only modules without adapted layers."
         )
     lora_config.fan_in_fan_out = all(isinstance(model.get_submodule(name), Conv1D) for name in wanted)
     return lora_config, wanted
@@ -105,14 +105,14 @@ def _adapted_names(model: nn.Module, lora_config: LoraConfig, config: IncreLoraC
     fused = [name for name in fused_experts(model) for target in idle if is_target(name, target)]
     if fused:
         raise ValueError(
-            f"target_modules={idle!r} names {fused[0]!r}, one parameter with the weights of all experts, and "
+            f"target_modules={idle!r} names {fused[0]!r}, which is one parameter with the weights of all experts. "
             "IncreLoRA grows linear layers only. Leave it out: the experts stay frozen."
         )
     if not wanted and config.target_modules in (None, ALL_LINEAR) and config.fixed_ranks is None:
         raise ValueError(
             f"The backbone of {type(model).__name__} has no linear layers that PEFT can adapt, and IncreLoRA grows no "
-            "others. Name linear layers of its head in target_modules, with modules_to_save=[], if it has any; "
-            "convolutions can be adapted with plain peft.LoraConfig and transformers' Trainer."
+            "other layers. If the head has linear layers, name them in target_modules and set modules_to_save=[]. To "
+            "adapt convolutions, use plain peft.LoraConfig with transformers' Trainer."
         )
     if not wanted or idle:
         raise ValueError(
@@ -122,14 +122,14 @@ def _adapted_names(model: nn.Module, lora_config: LoraConfig, config: IncreLoraC
     for name in wanted:
         if not is_linear(modules[name]):
             raise ValueError(
-                f"target_modules={config.target_modules!r} matches {name!r}, a {type(modules[name]).__name__}, and "
+                f"target_modules={config.target_modules!r} matches {name!r}, a {type(modules[name]).__name__}. "
                 "IncreLoRA grows linear layers only. Name the linear layers inside it, or leave it out."
             )
     refused = _refused_by_peft(model, wanted)
     if refused:
         name, reason = next(iter(refused.items()))
         raise ValueError(
-            f"target_modules={config.target_modules!r} matches {name!r} of {type(model).__name__}, and {reason}. "
+            f"target_modules={config.target_modules!r} matches {name!r} of {type(model).__name__}: {reason}. "
             "Leave out such layers, or leave out target_modules to adapt every layer that PEFT can."
         )
     return wanted
@@ -199,8 +199,8 @@ def _warn_of_layers(model: nn.Module, refused: Mapping[str, str]) -> None:
     experts = fused_experts(model)
     if experts:
         logger.warning(
-            "IncreLoRA: %s keeps the weights of all its experts in single parameters (%s, ...). They are no linear "
-            "layers and stay frozen; only the linear layers around them grow.",
+            "IncreLoRA: %s keeps the weights of all its experts in single parameters (%s, ...). These are not linear "
+            "layers, so they stay frozen. Only the linear layers around them grow.",
             type(model).__name__,
             experts[0],
         )
@@ -314,16 +314,16 @@ def _refuse_unclear_heads(model: nn.Module, outside: Sequence[str]) -> None:
         taken = [name for name in others if is_head(name, [head])]
         if taken:
             raise ValueError(
-                f"The head {head!r} of {type(model).__name__} cannot be trained fully by itself: PEFT takes the name "
-                f"as an ending, and {taken[0]!r} ends like it. Rename the head, or name in modules_to_save what is to "
-                "be trained fully."
+                f"PEFT cannot train the head {head!r} of {type(model).__name__} alone. It matches names by their "
+                f"endings, and {taken[0]!r} ends in the same way. Rename the head, or list in modules_to_save the "
+                "modules to train fully."
             )
         users = _users(model, model.get_submodule(head))
         if len(users) > 1:
             raise ValueError(
-                f"The head {head!r} of {type(model).__name__} cannot be trained fully by itself: {users} share it or "
-                "its weights, and PEFT trains a copy of it under one name. Use it under one name, or name in "
-                "modules_to_save what is to be trained fully."
+                f"PEFT cannot train the head {head!r} of {type(model).__name__} alone: {users} share it or its "
+                "weights, and PEFT would train a copy under one name. Use the head under one name, or list in "
+                "modules_to_save the modules to train fully."
             )
 
 

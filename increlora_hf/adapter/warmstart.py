@@ -45,19 +45,24 @@ def warm_start(model: Any, config: IncreLoraConfig) -> PeftModel:
     factors = _factors(model, adapter)
     ranks = {name: len(singular) for name, (_, singular, _) in factors.items()}
     if config.fixed_ranks is not None:
+<<<<<<< HEAD
         raise ValueError("rank_pattern fixes ranks, and the model's adapter has its own. Give one of the two.")
     if not all(part.isfinite().all() for parts in factors.values() for part in parts):
         raise ValueError(
             "The update of the model's adapter is not finite: its factors hold NaN or infinity, or numbers whose "
             "product is beyond their precision. Load another adapter, or start from the base model."
+=======
+        raise ValueError(
+            "rank_pattern sets the ranks, but the model's adapter already has ranks. Give one of the two."
+>>>>>>> h-logs
         )
     limits = {name: min(rows_b.shape[1], rows_a.shape[1]) for name, (rows_b, _, rows_a) in factors.items()}
     highest = budget(config, ranks, limits, config.overshoot)
     if sum(ranks.values()) > highest:
         raise ValueError(
             f"r_avg={config.r_avg} and overshoot={config.overshoot} let {len(ranks)} layers grow to a total rank of "
-            f"{highest}, and the model's adapter has {sum(ranks.values())} already. Raise one of them; "
-            "growth only adds rank."
+            f"{highest}, but the model's adapter already has {sum(ranks.values())}. Growth only adds rank. Raise "
+            "r_avg or overshoot."
         )
     training = model.training
     carried = model.peft_config[adapter]
@@ -101,15 +106,15 @@ def _only_adapter(model: Any) -> str:
     config = model.peft_config[names[0]]
     if type(config) is not LoraConfig:
         raise ValueError(
-            f"The adapter {names[0]!r} has a {type(config).__name__}, and only plain LoRA can grow. Merge it with "
-            "merge_and_unload() where its method offers that, or load the base model, and pass the result."
+            f"The adapter {names[0]!r} has a {type(config).__name__}, but only plain LoRA can grow. Pass the result "
+            "of merge_and_unload() if this kind of adapter offers it; otherwise load and pass the base model."
         )
     if str(config.init_lora_weights).lower() not in KEEPS_BASE:
         raise ValueError(
-            f"The adapter {names[0]!r} was made with init_lora_weights={config.init_lora_weights!r}, and only "
-            f"{KEEPS_BASE} leave the base weights alone: what is saved from here would not fit the base. Convert it "
-            "with save_pretrained(FOLDER, path_initial_model_for_weight_conversion=...), load FOLDER onto the base "
-            "model, and attach that; or pass the result of merge_and_unload()."
+            f"The adapter {names[0]!r} was made with init_lora_weights={config.init_lora_weights!r}, which changes "
+            f"the base weights: only {KEEPS_BASE} keep them. A saved adapter would not fit the original base. Convert "
+            "the adapter with save_pretrained(FOLDER, path_initial_model_for_weight_conversion=...), load FOLDER onto "
+            "the base model, and attach that; or pass the result of merge_and_unload()."
         )
     beyond = {
         name: value
@@ -118,8 +123,8 @@ def _only_adapter(model: Any) -> str:
     }
     if beyond:
         raise ValueError(
-            f"The adapter {names[0]!r} has settings beyond plain LoRA, {beyond}, and only plain LoRA can grow. Merge "
-            "it with merge_and_unload(), and pass the result."
+            f"The adapter {names[0]!r} has settings beyond plain LoRA: {beyond}. Only plain LoRA can grow. Pass the "
+            "result of merge_and_unload()."
         )
     return names[0]
 

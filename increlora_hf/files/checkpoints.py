@@ -142,7 +142,7 @@ def resolve_checkpoint(wanted: str | Path | bool, output_dir: str) -> Path:
     if wanted is True:
         folder, skipped = newest_complete(output_dir)
         for name, reason in skipped.items():
-            logger.warning("IncreLoRA: skipped %s, which is not complete: %s", name, reason)
+            logger.warning("IncreLoRA: skipped the checkpoint %s. It is not complete: %s", name, reason)
         if folder is None:
             reasons = "; ".join(skipped.values()) or "there is no checkpoint-N folder"
             raise ValueError(f"No valid checkpoint found in output directory ({output_dir}): {reasons}.")
@@ -152,8 +152,8 @@ def resolve_checkpoint(wanted: str | Path | bool, output_dir: str) -> Path:
         check_manifest(folder)
     if not (folder / OPTIMIZER_NAME).is_file():
         raise ValueError(
-            f"{folder} holds no {OPTIMIZER_NAME} (save_only_model), so that training cannot continue from it bit for "
-            "bit. Resume from a checkpoint with optimizer state, or attach its adapter to start a new run."
+            f"{folder} has no {OPTIMIZER_NAME} (save_only_model), so training cannot resume from it exactly. "
+            "Resume from a checkpoint with optimizer state, or attach this adapter to start a new run."
         )
     return folder
 
@@ -164,12 +164,12 @@ def _require_checkpoint(folder: Path) -> None:
     if not folder.is_dir():
         there = f"{folder.parent} holds {', '.join(beside)}" if beside else f"{folder.parent} holds no checkpoint"
         raise ValueError(
-            f"resume_from_checkpoint={str(folder)!r}: there is no such folder; {there}. Name one that is there, or "
-            "give True for the newest complete one in output_dir."
+            f"resume_from_checkpoint={str(folder)!r}: there is no such folder; {there}. Name an existing one, or "
+            "give True for the newest complete checkpoint in output_dir."
         )
     if within and not (folder / MANIFEST_NAME).exists():
         raise ValueError(
-            f"resume_from_checkpoint={str(folder)!r} is an output folder and no checkpoint; it holds "
+            f"resume_from_checkpoint={str(folder)!r} is an output folder, not a checkpoint. It holds "
             f"{', '.join(within)}. Name one of these, or give True for the newest complete one in output_dir."
         )
 

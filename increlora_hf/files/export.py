@@ -26,7 +26,11 @@ def new_folder(folder: Path) -> Iterator[Path]:
     """Yield a draft that becomes ``folder`` when it is complete; raises ValueError where ``folder`` is not empty."""
     folder = folder.resolve()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+<<<<<<< HEAD
         raise ValueError(f"--output {folder} is not an empty folder, and nothing is overwritten. Name a new folder.")
+=======
+        raise ValueError(f"{folder} is not empty. Existing files are never overwritten: name a new folder.")
+>>>>>>> h-logs
     folder.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
         draft = Path(scratch) / folder.name
@@ -49,7 +53,7 @@ def uniform_hint(adapter: str, ranks: Iterable[int]) -> str:
     if len(set(ranks)) < 2:
         return ""
     command = shlex.join(["increlora", "export", adapter, "--format", "uniform", "--output", "FOLDER"])
-    return f"Its layers differ in rank: for llama.cpp, SGLang and others that expect one rank, run `{command}` first."
+    return f"Its layers differ in rank. For llama.cpp, SGLang and others that expect one rank, run `{command}` first."
 
 
 def write_uniform(adapter: SavedAdapter, folder: Path) -> None:
@@ -135,8 +139,8 @@ def write_merged(adapter: SavedAdapter, folder: Path, base: str | None = None, t
     for key in sorted(without_values):
         if PREFIX + key not in adapter.others:
             raise ValueError(
-                f"{key!r} is neither in {name} nor in the adapter, and would be random. Give the model that the "
-                "adapter was trained on with --base."
+                f"Neither {name} nor the adapter has values for {key!r}, so they would be random. Name the model that "
+                "the adapter was trained on with --base."
             )
     beside = adapter.tokenizer_files()
     tokenizer = AutoTokenizer.from_pretrained(adapter.folder if beside else name, trust_remote_code=False)

@@ -42,9 +42,9 @@ def attach(model: nn.Module, config: IncreLoraConfig | None = None) -> PeftModel
     """
     if is_compiled_module(model):
         raise ValueError(
-            f"The model is compiled ({type(model).__name__}), and its code would not follow the growth. Pass the "
-            "model as it was before torch.compile, and set torch_compile=True in the training arguments; in a loop of "
-            "your own, compile what attach() returns, and give GrowthRun compiled=True."
+            f"The model is compiled ({type(model).__name__}): the compiled code would not follow the growth. Pass "
+            "the model without torch.compile, and set torch_compile=True in the training arguments. In a loop of your "
+            "own, compile the model that attach() returns, and give GrowthRun compiled=True."
         )
     if is_attached(model):
         return _already_attached(model, config)
@@ -69,7 +69,8 @@ def _refuse_sentence_transformers(model: nn.Module) -> None:
         name = type(model).__name__
         raise ValueError(
             f"{name} would save an adapter that {name}(FOLDER) cannot load. Train it with a Trainer of "
-            "increlora_hf.sentence_transformers; in a loop of your own, model[0].model = attach(model[0].model)."
+            "increlora_hf.sentence_transformers. In a loop of your own, write model[0].model = "
+            "attach(model[0].model)."
         )
 
 
@@ -86,8 +87,8 @@ def _already_attached(model: Any, config: IncreLoraConfig | None) -> PeftModel:
         )
     if config is not None and config != model.increlora.config:
         raise ValueError(
-            "The model is attached with other settings than the ones given. Pass the settings to `attach` only, or a "
-            "plain model to the Trainer."
+            "The model was attached with other settings than those given now. Give the settings to `attach` alone, "
+            "or give the Trainer a plain model."
         )
     return model
 
@@ -96,9 +97,9 @@ def _save_with_history(model: Any, save_directory: str, *args: Any, **kwargs: An
     growth: Growth = model.increlora
     if growth.was_forgotten():
         logger.warning(
-            "IncreLoRA: the adapter was trained without growing, and is saved at total rank %d of %d. Train with "
-            "IncreLoraTrainer, or make a GrowthRun in your own loop and call its after_step() after every step of the "
-            "optimizer. IncreLoraConfig(r_avg=%d, init_r=%d) asks for ranks that do not grow.",
+            "IncreLoRA: the adapter did not grow during training. It is saved at total rank %d of %d. To let it grow, "
+            "train with IncreLoraTrainer, or make a GrowthRun in your own loop and call its after_step() after every "
+            "step of the optimizer. If the ranks should not grow, use IncreLoraConfig(r_avg=%d, init_r=%d).",
             growth.total_rank,
             growth.target_total_rank,
             growth.config.first_rank,

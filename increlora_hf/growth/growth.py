@@ -342,8 +342,8 @@ class Growth:
 def _refuse_differences(source: str, differences: list[str]) -> None:
     if differences:
         raise ValueError(
-            f"{source} was written under other settings (checkpoint → now): {'; '.join(differences)}. "
-            "Restore them to resume, or start anew in another output_dir."
+            f"{source} was written with other settings (checkpoint → now): {'; '.join(differences)}. "
+            "Use the checkpoint's settings to resume, or start a new run in another output_dir."
         )
 
 

@@ -193,8 +193,8 @@ class Packing:
         theirs = [len(group["params"]) for group in state_dict["param_groups"]]
         if ours != theirs:
             raise ValueError(
-                f"The optimizer's state has groups of {theirs} tensors, and this run has {ours}: it was saved at "
-                "another stage of growth. Load the run's state first; it grows the model and the groups."
+                f"The optimizer's state has groups of {theirs} tensors, but this run has {ours}. The state was saved "
+                "at another stage of growth. Load the run's state first: it grows the model and the groups."
             )
 
     @contextmanager
@@ -426,15 +426,15 @@ def _require_new(optimizer: Optimizer, factors: Sequence[Parameter]) -> None:
     reason = next((reason for kind, reason in NOT_FOLLOWED.items() if isinstance(optimizer, kind)), None)
     if reason is not None:
         raise ValueError(
-            f"{type(optimizer).__name__} {reason}. Give the model of a new `attach` an optimizer of one step per "
-            "gradient that makes its state as it steps, such as torch.optim.AdamW; Trainer's is optim='adamw_torch'."
+            f"{type(optimizer).__name__} {reason}. Attach the model anew, and use an optimizer that takes one step "
+            "per gradient and creates its state in that step, such as torch.optim.AdamW (optim='adamw_torch' in "
+            "Trainer)."
         )
     frozen = sum(not factor.requires_grad for factor in factors)
     if frozen:
         raise ValueError(
-            f"{frozen} of the adapter's {len(factors)} growing parameters are frozen (requires_grad=False), "
-            "and growth trains A, B and λ of every layer. Unfreeze them, or leave those layers out with "
-            "target_modules."
+            f"{frozen} of the adapter's {len(factors)} growing parameters are frozen (requires_grad=False). Growth "
+            "trains A, B and λ of every layer. Unfreeze them, or leave those layers out of target_modules."
         )
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     if not {id(factor) for factor in factors} <= held:
@@ -444,8 +444,8 @@ def _require_new(optimizer: Optimizer, factors: Sequence[Parameter]) -> None:
         )
     if any(optimizer.state.get(factor) for factor in factors):
         raise ValueError(
-            f"The {type(optimizer).__name__} has a state before the first step: it was used already, or makes its "
-            "state when it is created and takes in no parameters later. Give a new one that was not used, or one of "
+            f"The {type(optimizer).__name__} has a state before the first step. Either it was used before, or it "
+            "creates its state when it is made and accepts no parameters later. Give a new optimizer, or one of "
             "another kind, such as torch.optim.AdamW."
         )
 

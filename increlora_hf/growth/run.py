@@ -209,9 +209,9 @@ class GrowthRun:
         assert growth.plan is not None
         if self._packing.steps == self._steps_before and self._scaler is None:
             raise RuntimeError(
-                f"{type(self.optimizer).__name__}.step() has not run since the last step was counted: another "
-                "optimizer inside it may have. Give GrowthRun, or the Trainer, the optimizer whose step() moves the "
-                "parameters. An update that you leave out on purpose is ended by skip_update()."
+                f"{type(self.optimizer).__name__}.step() has not run since the last step was counted. Perhaps an "
+                "optimizer inside it ran instead. Give GrowthRun, or the Trainer, the optimizer whose step() changes "
+                "the parameters. To leave out an update on purpose, call skip_update()."
             )
         self.step += 1
         if self._sensitivities is not None:
@@ -233,10 +233,10 @@ class GrowthRun:
     def _require_gradients(self) -> None:
         if not any(all_gather_objects(self._is_reached)):
             raise RuntimeError(
-                f"{self.step} steps of the optimizer are done, and no gradient has reached the adapter: nothing was "
-                "learned, and all scores of the round that is due are 0. Either the loss does not depend on the "
-                "adapted layers, or an error in the forward or backward pass is caught before you see it, as by the "
-                "training_step of some Trainer classes. Compute the loss of one batch and call backward() on it."
+                f"The optimizer has taken {self.step} steps, but no gradient has reached the adapter. It has learned "
+                "nothing, and all scores of this round are 0. Either the loss does not depend on the adapted layers, "
+                "or some code, such as the training_step of some Trainer classes, hides an error of the forward or "
+                "backward pass. To see it, compute the loss of one batch and call backward() on it."
             )
 
     def skip_update(self) -> None:
@@ -334,8 +334,8 @@ class GrowthRun:
         growth, source = self.growth, state.get("source", "The state")
         if len(growth.rounds) != state["rounds_before_optimizer"]:
             raise ValueError(
-                f"{source} is of an optimizer that was made after {state['rounds_before_optimizer']} rounds, and this "
-                f"one was made after {len(growth.rounds)}. Call model.increlora.replay(state, "
+                f"In {source}, the optimizer was made after {state['rounds_before_optimizer']} rounds, but this "
+                f"optimizer was made after {len(growth.rounds)}. Call model.increlora.replay(state, "
                 f"{state['rounds_before_optimizer']}) on a newly attached model, and make the optimizer then."
             )
         growth.require_same_settings(state, source)
@@ -368,14 +368,14 @@ class GrowthRun:
 def _require_attached(model: nn.Module) -> None:
     if isinstance(model, DistributedDataParallel):
         raise ValueError(
-            "DistributedDataParallel forgets every parameter that is born after it. Give the model itself, and call "
-            "before_step() after the last backward: it averages the gradients over the processes. With accelerate: "
-            "accelerator.prepare_model(model, evaluation_mode=True)."
+            "DistributedDataParallel ignores every parameter that is added after it was made. Give the model itself, "
+            "and call before_step() after the last backward: it averages the gradients over the processes. With "
+            "accelerate, call accelerator.prepare_model(model, evaluation_mode=True)."
         )
     if not is_attached(model):
         raise ValueError(
             f"{type(model).__name__} has no growing adapter. Call attach(model, IncreLoraConfig(...)) first, and "
-            "make the optimizer from the parameters of what it returns."
+            "make the optimizer from the parameters of the model that it returns."
         )
 
 

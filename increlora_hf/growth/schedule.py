@@ -22,8 +22,8 @@ def require_curve(schedule: str, learning_rate: float, kwargs: Mapping[str, Any]
     """Raise ValueError for a schedule that does not depend on the step alone, or that its own settings do not fit."""
     if SchedulerType(schedule) in NO_CURVE:
         raise ValueError(
-            f"lr_scheduler_type={SchedulerType(schedule).value!r} follows a metric and has no curve that a new "
-            "parameter group could restart. Choose a schedule of steps, such as linear or cosine."
+            f"lr_scheduler_type={SchedulerType(schedule).value!r} depends on a metric. New parameter groups need a "
+            "schedule that depends on the step alone. Choose one, such as linear or cosine."
         )
     try:
         trial = {"warmup_steps": 1, "total_steps": TRIAL_STEPS, "learning_rate": learning_rate, "kwargs": kwargs}

@@ -146,10 +146,10 @@ def push_folder(
 
     try:
         if not folder.is_dir():
-            raise NotADirectoryError(f"{folder} is no folder")
+            raise NotADirectoryError(f"{folder} is not a folder")
         names += _chosen(folder, ignore, whole)
         if not names:
-            raise FileNotFoundError(f"{folder} holds nothing to upload, such as an adapter or a README.md")
+            raise FileNotFoundError(f"{folder} has nothing to upload: no adapter, README.md or other known file")
         return with_retries(push)
     except Exception as error:  # huggingface_hub raises its own errors, httpx's, OSError and RuntimeError
         kept = kept_in or folder
@@ -172,7 +172,7 @@ def _chosen(folder: Path, ignore: Sequence[str], whole: bool) -> list[str]:
         (chosen if public and not _is_hidden(folder, relative) else left_out).append(relative.as_posix())
     if left_out:
         logger.info(
-            "IncreLoRA: not uploaded from %s: %s. To upload such files too, use `hf upload`.",
+            "IncreLoRA: these files of %s are not uploaded: %s. To upload such files too, use `hf upload`.",
             folder,
             ", ".join(left_out),
         )

@@ -205,4 +205,4 @@ def _errors_as_warnings() -> Iterator[None]:
         yield
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"
-        logger.warning("IncreLoRA: the growth could not be shown (%s). Training and adapter are not affected.", reason)
+        logger.warning("IncreLoRA: could not show the growth (%s). Training and adapter are not affected.", reason)

@@ -53,8 +53,8 @@ def choice_note(plan: Plan | None) -> str:
     if plan is None or plan.is_choice or not plan.rounds or plan.num_layers == 1:
         return ""
     return (
-        f"Every round gives rank to all {plan.num_layers} layers that have room, so that no round chooses between "
-        "them. Train for more steps, or give a shorter interval or a smaller top_h."
+        f"Every round gives rank to all {plan.num_layers} layers that have room, so no round chooses between them. "
+        "Train for more steps, or set a shorter interval or a smaller top_h."
     )
 
 
@@ -166,7 +166,7 @@ def rank_changes(history: Mapping[str, Any]) -> list[dict[str, int]]:
 def final_ranks(growth: Growth) -> str:
     """The ranks at the end of a training, and why there are more than the budget where there are."""
     above = growth.total_rank - growth.target_total_rank
-    reason = f", {above} above the budget: the model is of a step before the cut" if above > 0 else ""
+    reason = f", {above} above the budget: the model is from a step before the cut" if above > 0 else ""
     return f"final ranks, total {growth.total_rank}{reason}\n{rank_table(growth.rank_pattern)}"
 
 

@@ -195,8 +195,8 @@ class IncreLoraTrainerMixin(ItemCountsMixin, PublishingMixin, SearchMixin):
         """Create Trainer's optimizer; refuse a user's whose parameters are gone."""
         if self.optimizer is None and self._optimizer_is_users:
             raise ValueError(
-                "The optimizer that was passed held parameters that are gone: the model went back to earlier ranks. "
-                "Make a new trainer with a new optimizer for the next training."
+                "The optimizer that was passed holds parameters that no longer exist: the model went back to earlier "
+                "ranks. For the next training, make a new trainer with a new optimizer."
             )
         return super().create_optimizer(*args, **kwargs)
 
@@ -228,8 +228,8 @@ class IncreLoraTrainerMixin(ItemCountsMixin, PublishingMixin, SearchMixin):
         """Begin the training; ValueError where a method of the class left ours out, or the processes differ."""
         if self.growth_run is None or self.lr_scheduler is not self.growth_run.lr_scheduler:
             raise ValueError(
-                f"create_scheduler of {type(self).__name__} leaves IncreLoRA's out, and so the learning rates would "
-                "not follow the growth. Let it end with `return super().create_scheduler(...)`."
+                f"create_scheduler of {type(self).__name__} does not call IncreLoRA's, so the learning rates would "
+                "not follow the growth. End it with `return super().create_scheduler(...)`."
             )
         self.growth_run.start_at(self.state.global_step)
         self._frozen_norms = frozen_batch_norms(self.increlora.model)

@@ -45,9 +45,9 @@ def refuse_pickles(args: TrainingArguments, allowed: bool) -> None:
     strategy = HubStrategy(args.hub_strategy)
     if args.push_to_hub and strategy in WHOLE_CHECKPOINTS and not allowed:
         raise ValueError(
-            f"hub_strategy={strategy.value!r} uploads optimizer and random states, which are pickles: they run code "
-            "where they are loaded. Choose every_save, which uploads the adapter, or pass allow_pickles_on_hub=True "
-            "(--allow_pickles_on_hub in the scripts)."
+            f"hub_strategy={strategy.value!r} uploads optimizer and random states. These are pickles, which can run "
+            "code when somebody loads them. Choose every_save, which uploads the adapter, or pass "
+            "allow_pickles_on_hub=True (--allow_pickles_on_hub in the scripts)."
         )
 
 
@@ -68,7 +68,7 @@ class PublishingMixin(_Base):
             self.hub_model_id = create_repository(name, token=token, private=private)
         except HubPushError as error:
             self.hub_model_id = name
-            logger.warning("IncreLoRA: %s Training goes on; every push will try again.", error)
+            logger.warning("IncreLoRA: %s Training continues, and every push tries again.", error)
 
     def _credentials(self, token: str | None = None, private: bool | None = None) -> tuple[str | None, bool | None]:
         return token or self.args.hub_token, self.args.hub_private_repo if private is None else private
@@ -153,7 +153,7 @@ class PublishingMixin(_Base):
         try:
             self._in_background(self._pushes_of(folder, strategy))
         except Exception as error:  # of any kind, such as a full disk; the checkpoint is complete
-            logger.warning("IncreLoRA: %s could not be prepared for the Hub: %s", folder, error)
+            logger.warning("IncreLoRA: could not prepare %s for the Hub: %s", folder, error)
 
     def _pushes_of(self, folder: Path, strategy: HubStrategy) -> list[Callable[[], Any]]:
         """The uploads of a copy, because rotation may delete the original meanwhile, and the deletion of the copy."""
@@ -199,7 +199,7 @@ class PublishingMixin(_Base):
             error = job.exception()
             if error is not None:
                 logger.warning(
-                    "IncreLoRA: %s Training goes on; the checkpoints are in %s.", error, self.args.output_dir
+                    "IncreLoRA: %s Training continues. The checkpoints are in %s.", error, self.args.output_dir
                 )
 
     def create_model_card(
@@ -249,7 +249,7 @@ class PublishingMixin(_Base):
         try:
             (folder / CARD_NAME).write_text(self._card(folder), encoding="utf-8")
         except Exception as error:  # of any kind: it must not cost the checkpoint
-            logger.warning("IncreLoRA: the model card of %s could not be written: %s", folder, error)
+            logger.warning("IncreLoRA: could not write the model card of %s: %s", folder, error)
 
     def _card(self, folder: Path) -> str:
         return card_text(describe(self, folder, self.hub_model_id), **self._card_options)

@@ -17,9 +17,9 @@ def refuse_other_classes(cls: type) -> None:
     if not issubclass(cls, Trainer):
         others = [base.__name__ for base in cls.__bases__ if not base.__module__.startswith("increlora_hf")]
         raise TypeError(
-            f"{cls.__name__} extends {', '.join(others) or 'no other class'}, which is no transformers.Trainer, and "
-            "the mixin works through that class's hooks. Give it a subclass of transformers.Trainer, or train the "
-            "model of attach() with a GrowthRun in a loop of your own."
+            f"{cls.__name__} extends {', '.join(others) or 'no other class'}, which is not a transformers.Trainer. "
+            "The mixin works through Trainer's hooks. Extend a subclass of transformers.Trainer, or train the model "
+            "of attach() with a GrowthRun in a loop of your own."
         )
 
 
@@ -28,8 +28,8 @@ def refuse_other_order(cls: type, mixin: type) -> None:
     order = cls.__mro__
     if Trainer in order and order.index(Trainer) < order.index(mixin):
         raise TypeError(
-            f"{cls.__name__} names {mixin.__name__} after the Trainer class, whose methods would be called in the "
-            f"place of the mixin's. Write class {cls.__name__}({mixin.__name__}, ...), the mixin first."
+            f"{cls.__name__} names {mixin.__name__} after the Trainer class, so Python would call that class's "
+            f"methods and not the mixin's. Name the mixin first: class {cls.__name__}({mixin.__name__}, ...)."
         )
 
 
@@ -39,13 +39,13 @@ def refuse_unsupported(args: TrainingArguments, kwargs: Mapping[str, Any]) -> No
     scheduler = kwargs.get("optimizers", (None, None))[1]
     if scheduler is not None:
         raise ValueError(
-            f"optimizers holds a finished {type(scheduler).__name__}, and IncreLoRA restarts the curve for every "
-            "round. Give lr_scheduler_type and lr_scheduler_kwargs instead, and None in its place."
+            f"optimizers holds a finished {type(scheduler).__name__}, but IncreLoRA restarts the curve in every "
+            "round. Pass None in its place, and set lr_scheduler_type and lr_scheduler_kwargs."
         )
     if kwargs.get("peft_config") is not None:
         raise ValueError(
-            f"peft_config={type(kwargs['peft_config']).__name__}(...) asks for an adapter of its own, and IncreLoRA "
-            "makes the one that grows. Leave it out, and give increlora_config."
+            f"peft_config={type(kwargs['peft_config']).__name__}(...) asks for another adapter, but IncreLoRA makes "
+            "its own. Leave peft_config out, and give increlora_config."
         )
 
 
@@ -54,40 +54,40 @@ def refuse_other_parallelism(args: TrainingArguments, model: Any) -> None:
     parallelism = getattr(args, "parallelism_config", None)
     if args.deepspeed or args.deepspeed_plugin is not None:
         raise ValueError(
-            "DeepSpeed's optimizers cannot take in the parameters that are born while training. Leave deepspeed out "
-            "and start with torchrun: the frozen base needs no optimizer state. For a base that does not fit one "
+            "DeepSpeed's optimizers cannot take in the parameters that growth adds during training. Leave deepspeed "
+            "out and start with torchrun: the frozen base needs no optimizer state. If the base does not fit on one "
             "device, load it quantised, or sharded with from_pretrained(distributed_config=...)."
         )
     if args.fsdp or _is_on("ACCELERATE_USE_FSDP"):
         raise ValueError(
-            f"fsdp={args.fsdp!r} would shard the adapter too, and what grows later would be missing from the shards. "
+            f"fsdp={args.fsdp!r} would shard the adapter too, and the shards would lack what growth adds later. "
             "Leave it out, and load the base sharded: from_pretrained(distributed_config=DistributedConfig("
             "fsdp_size=N)), or quantised."
         )
     if (getattr(model, "tp_size", None) or 1) > 1 or (parallelism is not None and parallelism.total_size > 1):
         raise ValueError(
-            "Tensor, context and sequence parallelism split a layer's inputs or outputs, and its sensitivity needs "
+            "Tensor, context and sequence parallelism split a layer's inputs or outputs, but IncreLoRA's scores need "
             "both whole. Load the base with DistributedConfig(fsdp_size=N), or quantised, and start with torchrun."
         )
     if args.parallel_mode is ParallelMode.NOT_DISTRIBUTED:
         raise ValueError(
-            f"{args.n_gpu} GPUs in one process (DataParallel) would train copies that forget what grows. Start one "
-            f"process for each, torchrun --nproc_per_node {args.n_gpu} SCRIPT.py ..., or use one with "
+            f"{args.n_gpu} GPUs in one process (DataParallel) train copies of the model, which do not grow. Start one "
+            f"process for each GPU with torchrun --nproc_per_node {args.n_gpu} SCRIPT.py ..., or use one GPU with "
             "CUDA_VISIBLE_DEVICES=0."
         )
     if args.parallel_mode not in (ParallelMode.NOT_PARALLEL, ParallelMode.DISTRIBUTED):
         raise ValueError(
-            f"parallel_mode={args.parallel_mode.value} is not torch.distributed, the only way in which processes are "
-            "kept the same. Start with torchrun or accelerate launch."
+            f"parallel_mode={args.parallel_mode.value} does not use torch.distributed, which IncreLoRA needs to keep "
+            "the processes the same. Start with torchrun or accelerate launch."
         )
     if args.auto_find_batch_size:
         raise ValueError(
-            "auto_find_batch_size starts over with a smaller batch after memory ran out, by then with a grown model. "
-            "Set per_device_train_batch_size to what fits, and gradient_accumulation_steps for the rest."
+            "auto_find_batch_size starts again with a smaller batch when memory runs out, but by then the model has "
+            "grown. Set per_device_train_batch_size to what fits, and gradient_accumulation_steps for the rest."
         )
     if args.world_size > 1 and not getattr(args.accelerator_config, "even_batches", True):
         raise ValueError(
-            "even_batches=False gives the processes different numbers of batches, and the longest would wait for the "
+            "even_batches=False gives the processes different numbers of batches, so one process would wait for the "
             "others forever. Leave it at its default."
         )
 

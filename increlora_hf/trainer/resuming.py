@@ -19,8 +19,8 @@ from ..growth.growth import Growth
 from ..growth.tensors import training_tensors
 
 ON_EVERY_NODE = (
-    "Every node has to see the same checkpoints: put output_dir on a file system that the nodes share, or copy the "
-    "whole checkpoint to each."
+    "Every node must see the same checkpoints. Put output_dir on a file system that the nodes share, or copy the "
+    "whole checkpoint to each node."
 )
 
 
