@@ -379,11 +379,7 @@ def test_an_empty_folder_is_filled_and_another_refused(tmp_path: Path) -> None:
     with new_folder(tmp_path / "target") as draft:
         (draft / "file").write_text("x")
     for taken in (tmp_path / "target", tmp_path / "target" / "file"):
-<<<<<<< HEAD
         with pytest.raises(ValueError, match=r"is not an empty folder, and nothing is overwritten. Name a new folder"):
-=======
-        with pytest.raises(ValueError, match=r"is not empty. Existing files are never overwritten: name a new folder"):
->>>>>>> h-logs
             new_folder(taken).__enter__()
     (tmp_path / "empty").mkdir()
     with new_folder(tmp_path / "empty"):

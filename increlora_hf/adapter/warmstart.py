@@ -45,16 +45,13 @@ def warm_start(model: Any, config: IncreLoraConfig) -> PeftModel:
     factors = _factors(model, adapter)
     ranks = {name: len(singular) for name, (_, singular, _) in factors.items()}
     if config.fixed_ranks is not None:
-<<<<<<< HEAD
-        raise ValueError("rank_pattern fixes ranks, and the model's adapter has its own. Give one of the two.")
+        raise ValueError(
+            "rank_pattern sets the ranks, but the model's adapter already has ranks. Give one of the two."
+        )
     if not all(part.isfinite().all() for parts in factors.values() for part in parts):
         raise ValueError(
             "The update of the model's adapter is not finite: its factors hold NaN or infinity, or numbers whose "
             "product is beyond their precision. Load another adapter, or start from the base model."
-=======
-        raise ValueError(
-            "rank_pattern sets the ranks, but the model's adapter already has ranks. Give one of the two."
->>>>>>> h-logs
         )
     limits = {name: min(rows_b.shape[1], rows_a.shape[1]) for name, (rows_b, _, rows_a) in factors.items()}
     highest = budget(config, ranks, limits, config.overshoot)

@@ -26,11 +26,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
     """Yield a draft that becomes ``folder`` when it is complete; raises ValueError where ``folder`` is not empty."""
     folder = folder.resolve()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-<<<<<<< HEAD
         raise ValueError(f"--output {folder} is not an empty folder, and nothing is overwritten. Name a new folder.")
-=======
-        raise ValueError(f"{folder} is not empty. Existing files are never overwritten: name a new folder.")
->>>>>>> h-logs
     folder.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
         draft = Path(scratch) / folder.name
