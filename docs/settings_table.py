@@ -1,4 +1,4 @@
-"""Puts the table of all settings, read off the source of `IncreLoraConfig`, into the pages that ask for it."""
+"""Put the table of all settings into the pages that ask for it."""
 
 from __future__ import annotations
 
@@ -16,12 +16,25 @@ HEAD = "| setting | default | meaning |\n|---|---|---|\n"
 
 
 def settings() -> Iterator[tuple[str, Any, str]]:
-    """Name, default and help of every field. Read, not imported: the site then builds without torch."""
+    """Name, default and help of every field, read from the source.
+
+    Without an import the site builds without torch.
+    """
     module = ast.parse(SOURCE.read_text(encoding="utf-8"))
-    (config,) = (node for node in module.body if isinstance(node, ast.ClassDef) and node.name == SETTINGS)
+    (config,) = (
+        node
+        for node in module.body
+        if isinstance(node, ast.ClassDef) and node.name == SETTINGS
+    )
     for node in config.body:
-        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and isinstance(node.value, ast.Call):
-            default, text = (ast.literal_eval(argument) for argument in node.value.args)
+        if (
+            isinstance(node, ast.AnnAssign)
+            and isinstance(node.target, ast.Name)
+            and isinstance(node.value, ast.Call)
+        ):
+            default, text = (
+                ast.literal_eval(argument) for argument in node.value.args
+            )
             yield node.target.id, default, text
 
 
@@ -34,5 +47,8 @@ def on_page_markdown(markdown: str, **kwargs: Any) -> str:
     """mkdocs calls it with every page."""
     if MARK not in markdown:
         return markdown
-    rows = [f"| `{name}` | `{default!r}` | {plain(text)} |" for name, default, text in settings()]
+    rows = [
+        f"| `{name}` | `{default!r}` | {plain(text)} |"
+        for name, default, text in settings()
+    ]
     return markdown.replace(MARK, HEAD + "\n".join(rows))

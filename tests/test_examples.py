@@ -1,4 +1,4 @@
-"""The scripts in examples/: before and after differ by an import and a class name, and both run; so does the notebook."""
+"""The examples: before and after the swap, scripts differ by an import and a class name and run; the notebook runs."""
 
 import difflib
 import os
@@ -10,8 +10,8 @@ import nbformat
 import pytest
 import torch
 from glue_fixtures import save_tiny_llama, save_tiny_model
-from peft import PeftModel
 from nbclient import NotebookClient
+from peft import PeftModel
 from PIL import Image
 from transformers import (
     AutoModel,

@@ -99,7 +99,20 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # ---- Ways to break a file ------------------------------------------------------------------------------------------
 
 TEXTS = [  # as JSON has them between quotation marks
-    *("", "x", "query", "dense", "head", "layer", "original_module", "default", "all-linear", "LORA", "IA3", "SEQ_CLS"),
+    *(
+        "",
+        "x",
+        "query",
+        "dense",
+        "head",
+        "layer",
+        "original_module",
+        "default",
+        "all-linear",
+        "LORA",
+        "IA3",
+        "SEQ_CLS",
+    ),
     *("\\u0000", "a\\u0000b", "\\ud800", "\\n\\u001b[2J", "größer", "x" * 5000, "a." * 2500, "9" * 5000, "$\\\\frac{"),
     *("../../etc/passwd", "/etc/passwd", "/dev/zero", ".", "..", "%s{0}", "__class__", "self"),
     *("(", "[\\\\w.]+", "a{99999999999}", "(?P<idx>.*)", "(?i)query", "*", "\\\\", ".*", "(" * 200 + ")" * 200),

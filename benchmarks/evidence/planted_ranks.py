@@ -312,8 +312,9 @@ def table(found: Sequence[Mapping[str, Any]], cell: Cell) -> str:
         found_ranks = [[line["found"].get(name, 0) for name in line["planted"]] for line in own]
         numbers = [correlation(line) for line in own]
         known = "" if any(map(math.isnan, numbers)) else f"{statistics.mean(numbers):.2f}"
+        label = contender.replace(",", ", ")  # which a table can break
         text.append(
-            f"| {contender.replace(',', ', ')} | {own[0]['learning_rate']:g} | {' '.join(f'{loss:.4f}' for loss in losses.values())} | "
+            f"| {label} | {own[0]['learning_rate']:g} | {' '.join(f'{loss:.4f}' for loss in losses.values())} | "
             f"{' | '.join(ratios)} | {known} | {statistics.mean(map(overlap, own)):.0f} | "
             f"{statistics.mean(ranks.count(0) for ranks in found_ranks):.0f} | {max(map(max, found_ranks))} |"
         )
