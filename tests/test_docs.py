@@ -7,12 +7,16 @@ import os
 import re
 import subprocess
 import sys
+import warnings
 from dataclasses import fields
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import pytest
+from conftest import arguments, tiny_bert, token_rows
+from peft import AdaLoraConfig, get_peft_model
+from transformers import Trainer, TrainerCallback
 
 import increlora_hf
 from increlora_hf import IncreLoraConfig
@@ -165,3 +169,27 @@ def test_python_blocks_compile_and_import_what_exists(file: Path) -> None:
                 module = importlib.import_module(str(node.module))
                 for name in node.names:
                     assert hasattr(module, name.name), f"{node.module} has no {name.name}"
+
+
+class Allocates(TrainerCallback):
+    """What PEFT asks users of AdaLoRA to add to a Trainer; ends the run after step 20."""
+
+    def on_optimizer_step(self, args, state, control, model=None, **kwargs):
+        model.base_model.update_and_allocate(state.global_step + 1)
+        control.should_training_stop = state.global_step + 1 == 20
+
+
+def test_adalora_does_not_resume_after_it_has_cut_ranks_as_the_readme_says(tmp_path: Path) -> None:
+    steps = {"init_r": 3, "target_r": 2, "tinit": 5, "tfinal": 10, "deltaT": 2, "total_step": 40}
+
+    def new_trainer() -> Trainer:
+        training = arguments(tmp_path, max_steps=40, save_strategy="steps", save_steps=20)
+        config = AdaLoraConfig(**steps, task_type="SEQ_CLS", target_modules=["query", "key", "value", "dense"])
+        model = get_peft_model(tiny_bert(), config)
+        return Trainer(model=model, args=training, train_dataset=token_rows(), callbacks=[Allocates()])
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT's, of factors without rows
+        new_trainer().train()
+        with pytest.raises(RuntimeError, match="size mismatch"):
+            new_trainer().train(resume_from_checkpoint=True)
