@@ -105,7 +105,9 @@ def plot(args: argparse.Namespace) -> Answer:
             files = [str(path) for path in draw_all(history, adapter.log_history, args.output)]
         except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError, RecursionError) as error:
             # the history or the log is not one that this package writes
-            raise AdapterFormatError(adapter.folder / HISTORY_NAME, "content", "a growth", repr(error)[:200]) from error
+            raise AdapterFormatError(
+                adapter.folder / HISTORY_NAME, "content", "a growth", repr(error)[:200]
+            ) from error
     return {"files": files}, "\n".join(map(on_a_line, files))
 
 

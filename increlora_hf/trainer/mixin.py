@@ -159,7 +159,9 @@ class IncreLoraTrainerMixin(ItemCountsMixin, PublishingMixin, SearchMixin):
         if resume_from_checkpoint:
             folder = same_checkpoint(resume_from_checkpoint, str(self.args.output_dir))
             # model_init makes the model anew, with the settings of a trial of a search
-            self._resuming = read_state(folder) if self.model_init else state_to_resume(folder, self.increlora)
+            self._resuming = (
+                read_state(folder) if self.model_init is not None else state_to_resume(folder, self.increlora)
+            )
             self.take_decision(self._resuming["loss_divides"])
             resumed_step, self._has_ended = where_it_stopped(folder, self.callback_handler.callbacks)
         try:
