@@ -97,13 +97,15 @@ def test_equal_scales_leave_values_and_dtype_as_they_are(tmp_path: Path) -> None
         assert not after[layer.key_b][:, layer.rank :].any()
 
 
-def test_other_scales_are_folded_without_rounding_to_half_precision(tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn], ids=str)
+def test_other_scales_are_folded_without_rounding_to_low_precision(tmp_path: Path, dtype: torch.dtype) -> None:
     source, target = tmp_path / "a", tmp_path / "b"
     target.mkdir()
-    unequal(PER_RANK).to(torch.bfloat16).save_pretrained(source)
+    unequal(PER_RANK).save_pretrained(source)
+    tensors = {key: value.to(dtype) for key, value in load_file(source / "adapter_model.safetensors").items()}
+    save_file(tensors, source / "adapter_model.safetensors", metadata={"format": "pt"})
     adapter = read_adapter(source)
     write_uniform(adapter, target)
-    tensors = load_file(source / "adapter_model.safetensors")
     for name, plainly in deltas_without_patterns(target).items():
         layer = adapter.layers[name]
         expected = layer.scale * tensors[layer.key_b].float() @ tensors[layer.key_a].float()

@@ -678,3 +678,36 @@ def test_help_and_wrong_flags_are_answered_before_torch_loads(script, flags):
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == (0 if flags == ["--help"] else 2), done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_help_lists_all_flags(capsys):
+    with pytest.raises(SystemExit) as exit_info:
+        run_glue.main(["--help"])
+    assert exit_info.value.code == 0
+    printed = capsys.readouterr().out
+    for name in ("--task_name", "--increlora_r_avg", "--learning_rate", "--model_name_or_path"):
+        assert name in printed
+
+
+POSIX = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": "ascii"}
+
+
+def test_class_names_beyond_ascii_survive_a_locale_without_utf8(model, out, tmp_path):
+    labels = ["größer", "否定"]
+    path = write_csv(tmp_path / "rows.csv", sentence_pairs(labels))
+    files = {f"{split}_file": path for split in ("train", "validation")}
+    test = write_csv(tmp_path / "test.csv", {k: v for k, v in sentence_pairs(labels).items() if k != "label"})
+    settings = {**SETTINGS, **files, "test_file": test, "max_steps": 2, "increlora_r_avg": 1}
+    settings |= {"model_name_or_path": model, "output_dir": out, "save_strategy": "steps", "save_steps": 2}
+    flags = [f"--{name}={value}" for name, value in settings.items()]
+    command = [sys.executable, str(ROOT / "run_glue.py"), "--do_train", "--do_eval", "--do_predict", *flags]
+    done = subprocess.run(command, capture_output=True, env={**os.environ, **POSIX})
+    printed, errors = done.stdout.decode("ascii"), done.stderr.decode("ascii")
+    assert (done.returncode, "Traceback" in errors) == (0, False), errors
+    assert "label (2 classes: gr\\xf6\\xdfer, \\u5426\\u5b9a)" in printed
+    (file,) = out.glob("predict_results_*.txt")
+    predicted = file.read_text(encoding="utf-8")
+    assert {line.split("\t")[1] for line in predicted.splitlines()[1:]} <= set(labels)
+    card = (out / "README.md").read_text(encoding="utf-8")
+    assert json.loads((out / "checkpoint-2" / "increlora_state.json").read_text(encoding="utf-8"))["rounds"] == []
+    assert all(label in card for label in labels)

@@ -122,6 +122,16 @@ KEY = "base_model.model.bert.encoder.layer.0.attention.self.query.lora_"
             lambda f: retensor(f, lambda t: t.update({KEY + "A.weight": torch.zeros(3, 16)})),
             r"factors \(r, in\) and \(out, r\), found \[3, 16\] and \[16, 2\]",
         ),
+        (
+            lambda f: retensor(
+                f, lambda t: t.update({KEY + "A.weight": torch.zeros(9**9, 0), KEY + "B.weight": torch.zeros(0, 9**9)})
+            ),
+            r"query: expected factors \(r, in\) and \(out, r\), found \[387420489, 0\]",
+        ),
+        (
+            lambda f: retensor(f, lambda t: t.update({"9" * 5000: torch.zeros(1)})),
+            "at most 1000, found 5000 characters",
+        ),
         (lambda f: retensor(f, lambda t: t.update({"\x1b[2J": torch.zeros(1)})), r"x1b\[2J.*expected a printable key"),
         (
             lambda f: save_file({"weight": torch.zeros(1)}, f / "adapter_model.safetensors"),

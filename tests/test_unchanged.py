@@ -42,7 +42,7 @@ def _picture(model: nn.Module) -> dict[str, Any]:
         "hooks": {name: [list(vars(module)[kind]) for kind in hooks] for name, module in modules.items()},
         "parameters": [(name, id(p), p.requires_grad, p.dtype) for name, p in model.named_parameters()],
         "settings": {name: config.to_dict() for name, config in getattr(model, "peft_config", {}).items()},
-        "output": output.tolist(),
+        "output": output.nan_to_num().tolist(),  # NaN is unlike itself
     }
 
 

@@ -151,6 +151,15 @@ def merged() -> PeftModel:
     return model
 
 
+def overflowing() -> PeftModel:
+    """An adapter of finite values whose update is infinite in their precision."""
+    model = lora()
+    for name, parameter in model.named_parameters():
+        if "lora_A" in name or "lora_B" in name:
+            parameter.data.fill_(1e30)
+    return model
+
+
 REFUSED_ADAPTERS: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], str]] = {
     "no-room": (
         lambda: lora(r=8),
@@ -195,6 +204,7 @@ REFUSED_ADAPTERS: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], str]]
     "inside-a-model": (lambda: add_adapter(use_dora=True), {"r_avg": 4}, "beyond plain LoRA"),
     "second": (with_second_adapter, {"r_avg": 4}, r"adapters \['default', 'second'\]. Delete all but the one to grow"),
     "merged": (merged, {"r_avg": 4}, "Call unmerge_adapter"),
+    "overflow": (overflowing, {"r_avg": 4}, "The update of the model's adapter is not finite"),
 }
 
 

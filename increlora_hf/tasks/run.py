@@ -1,5 +1,6 @@
 """One run of a script from its settings to the Hub: check, prepare, train, evaluate, predict, publish."""
 
+import io
 import logging
 import os
 import sys
@@ -219,6 +220,8 @@ class Preparation(TrainerCallback):
 
 
 def set_up_logging(training: TrainingArguments) -> None:
-    """Show what IncreLoRA reports, on the main process."""
+    """Show what IncreLoRA reports, on the main process; escape what the terminal's encoding lacks."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stdout)
     logging.getLogger("increlora_hf").setLevel(logging.INFO if training.should_log else logging.WARNING)
