@@ -56,7 +56,10 @@ from increlora_hf.method import penalties, scores
         ({"modules_to_save": ["classifier", 3]}, "contains 3"),
         ({"modules_to_save": 5}, "modules_to_save=5 is not a list of names"),
         ({"target_modules": "("}, r"target_modules='\(' is not a valid regular expression"),
-        ({"target_modules": "a{99999999999}"}, "is not a valid regular expression .the repetition number is too large"),
+        (
+            {"target_modules": "a{99999999999}"},
+            "is not a valid regular expression .the repetition number is too large",
+        ),
         ({"target_modules": [""]}, "target_modules contains ''"),
         ({"target_modules": {"query": 2}}, "is not a list of names"),
         ({"score": []}, r"score=\[\] is unknown"),
