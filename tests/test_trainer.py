@@ -624,7 +624,10 @@ def test_budget_out_of_reach_is_refused_before_step_1(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "settings, message",
     [
-        ({"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "epoch"}, "'reduce_lr_on_plateau' depends on a"),
+        (
+            {"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "epoch"},
+            "'reduce_lr_on_plateau' depends on a",
+        ),
         ({"lr_scheduler_type": "greedy", "eval_strategy": "epoch"}, "'greedy' depends on a metric"),
         ({"lr_scheduler_type": "warmup_stable_decay"}, "lr_scheduler_kwargs={} do not fit"),
     ],
