@@ -313,7 +313,7 @@ def test_named_checkpoint_that_is_damaged_is_refused(run: Path) -> None:
 def test_named_checkpoint_that_is_not_there_is_told_from_those_that_are(run: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"checkpoint-999': there is no such folder; .* holds checkpoint-18, checkp"):
         make(run).train(resume_from_checkpoint=str(run / "checkpoint-999"))
-    with pytest.raises(ValueError, match=r"empty': there is no such folder; .* holds no checkpoint\. Name one"):
+    with pytest.raises(ValueError, match=r"empty': there is no such folder; .* holds no checkpoint\. Name an"):
         make(run).train(resume_from_checkpoint=str(tmp_path / "empty"))
     with pytest.raises(
         ValueError, match=r"is an output folder, not a checkpoint. It holds checkpoint-18, .*give True"

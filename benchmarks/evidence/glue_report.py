@@ -219,14 +219,8 @@ def new_figure(height: float, rows: int = 1) -> tuple[Any, Any]:
     from increlora_hf.report.plots import WIDTH
     from increlora_hf.report.rank_map import BACKGROUND
 
-    size: dict[str, Any] = {
-        "figsize": (WIDTH, height),
-        "layout": "constrained",
-        "facecolor": BACKGROUND,
-        "squeeze": False,
-    }
-    figure, axes = pyplot.subplots(rows, 1, sharex=True, **size)
-    return figure, axes[:, 0] if rows > 1 else axes[0, 0]
+    figure = pyplot.figure(figsize=(WIDTH, height), layout="constrained", facecolor=BACKGROUND)
+    return figure, figure.subplots(rows, 1, sharex=True)
 
 
 def save_figure(figure: Any, path: Path) -> None:
