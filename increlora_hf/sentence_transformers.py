@@ -46,6 +46,12 @@ class SentenceTransformersMixin(IncreLoraTrainerMixin):
                 "SentenceTransformer(NAME)."
             )
         super().__init__(model, *args, **kwargs)
+        self._tell_what_trains()
+
+    def _tell_what_trains(self) -> None:
+        """Let growth know of all that training changes: the whole model and the loss."""
+        loss = nn.ModuleDict(self.loss) if isinstance(self.loss, dict) else self.loss
+        self.increlora.trained = nn.ModuleDict({"model": self.model, "loss": loss})
 
     def _attach(self, model: Any, seed: int, **trial_settings: Any) -> Any:
         """Attach the transformer in the first module; raises ValueError where it is not the only one."""
@@ -60,9 +66,8 @@ class SentenceTransformersMixin(IncreLoraTrainerMixin):
         return model
 
     def create_scheduler(self, *args: Any, **kwargs: Any) -> Any:
-        """As `IncreLoraTrainerMixin`'s; what trains is the whole model and the loss."""
-        loss = nn.ModuleDict(self.loss) if isinstance(self.loss, dict) else self.loss
-        self.increlora.trained = nn.ModuleDict({"model": self.model, "loss": loss})
+        """As `IncreLoraTrainerMixin`'s; ``model_init`` may have made the model anew."""
+        self._tell_what_trains()
         return super().create_scheduler(*args, **kwargs)
 
     def _load_best_model(self) -> None:
