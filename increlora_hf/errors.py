@@ -11,6 +11,7 @@ class AdapterFormatError(ValueError):
     def __init__(self, file: Path | str, key: str, expected: str, found: str) -> None:
         """Keep the four parts, and put them into one message."""
         self.file, self.key, self.expected, self.found = str(file), key, expected, found
+        found = found.removesuffix(".")  # where it is a message itself
         super().__init__(f"{file}: {key}: expected {expected}, found {found}. Nothing was loaded.")
 
 

@@ -350,7 +350,7 @@ CHECKPOINT_MUTATIONS: dict[str, tuple[Mutation, str]] = {
     "average-huge": (state(lambda held: held["smoothed"].__setitem__(0, 10**400)), "smoothed: expected 12 finite"),
     "config-pattern": (
         state(lambda held: held["config"].update(target_modules="a{99999999999}")),
-        "is no regular expression .the repetition number is too large",
+        "is not a valid regular expression .the repetition number is too large",
     ),
     "log-list": (text("[]", "trainer_state.json"), "trainer_state.json: content: expected the state of a Trainer"),
     "average-short": (state(lambda held: held["smoothed"].pop()), "smoothed: expected 12 finite numbers"),
