@@ -44,7 +44,7 @@ FILES = {  # to damage -> how often
 }
 OF_THE_STATE = (STATE_JSON, STATE_TENSORS, MANIFEST_NAME)
 DOCUMENTED = (  # ValueErrors that are no AdapterFormatError
-    "was written under other settings|is of an optimizer that was made after|growth only adds rank|is not finite"
+    "(?i)was written with other settings|an optimizer that was made|growth only adds rank|is not finite"
 )
 
 T = TypeVar("T")
