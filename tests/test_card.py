@@ -81,7 +81,8 @@ def test_snippet_of_an_adapter_for_a_local_base_runs_where_that_folder_is(tmp_pa
     assert '# Copy the base model\'s folder to "./mine". In training it was loaded as BertForSeq' in snippet
     (tmp_path / "mine").symlink_to(tmp_path / "folder" / "bases" / "mine")
     monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", lambda name: words)
-    exec(snippet, found := {})
+    found: dict[str, Any] = {}
+    exec(snippet, found)
     with torch.no_grad():
         expected = run.model.eval()(**words("")).logits
     assert torch.equal(found["model"](**words("")).logits, expected)

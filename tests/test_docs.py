@@ -111,7 +111,7 @@ def test_the_table_of_settings_has_every_field_with_its_default_and_help() -> No
 def test_the_readme_has_a_row_for_every_setting_with_its_default() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     table = text[text.index("| Setting |") : text.index("## Cite")]
-    found = {}
+    found: dict[str, str] = {}
     for names, defaults in README_SETTING.findall(table):
         found |= dict(zip(re.findall(r"`(\w+)`", names), defaults.split(", "), strict=True))
     assert found == {field.name: repr(field.default) for field in fields(IncreLoraConfig)}

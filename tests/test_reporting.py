@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, replace
-from io import BytesIO, StringIO
+from io import BytesIO, StringIO, TextIOWrapper
 from itertools import pairwise
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -31,7 +31,7 @@ from transformers import TrainerCallback, TrainingArguments
 from transformers.integrations import MLflowCallback, TrackioCallback, WandbCallback
 
 from increlora_hf import IncreLoraConfig, IncreLoraTrainer, attach
-from increlora_hf.report.callback import GrowthReportCallback
+from increlora_hf.report.callback import GrowthReportCallback, say
 from increlora_hf.report.plots import orthogonality_curve
 from increlora_hf.report.text import plan_line, rank_table, round_line, sparkline
 
@@ -553,3 +553,27 @@ def test_history_of_a_resumed_run_is_the_same(tmp_path: Path) -> None:
         "kwargs": {"min_lr": 1e-4},
     }
     assert saved["initial_ranks"] == dict.fromkeys(whole.increlora.layers, 1)
+
+
+@pytest.mark.parametrize("hide", ["level", "disabled", "everything"])
+def test_a_reader_of_the_log_can_hide_the_messages(
+    hide: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = logging.getLogger("increlora_hf")
+    if hide == "level":
+        monkeypatch.setattr(package, "level", logging.WARNING)
+    elif hide == "disabled":
+        monkeypatch.setattr(package, "disabled", True)
+    else:
+        monkeypatch.setattr(logging.root.manager, "disable", logging.CRITICAL)
+    say(arguments(tmp_path), "hello")
+    assert "hello" not in "".join(capsys.readouterr())
+
+
+def test_a_message_is_shown_on_a_stdout_that_lacks_its_signs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    narrow = TextIOWrapper(BytesIO(), encoding="ascii")
+    monkeypatch.setattr("sys.stdout", narrow)
+    monkeypatch.setattr("increlora_hf.report.callback.logger", logging.Logger("without-handlers"))
+    say(arguments(tmp_path), "rank 36 → 72")
+    narrow.flush()
+    assert narrow.buffer.getvalue() == b"rank 36 \\u2192 72\n"

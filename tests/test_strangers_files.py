@@ -64,14 +64,14 @@ class Tiny(nn.Module):
     def forward(self, input_ids: Tensor) -> Any:
         x = input_ids[..., :4].to(self.head.weight) / 50
         for block in self.layer:
-            x = x + block["out"](block["query"](x))  # type: ignore[index]
+            x = x + block["out"](block["query"](x))
         return SimpleNamespace(logits=self.head(self.dense(x)))
 
 
 def begin(model: PeftModel, state: Any = None) -> GrowthRun:
     """A run of 12 steps, resumed in the order in which the Trainer does it."""
     if state is not None:
-        model.increlora.replay(state, state["rounds_before_optimizer"])  # type: ignore[operator, union-attr]
+        model.increlora.replay(state, state["rounds_before_optimizer"])
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.01)
     return GrowthRun(model, optimizer, total_steps=12, warmup_steps=2, state=state)
 
@@ -322,7 +322,7 @@ class Readers:
     def state(self) -> dict[str, Any]:
         folder = resolve_checkpoint(str(self.folder), str(self.folder.parent))
         where_it_stopped(folder, [])
-        return state_to_resume(folder, self.attached.increlora)  # type: ignore[arg-type]
+        return state_to_resume(folder, self.attached.increlora)
 
     def shows(self, name: str, command: Callable[[Namespace], commands.Answer], **options: Any) -> None:
         with suppress(AdapterFormatError):

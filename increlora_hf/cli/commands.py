@@ -189,12 +189,12 @@ def inspect(args: argparse.Namespace) -> Answer:
 def plot(args: argparse.Namespace) -> Answer:
     """Draw the ranks of an adapter, and its growth if it has a history."""
     adapter = _adapter("ADAPTER", args.adapter)
-    history = adapter.history or {"rank_pattern": adapter.ranks}
+    history, log = adapter.history or {"rank_pattern": adapter.ranks}, adapter.log_history
     with _matplotlib(), _writing(args.output):
         from ..report.plots import draw_all
 
         try:
-            files = [str(path) for path in draw_all(history, adapter.log_history, args.output)]
+            files = [str(path) for path in draw_all(history, log, args.output)]
         except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError, RecursionError) as error:
             # the history or the log is not one that this package writes
             raise AdapterFormatError(

@@ -40,7 +40,7 @@ examples:
   increlora push adapter my-name/my-adapter --private
 
 An adapter is a folder or a Hub repository. The program reads safetensors and
-JSON files only, and never a pickle.
+JSON files of it only, and never a pickle.
 
 exit codes:
   0  done

@@ -29,11 +29,13 @@ TOKENIZER_NAMES = (
 )  # fmt: skip
 
 LONGEST_KEY = 1_000  # characters; honest ones have less than 200
-MATCHING_SECONDS = 0.5  # of processor time
+MATCHING_SECONDS, SECONDS_A_MATCH = 0.5, 5e-6  # of processor time; in all, and for each pattern and name
+STUCK_SECONDS = 60  # where there is no timer of processor time
 MATCH = r"""
 import json, re, signal, sys
 seconds, form, patterns, names = json.load(sys.stdin)
-signal.setitimer(signal.ITIMER_VIRTUAL, seconds)  # the signal ends the process
+if hasattr(signal, "setitimer"):  # not on Windows
+    signal.setitimer(signal.ITIMER_VIRTUAL, seconds)  # the signal ends the process
 for pattern in patterns:
     try:
         for name in names:
@@ -253,16 +255,24 @@ def check_patterns(path: Path, patterns: Iterable[str], names: Iterable[str], fo
     risky = [pattern for pattern in patterns if not re.fullmatch(r"\^?(?:[\w-]|\\?\.)*\$?", pattern)]
     if not risky:
         return
-    tried = subprocess.run(
-        [sys.executable, "-I", "-S", "-X", "utf8", "-c", MATCH],
-        input=json.dumps([MATCHING_SECONDS, form, risky, list(names)]),
-        capture_output=True,
-        encoding="utf-8",
-        check=False,
+    names = list(names)
+    seconds = MATCHING_SECONDS + SECONDS_A_MATCH * len(risky) * len(names)
+    too_long = AdapterFormatError(
+        path, "patterns", f"regular expressions that match within {seconds:.1f} s", f"{risky}"[:80]
     )
+    try:
+        tried = subprocess.run(
+            [sys.executable, "-I", "-S", "-X", "utf8", "-c", MATCH],
+            input=json.dumps([seconds, form, risky, names]),
+            capture_output=True,
+            encoding="utf-8",
+            check=False,
+            timeout=STUCK_SECONDS,
+        )
+    except subprocess.TimeoutExpired:
+        raise too_long from None
     if tried.returncode < 0:  # by the signal
-        wanted = f"regular expressions that match within {MATCHING_SECONDS} s"
-        raise AdapterFormatError(path, "patterns", wanted, f"{risky}"[:80])
+        raise too_long
     if tried.returncode:
         raise AdapterFormatError(path, "patterns", "regular expressions", tried.stderr.strip()[-80:])
 

@@ -29,6 +29,7 @@ INTEGRATIONS: tuple[type[TrainerCallback], ...] = tuple(INTEGRATION_TO_CALLBACK.
 WITH_GROUPS = (TensorBoardCallback, WandbCallback, TrackioCallback)
 SET_UP = ("on_train_begin", "on_log")  # the events at which integrations send the training arguments, once
 
+PACKAGE = __name__.partition(".")[0]
 logger = logging.getLogger(__name__)
 
 
@@ -148,8 +149,12 @@ def say(args: TrainingArguments, message: str, level: int = logging.INFO) -> Non
     """Show a message once, on the main process, above the progress bar.
 
     It goes to the log where logging was set up to show it, and otherwise to stdout, as Trainer's losses do. What is
-    below ``log_level`` is not shown; nor is information where the verbosity of transformers was raised.
+    below ``log_level`` is not shown; nor is information where the verbosity of transformers was raised, nor what the
+    level of the logger ``increlora_hf`` or `logging.disable` excludes.
     """
+    package = logging.getLogger(PACKAGE)
+    if package.disabled or level < package.level or level <= package.manager.disable:
+        return
     least = args.get_process_log_level()
     if args.log_level == "passive" and least == logging.WARNING:
         least = logging.INFO  # transformers' own default: nobody has chosen a level
@@ -160,7 +165,8 @@ def say(args: TrainingArguments, message: str, level: int = logging.INFO) -> Non
         with tqdm.external_write_mode():
             logger.log(level, message)
     else:
-        tqdm.write(message)
+        encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+        tqdm.write(message.encode(encoding, "backslashreplace").decode(encoding))
 
 
 def _send_group(callback: Any, step: int, ranks: dict[str, int], picture: Any) -> None:

@@ -113,8 +113,8 @@ class ScriptArguments:
 
     tuner: str = flag(
         "increlora",
-        "The method of fine-tuning. All methods read rank, alpha, dropout, target_modules and modules_to_save from "
-        "the --increlora_ flags.",
+        "The method of fine-tuning. lora and adalora also read rank, alpha, dropout, target_modules and "
+        "modules_to_save from the --increlora_ flags.",
         TUNERS,
     )
     allow_pickles_on_hub: bool = flag(

@@ -1,4 +1,4 @@
-"""The checkpoints to resume and to end with: the same for all processes, and whether a run had ended already."""
+"""Choose the checkpoint to resume or to end with, alike in all processes, and try it on the model first."""
 
 from __future__ import annotations
 
