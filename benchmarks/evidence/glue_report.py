@@ -212,59 +212,45 @@ def title_of(row: str) -> str:
     return row
 
 
-def new_figure(height: float, rows: int = 1) -> tuple[Any, Any]:
-    """A figure that is readable on a phone, on light pages and on dark ones; its axes, one below the other."""
-    from matplotlib import pyplot
-
-    from increlora_hf.report.plots import WIDTH
-    from increlora_hf.report.rank_map import BACKGROUND
-
-    figure = pyplot.figure(figsize=(WIDTH, height), layout="constrained", facecolor=BACKGROUND)
-    return figure, figure.subplots(rows, 1, sharex=True)
-
-
-def save_figure(figure: Any, path: Path) -> None:
-    """Write a figure, and let it go."""
-    from matplotlib import pyplot
-
-    figure.savefig(path, dpi=200)
-    pyplot.close(figure)
-
-
 def figures(found: Sequence[Mapping[str, Any]], folder: Path) -> None:
     """Pictures of what the lines hold: evaluations and the penalty over the steps, scores by budget."""
+    from increlora_hf.report.plots import new_figure, save
+
     folder.mkdir(parents=True, exist_ok=True)
     for study, task in dict.fromkeys((line["study"], line["task"]) for line in found):
         if study == TUNING:
             continue
         own = [line for line in found if (line["study"], line["task"]) == (study, task)]
         name, of_score = TASK_TITLES.get(task, task), METRIC_TITLES[metric(task)]
-        figure, axes = new_figure(1.6 + 0.35 * len({line["row"] for line in own}))
+        figure = new_figure(1.6 + 0.35 * len({line["row"] for line in own}))
+        axes = figure.subplots()
         _draw_scores(axes, own)
         figure.suptitle(f"{name}: score at the last step")
         axes.set_xlabel(of_score)
         figure.legend(loc="outside lower center", ncols=2, fontsize="small")
-        save_figure(figure, folder / f"{study}-{task}.png")
+        save(figure, folder / f"{study}-{task}.png")
         curves = {
             "evaluations": ("evaluations", f"eval_{metric(task)}", of_score),
             "penalty": ("training", "orth_loss", "orthogonality penalty"),
         }
         for kind, (where, key, of_y) in curves.items():
-            figure, axes = new_figure(5)
+            figure = new_figure(5)
+            axes = figure.subplots()
             _draw_curves(axes, own, where, key)
             figure.suptitle(f"{name} during training")
             axes.set(xlabel="optimizer step", ylabel=of_y)
             if axes.lines:
                 words = {"title": "a line for each seed", "title_fontsize": "small", "fontsize": "small"}
                 figure.legend(loc="outside lower center", **words)
-                save_figure(figure, folder / f"{study}-{task}-{kind}.png")
+                save(figure, folder / f"{study}-{task}-{kind}.png")
         if study == "budgets":
-            figure, axes = new_figure(3.8)
+            figure = new_figure(3.8)
+            axes = figure.subplots()
             _draw_budgets(axes, own)
             figure.suptitle(f"{name}: mean and deviation of the seeds")
             axes.set(xlabel="average rank of a layer", ylabel=of_score)
             axes.legend()
-            save_figure(figure, folder / f"budgets-{task}.png")
+            save(figure, folder / f"budgets-{task}.png")
 
 
 def _draw_scores(axes: Any, own: Sequence[Mapping[str, Any]]) -> None:

@@ -32,7 +32,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from glue_report import lines, new_figure, paired, put, save_figure
+from glue_report import lines, paired, put
 from peft import AdaLoraConfig, LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.optim import AdamW
@@ -46,7 +46,7 @@ SHAPES = {"encoder": 64, "causal": 128}  # and their widths
 DRAWINGS = ("exponential", "sparse")
 STOCK = ("lora", "oracle", "adalora")  # beside them "paper", "default", and settings such as overshoot=2,score=weakest
 ADALORA_START = 3  # AdaLoRA's own ratio of first to last rank, 1.5
-EVEN = ("lora", "oracle")  # their ranks are given
+GIVEN = ("lora", "oracle")  # they have their ranks from the start
 TITLE_WIDTH = 56  # characters of a panel's title
 PACKAGES = ("torch", "transformers", "peft", "increlora-hf")
 
@@ -346,16 +346,18 @@ def draw(found: Sequence[Mapping[str, Any]], cell: Cell, settings: argparse.Name
     """Draw planted ranks beside found ones, of the first seed: a panel for each contender; where the picture is."""
     from matplotlib.ticker import MaxNLocator
 
+    from increlora_hf.report.plots import new_figure, save
+
     own = [line for line in found if cell_of(line) == cell]
     seed = min(line["seed"] for line in own)
-    names = settings.shown or [name for name in dict.fromkeys(line["contender"] for line in own) if name not in EVEN]
+    names = settings.shown or [name for name in dict.fromkeys(line["contender"] for line in own) if name not in GIVEN]
     best = {name: at_best_rate(found, cell, name).get(seed) for name in names}
     shown = {name: line for name, line in best.items() if line is not None}
     if not shown:
         return None
     planted = next(iter(shown.values()))["planted"]
-    figure, panels = new_figure(2 * len(shown) + 0.9, rows=len(shown))
-    panels = np.atleast_1d(panels)
+    figure = new_figure(2 * len(shown) + 0.9)
+    panels = np.atleast_1d(figure.subplots(len(shown), 1, sharex=True))
     places = np.arange(len(planted))
     for axes, (name, line) in zip(panels, shown.items(), strict=True):
         axes.bar(places, list(planted.values()), width=0.9, color="0.75", label="planted")
@@ -369,9 +371,8 @@ def draw(found: Sequence[Mapping[str, Any]], cell: Cell, settings: argparse.Name
     figure.suptitle(f"Planted and found ranks: {cell[0]}, {cell[1]} ranks", fontsize="medium")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
     settings.figures.mkdir(parents=True, exist_ok=True)
-    path: Path = settings.figures / f"planted-{'-'.join(map(str, cell))}.png"
-    save_figure(figure, path)
-    return path
+    path = settings.figures / f"planted-{'-'.join(map(str, cell))}.png"
+    return save(figure, path)
 
 
 def run_all(settings: argparse.Namespace) -> None:

@@ -18,6 +18,7 @@ from typing import Any, get_args, get_type_hints
 from .._version import __version__
 from ..config import FACTOR, FLAG_PREFIX, STEPS, IncreLoraArguments, Range
 from ..files.base_models import TASKS
+from ..report.text import printable
 from . import commands
 from .commands import Answer, on_a_line
 
@@ -39,8 +40,8 @@ examples:
   increlora export adapter --format uniform --output for-llama
   increlora push adapter my-name/my-adapter --private
 
-An adapter is a folder or a Hub repository. The program reads safetensors and
-JSON files of it only, and never a pickle.
+An adapter is a folder or a Hub repository. From it, the program reads only
+safetensors and JSON files, never a pickle.
 
 exit codes:
   0  done
@@ -79,8 +80,7 @@ def _hide(*packages: str) -> None:
 
 
 def _write(text: str) -> None:
-    encoding = sys.stdout.encoding or "utf-8"
-    sys.stdout.write(text.encode(encoding, "backslashreplace").decode(encoding) + "\n")
+    sys.stdout.write(printable(text) + "\n")
     sys.stdout.flush()
 
 

@@ -112,12 +112,12 @@ class SavedAdapter:
     @cached_property
     def _head_keys(self) -> list[str]:
         """Keys of the tensors of heads: no DoRA magnitudes, and no biases that are saved without their weight."""
-        without = [key for key in self.others if MAGNITUDE in key]
+        without = {key for key in self.others if MAGNITUDE in key}
         if self.config.get("bias", "none") != "none":
             weights = {key.removesuffix(".weight") for key in self.others}
-            without += [
+            without |= {
                 key for key in self.others if key.endswith(".bias") and key.removesuffix(".bias") not in weights
-            ]
+            }
         return [key for key in self.others if key not in without]
 
     @property

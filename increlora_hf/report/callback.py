@@ -21,7 +21,7 @@ from ..config import FLAG_PREFIX, IncreLoraConfig
 from ..documents import without_tokens
 from ..growth.growth import Growth
 from ..method.penalties import orthogonality
-from .text import BARS_LEGEND, ORTH_LOSS, RANK_OF, TOTAL_RANK, round_line
+from .text import BARS_LEGEND, ORTH_LOSS, RANK_OF, TOTAL_RANK, printable, round_line
 
 RANK_MAP = "increlora/rank_map"
 INTEGRATIONS: tuple[type[TrainerCallback], ...] = tuple(INTEGRATION_TO_CALLBACK.values())
@@ -108,9 +108,9 @@ class GrowthReportCallback(TrainerCallback):
     def _note_penalty(self, state: TrainerState, growth: Growth) -> None:
         """Keep the orthogonality penalty of this step: a short run logs it once or never."""
         if state.is_world_process_zero and _can_draw():
-            with torch.no_grad():
+            with _errors_as_warnings(), torch.no_grad():
                 penalty = orthogonality(growth.factors(), growth.config.penalty).item()
-            self._penalties.append({"step": state.global_step, ORTH_LOSS: penalty})
+                self._penalties.append({"step": state.global_step, ORTH_LOSS: penalty})
 
     def _send(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any) -> None:
         """Send the ranks of the last round, and the rank map, to the integrations."""
@@ -165,8 +165,7 @@ def say(args: TrainingArguments, message: str, level: int = logging.INFO) -> Non
         with tqdm.external_write_mode():
             logger.log(level, message)
     else:
-        encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
-        tqdm.write(message.encode(encoding, "backslashreplace").decode(encoding))
+        tqdm.write(printable(message))
 
 
 def _send_group(callback: Any, step: int, ranks: dict[str, int], picture: Any) -> None:

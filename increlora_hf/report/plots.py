@@ -22,9 +22,11 @@ __all__ = [
     "compare",
     "draw_all",
     "learning_rates",
+    "new_figure",
     "orthogonality_curve",
     "pixels",
     "rank_map",
+    "save",
     "score_history",
 ]
 
@@ -53,7 +55,7 @@ def budget_curve(history: History, log: Log = ()) -> Figure | None:
     total.setdefault(history["plan"]["total_steps"], total[max(total)])
     steps = sorted(total)
     rates = learning_rates(history)
-    figure = _figure(6 if rates else 3.2)
+    figure = new_figure(6 if rates else 3.2)
     axes = figure.subplots(2 if rates else 1, 1, sharex=True, squeeze=False)[:, 0]
     axes[0].step(steps, [total[step] for step in steps], where="post", color=STYLES[0][0], label="total rank")
     budget = history["target_total_rank"]
@@ -92,7 +94,7 @@ def orthogonality_curve(history: History, log: Log) -> Figure | None:
     points = sorted((entry["step"], entry[ORTH_LOSS]) for entry in log if ORTH_LOSS in entry)
     if len(points) < 2:
         return None
-    figure = _figure(3.8)
+    figure = new_figure(3.8)
     axes = figure.subplots()
     rounds = _own_rounds(history)
     for number, step in enumerate(record["step"] for record, _ in rounds if record["layers"]):
@@ -124,7 +126,7 @@ def score_history(history: History) -> Figure | None:
     names = _layer_names(history["initial_ranks"])
     named = [name for name in names if name in often]
     steps = [record["step"] for record in rounds]
-    figure = _figure(5)
+    figure = new_figure(5)
     axes = figure.subplots()
     for number, name in enumerate([name for name in times if name not in named]):
         label = None if number else f"{len(times) - len(named)} more layers"
@@ -185,7 +187,8 @@ def pixels(figure: Figure) -> np.ndarray:
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
 
-def _figure(height: float) -> Figure:
+def new_figure(height: float) -> Figure:
+    """A figure that is readable on a phone, and on light and dark pages; ``height`` in inches."""
     return Figure(figsize=(WIDTH, height), layout="constrained", facecolor=BACKGROUND)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,12 @@ RANK_OF = "increlora/rank/"  # and the layer's name
 BLOCKS = "▁▂▃▄▅▆▇█"
 LINE_WIDTH = 80  # columns of a plain terminal
 BARS_LEGEND = "  Each bar is the total rank of one block of the model, first to last, from 0."
+
+
+def printable(text: str) -> str:
+    """The text, with an escape for each sign that the encoding of stdout lacks."""
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
 def plan_line(growth: Growth, other_trainable: int) -> str:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 USAGE = "%(prog)s [CONFIG.json] [--flag value ...]"
 HELP, HELP_ALL = ("-h", "--help"), "--help_all"
-FIRST = {  # the flags that a first run needs, by group; of those of another script, each script leaves out
+FIRST = {  # the flags that a first run needs, by group; a script shows those that it has
     "model and data": (
         "model_name_or_path",
         "task_name",

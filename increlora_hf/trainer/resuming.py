@@ -71,7 +71,7 @@ def state_to_resume(folder: Path, growth: Growth) -> dict[str, Any]:
 
 
 def where_it_stopped(folder: Path, callbacks: Iterable[TrainerCallback]) -> tuple[int, bool]:
-    """The step of a checkpoint, and whether the run `has_ended` there, by Trainer's own state of it."""
+    """The step of a checkpoint, and whether the run had ended there: see `has_ended`. Reads Trainer's own state."""
     path = folder / TRAINER_STATE_NAME
     try:
         state = TrainerState.load_from_json(str(path))
