@@ -83,7 +83,7 @@ class IncreLoraConfig:
         within=RANK,
     )
     init_r: int | None = _setting(
-        None, "Rank of every layer at the start. Default: 1; with an overshoot: r_avg + overshoot // 2.", within=RANK
+        None, "Rank of every layer at the start. Default: r_avg + overshoot // 2; without an overshoot 1.", within=RANK
     )
     top_h: int | None = _setting(
         None,
@@ -99,7 +99,7 @@ class IncreLoraConfig:
         within=STEPS,
     )
     overshoot: int = _setting(
-        0,
+        2,
         "Components per layer, on average, that growth adds above r_avg. One interval after the last round, the "
         "model's smallest components are removed until the budget is met. A layer may lose all of its components.",
         within=Range(0, MAX_RANK),
@@ -108,12 +108,12 @@ class IncreLoraConfig:
         None, "No round takes place before this optimizer step. Default: interval.", within=Range(0)
     )
     growth_fraction: float = _setting(
-        0.4, "Growth ends at this share of the run, if top_h is not given.", within=Range(0, 1, "(]")
+        0.6, "Growth ends at this share of the run, if top_h is not given.", within=Range(0, 1, "(]")
     )
     score: str = _setting(
-        "paper",
-        "Score that chooses the layers of a round: 'paper' = smoothed sensitivity * uncertainty (equation 8), or "
-        "'weakest' = the size of the layer's smallest component, which needs no gradients.",
+        "weakest",
+        "Score that chooses the layers of a round: 'weakest' = the size of the layer's smallest component, which needs no "
+        "gradients, or 'paper' = smoothed sensitivity * uncertainty (equation 8).",
         choices=SCORES,
     )
     beta1: float = _setting(
@@ -152,7 +152,9 @@ class IncreLoraConfig:
         "modules with parameters outside the backbone.",
     )
     orth_reg_weight: float = _setting(
-        0.1, "Weight of the orthogonality penalty, equation (4). 0 turns it off.", within=Range(0, MAX_FACTOR)
+        0.0,
+        "Weight of the orthogonality penalty, equation (4). 0 turns it off. The paper uses 0.1.",
+        within=Range(0, MAX_FACTOR),
     )
     penalty: str = _setting(
         "paper",
@@ -161,7 +163,7 @@ class IncreLoraConfig:
         choices=PENALTIES,
     )
     advance_learning: bool = _setting(
-        True, "Train new components in advance, as a reserve. Without it they start untrained."
+        False, "Train new components in advance, as a reserve, as the paper does. Without it they start untrained."
     )
     restart_warmup: bool = _setting(
         True, "Give the new parameters of each round a learning-rate warm-up of their own."
@@ -174,8 +176,8 @@ class IncreLoraConfig:
         within=FACTOR,
     )
     lam_lr_multiplier: float = _setting(
-        10.0,
-        "Factor on the learning rate of the lambdas. With 10, updates grow as fast as LoRA's. The paper uses 1.",
+        3.0,
+        "Factor on the learning rate of the lambdas. The paper uses 1.",
         within=FACTOR,
     )
     rank_pattern: dict[str, int] | str | None = _setting(
