@@ -112,8 +112,8 @@ class IncreLoraConfig:
     )
     score: str = _setting(
         "weakest",
-        "Score that chooses the layers of a round: 'weakest' = the size of the layer's smallest component, which needs "
-        "no gradients, or 'paper' = smoothed sensitivity * uncertainty (equation 8).",
+        "Score that chooses the layers of a round: 'weakest' = the size of the layer's smallest component, without "
+        "gradients, or 'paper' = smoothed sensitivity * uncertainty (equation 8).",
         choices=SCORES,
     )
     beta1: float = _setting(

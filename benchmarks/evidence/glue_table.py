@@ -22,7 +22,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -37,12 +37,23 @@ from increlora_hf.tasks.glue.tasks import glue_task
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("torch", "transformers", "peft", "adapters", "increlora-hf")
 BOTTLENECKS = {"houlsby": 8, "pfeiffer": 16}  # widths; on a BERT with about the parameters of LoRA r=2
-CUT: Mapping[str, Any] = {  # what planted_ranks.py found best: growth past the budget, and a cut
+CUT: Mapping[str, Any] = {  # today's defaults but for lambda's rate, spelled out: their runs began before they were
     "increlora_overshoot": 2,
     "increlora_score": "weakest",
     "increlora_advance_learning": False,
     "increlora_orth_reg_weight": 0,
     "increlora_growth_fraction": 0.6,
+}
+SETTINGS: Mapping[str, Sequence[Any]] = {  # beside the default, one at a time
+    "overshoot": (0, 4),
+    "score": ("paper",),
+    "advance_learning": (True,),
+    "rank_scaling": ("per_rank",),
+    "init_std": ("unit",),
+    "init_r": (1,),
+    "lam_lr_multiplier": (1, 10),
+    "orth_reg_weight": (0.1,),
+    "growth_fraction": (0.4, 0.8),
 }
 RANKS_OF = "ranks of"  # in place of a flag: this row of the study of methods, same task and seed, gives the ranks
 
@@ -70,6 +81,11 @@ def tuner(name: str, rank: int | None = None) -> Flags:
     return {"tuner": name} | ({} if rank is None else {"increlora_r_avg": rank})
 
 
+def paper(rank: int) -> Flags:
+    """The flags of the paper's method."""
+    return tuner("increlora", rank) | {"increlora_preset": "paper"}
+
+
 def studies(rank: int) -> dict[str, dict[str, Flags]]:
     """Study -> row -> flags."""
     ablation: dict[str, Flags] = {}
@@ -77,7 +93,7 @@ def studies(rank: int) -> dict[str, dict[str, Flags]]:
         if restart and not orthogonal:
             continue  # the paper has six of the eight
         letters = zip("OAR", (orthogonal, advance, restart), strict=True)
-        ablation[" ".join(letter if on else "-" for letter, on in letters)] = tuner("increlora", rank) | {
+        ablation[" ".join(letter if on else "-" for letter, on in letters)] = paper(rank) | {
             "increlora_advance_learning": advance,
             "increlora_restart_warmup": restart,
             **({} if orthogonal else {"increlora_orth_reg_weight": 0}),
@@ -85,8 +101,7 @@ def studies(rank: int) -> dict[str, dict[str, Flags]]:
     return {
         "methods": {
             **{f"{name} r={rank}": tuner(name, rank) for name in ("increlora", "lora", "adalora")},
-            f"increlora r={rank}, lam x 1": tuner("increlora", rank) | {"increlora_lam_lr_multiplier": 1},
-            f"paper r={rank}": tuner("increlora", rank) | {"increlora_preset": "paper"},
+            f"paper r={rank}": paper(rank),
             **{
                 f"cut r={rank}, lam x {factor}": tuner("increlora", rank)
                 | {**CUT, "increlora_lam_lr_multiplier": factor}
@@ -110,22 +125,17 @@ def studies(rank: int) -> dict[str, dict[str, Flags]]:
             },
         },
         "orthogonality": {
-            f"{'with' if advance else 'without'} advance learning, penalty {weight}": tuner("increlora", rank)
+            f"{'with' if advance else 'without'} advance learning, penalty {weight}": paper(rank)
             | {"increlora_advance_learning": advance, "increlora_orth_reg_weight": weight}
             for advance, weight in itertools.product((True, False), (0.1, 0))
         },
         "settings": {
             "defaults": tuner("increlora", rank),
-            "score_reduction sqrt": tuner("increlora", rank) | {"increlora_score_reduction": "sqrt"},
-            "rank_scaling per_rank": tuner("increlora", rank) | {"increlora_rank_scaling": "per_rank"},
-            "init_std unit": tuner("increlora", rank) | {"increlora_init_std": "unit"},
-            "lam_lr_multiplier 1": tuner("increlora", rank) | {"increlora_lam_lr_multiplier": 1},
-            "penalty squared": tuner("increlora", rank) | {"increlora_penalty": "squared"},
-            "orth_reg_weight 0": tuner("increlora", rank) | {"increlora_orth_reg_weight": 0},
-            "growth_fraction 0.2": tuner("increlora", rank) | {"increlora_growth_fraction": 0.2},
-            "growth_fraction 0.7": tuner("increlora", rank) | {"increlora_growth_fraction": 0.7},
-            "reserve_lambda 1e-3": tuner("increlora", rank) | {"increlora_reserve_lambda": 1e-3},
-            **({"init_r 2": tuner("increlora", rank) | {"increlora_init_r": 2}} if rank > 2 else {}),
+            **{
+                f"{name} {value}": tuner("increlora", rank) | {f"increlora_{name}": value}
+                for name, values in SETTINGS.items()
+                for value in values
+            },
         },
     }
 
