@@ -13,6 +13,7 @@ from transformers import Trainer, TrainingArguments
 
 from increlora_hf import IncreLoraConfig, IncreLoraTrainer
 from increlora_hf.adapter.targets import resolve_targets
+from increlora_hf.config import PAPER
 from increlora_hf.method.reference import NaiveIncreLora, NaiveSettings
 from increlora_hf.tasks.tuners import ADALORA_START
 
@@ -76,7 +77,7 @@ class Growing(Contender):
     def phase(self) -> str:
         """Scoring, between the scored windows, or after the budget is met."""
         growth = self.trainer.increlora
-        if growth.remaining == 0:
+        if growth.total_rank == growth.target_total_rank:
             return "after"
         return "scoring" if self.growth_run.is_scoring else "between"
 
@@ -220,15 +221,21 @@ class Naive:
 
 
 def ours(model: nn.Module, args: TrainingArguments, steps: int, r_avg: int, **settings: Any) -> Contender:
-    """IncreLoRA as shipped."""
+    """IncreLoRA with its defaults."""
     config = IncreLoraConfig(r_avg=r_avg, lora_alpha=LORA_ALPHA, **settings)
     return Growing(IncreLoraTrainer(model, args, increlora_config=config), steps)
+
+
+def papers(model: nn.Module, args: TrainingArguments, steps: int, r_avg: int, **settings: Any) -> Contender:
+    """IncreLoRA as the paper has it: scored steps, reserve, penalty."""
+    return ours(model, args, steps, r_avg, **{**PAPER, **settings})
 
 
 CONTENDERS: dict[str, Callable[..., Any]] = {
     "naive IncreLoRA": Naive,  # first: TrainingArguments without a Trainer after them break those before
     "PEFT LoRA": lora,
     "IncreLoRA": ours,
+    "IncreLoRA, paper": papers,
     "no adapter (floor)": floor,
     "PEFT LoRA, one rank more": lora_with_reserve,
     "PEFT AdaLoRA": adalora,

@@ -11,10 +11,10 @@ end=$((SECONDS + 470))
 
 if [ "${2:-}" = --smoke ]; then
     device=cpu models=(tiny) ranks=(2) steps=20 interval=4 size=(--batch 2 --length 8)
-    dtype=float32 sweeps=(smoke) only=(IncreLoRA) planted=(--width 16 --seeds 1 --steps 130 --contenders lora paper)
+    dtype=float32 sweeps=(smoke) only=(IncreLoRA "IncreLoRA, paper") planted=(--width 16 --seeds 1 --steps 130 --contenders lora paper)
 else
     device=cuda models=(deberta-v3-base llama-1b) ranks=(2 8 64) steps=80 interval=16 size=(--batch 32 --length 128)
-    dtype=bfloat16 sweeps=(r_avg rounds) only=("no adapter (floor)" IncreLoRA)
+    dtype=bfloat16 sweeps=(r_avg rounds) only=("no adapter (floor)" IncreLoRA "IncreLoRA, paper")
     planted=(--width 512 --seeds 1 2 3 4 5 6 7 8 9 10 --steps 1600 --jobs 5 --contenders lora adalora paper default)
 fi
 
@@ -36,7 +36,7 @@ run fp16-resume "$here/fp16_resume.py" --device "$device" --json "$out/fp16-resu
 for model in "${models[@]}"; do
     for rank in "${ranks[@]}"; do
         run "step-$model-$rank" "$here/step_time.py" --model "$model" --device "$device" --dtype "$dtype" "${size[@]}" \
-            --r_avg "$rank" --increment $((rank - 1)) --steps "$steps" --interval "$interval" --score_tolerance 0.2 \
+            --r_avg "$rank" --increment "$(((rank + 1) / 2))" --steps "$steps" --interval "$interval" --score_tolerance 0.2 \
             --only "${only[@]}" --json "$out/step-$model-$rank.json"
     done
 done

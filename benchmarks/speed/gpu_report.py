@@ -13,9 +13,9 @@ README = Path(__file__).parents[1] / "README.md"
 BEGIN, END, NONE = "<!-- gpu -->\n", "<!-- end of gpu -->", "not measured"
 MODELS, RANKS = ("deberta-v3-base", "llama-1b"), (2, 8, 64)
 STEPS = {
-    "while scoring": "IncreLoRA while scoring",
-    "between": "IncreLoRA between",
+    "before the budget": "IncreLoRA between",
     "after the budget": "IncreLoRA after the budget",
+    "paper's method, scoring": "IncreLoRA, paper while scoring",
     "no adapter": "no adapter (floor)",
 }
 

@@ -2,8 +2,8 @@
 
 python benchmarks/speed/scaling.py [--device cuda]
 
-At every point IncreLoRA grows, a round a step, until its budget is met; then its step and that of PEFT LoRA of the
-same average rank are timed in turns, and the optimizer's own share, because every round adds a parameter group.
+At every point IncreLoRA grows from rank 1, a round a step, until its budget is met. Then its step and that of PEFT
+LoRA of the same average rank are timed in turns, and the optimizer's own share, because a round adds a parameter group.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def grown(point: Point, args: argparse.Namespace, folder: str, sync: Any) -> tup
     missing = n * (point.r_avg - 1)
     increment = max(1, missing // (n * point.rounds))  # all layers a round, as long as there are components for them
     top_h = -(-missing // (increment * point.rounds))
-    growth = {"interval": 1, "start": 1, "increment": increment, "top_h": top_h}
+    growth = {"init_r": 1, "overshoot": 0, "interval": 1, "start": 1, "increment": increment, "top_h": top_h}
     ours = build("IncreLoRA", model.to(args.device), folder, steps(point), point.r_avg, settings(args), **growth)
     after_step, times = ours.after_step, []
 

@@ -23,9 +23,9 @@ import models
 import torch
 from contenders import CONTENDERS, Contender, build
 
-REFERENCE, OURS = "PEFT LoRA", "IncreLoRA"
+REFERENCE, GROWING = "PEFT LoRA", ("IncreLoRA", "IncreLoRA, paper")
 WARM_UP = 5  # first steps, which allocate, left out of every figure
-PHASES = {"scoring": "IncreLoRA while scoring", "between": "IncreLoRA between", "after": "IncreLoRA after the budget"}
+PHASES = {"scoring": "while scoring", "between": "between", "after": "after the budget"}
 MEMORY_STEPS = 4
 PROGRESS = 20  # turns
 
@@ -43,11 +43,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--r_avg", type=int, default=2)
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--interval", type=int, default=100)
-    parser.add_argument("--top_h", type=int, help="default: as many as let growth end at 40 %% of the run")
+    parser.add_argument("--top_h", type=int, help="default: as many as let growth end at its share of the run")
     parser.add_argument("--increment", type=int, default=1)
-    parser.add_argument(
-        "--settings", type=json.loads, default={}, help='more of IncreLoRA\'s, as {"score": "weakest"}'
-    )
+    parser.add_argument("--settings", type=json.loads, default={}, help='more of IncreLoRA\'s, as {"overshoot": 1}')
     parser.add_argument(
         "--score_tolerance", type=float, default=1e-4, help="larger: fewer steps before a round scored"
     )
@@ -70,7 +68,7 @@ def make(name: str, model: Any, folder: str, args: argparse.Namespace) -> Conten
         "increment": args.increment,
         **args.settings,
     }
-    more = {**growth, "score_tolerance": args.score_tolerance} if name == OURS else {}
+    more = {**growth, "score_tolerance": args.score_tolerance} if name in GROWING else {}
     return build(name, model, folder, args.steps, args.r_avg, settings, **more)
 
 
@@ -83,28 +81,29 @@ def seconds(contender: Contender, batch: dict[str, torch.Tensor], device: str) -
     return time.perf_counter() - start
 
 
-def race(args: argparse.Namespace, folder: str) -> tuple[dict[str, list[float]], list[str]]:
-    """Seconds of every step of every contender, and IncreLoRA's phase in each."""
+def race(args: argparse.Namespace, folder: str) -> tuple[dict[str, list[float]], dict[str, list[str]]]:
+    """Seconds of every step of every contender, and the phase in each of those that grow."""
     model = models.load(args.model).to(args.device)
     data = [{k: v.to(args.device) for k, v in b.items()} for b in models.batches(model, 8, args.batch, args.length)]
     names = [name for name in CONTENDERS if not args.only or name in (REFERENCE, *args.only)]
     runs = {name: make(name, copy.deepcopy(model), folder, args) for name in names}
     times: dict[str, list[float]] = defaultdict(list)
-    phases: list[str] = []
+    phases: dict[str, list[str]] = {name: [] for name in names if name in GROWING}
     order = random.Random(0)
     for step in range(args.steps):
-        phases.append(runs[OURS].phase if OURS in runs else "")
+        for name in phases:
+            phases[name].append(runs[name].phase)
         for name in order.sample(names, len(names)):
             times[name].append(seconds(runs[name], data[step % len(data)], args.device))
         if (step + 1) % PROGRESS == 0:
             sys.stderr.write(f"{step + 1} of {args.steps} turns, {sum(map(sum, times.values())):.0f} s\n")
-    if OURS in runs:
-        growth = runs[OURS].trainer.increlora
+    for name in phases:
+        growth = runs[name].trainer.increlora
         assert growth.total_rank == growth.target_total_rank
     return times, phases
 
 
-def summary(times: dict[str, list[float]], phases: list[str]) -> list[tuple[str, float, float]]:
+def summary(times: dict[str, list[float]], phases: dict[str, list[str]]) -> list[tuple[str, float, float]]:
     """(what, median ratio to PEFT LoRA of the same turn, median seconds)."""
     reference = times[REFERENCE]
     rows = []
@@ -116,11 +115,10 @@ def summary(times: dict[str, list[float]], phases: list[str]) -> list[tuple[str,
 
     usual = range(WARM_UP, len(reference))
     for name, values in times.items():
-        if name != OURS:
+        if name not in phases:
             add(name, values, list(usual))
-    for phase, what in PHASES.items():
-        if OURS in times:
-            add(what, times[OURS], [i for i in usual if phases[i] == phase])
+        for phase, what in PHASES.items() if name in phases else ():
+            add(f"{name} {what}", values, [i for i in usual if phases[name][i] == phase])
     return rows
 
 
