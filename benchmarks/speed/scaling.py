@@ -3,7 +3,7 @@
 python benchmarks/speed/scaling.py [--device cuda]
 
 At every point IncreLoRA grows from rank 1, a round a step, until its budget is met. Then its step and that of PEFT
-LoRA of the same average rank are timed in turns, and the optimizer's own share, because a round adds a parameter group.
+LoRA of the same average rank are timed in turns. So is the optimizer alone, because a round adds a parameter group.
 """
 
 from __future__ import annotations
