@@ -24,6 +24,7 @@ from ..config import IncreLoraConfig
 from ..errors import AdapterFormatError
 from ..method.allocation import Plan, choose, gains, make_plan, scored_window, smallest
 from ..method.importance import ImportanceTracker
+from ..method.penalties import orthogonality
 from ..method.scores import SCORES, Evidence
 from .tensors import check_tensors, training_tensors
 
@@ -234,6 +235,13 @@ class Growth:
     def factors(self) -> list[Parameter]:
         """A and Bᵀ of all layers, reserves included: what the orthogonality penalty sees."""
         return [factor.components for layer in self.layers.values() for factor in (layer.A, layer.B)]
+
+    @torch.no_grad()
+    def penalty(self) -> float | None:
+        """The orthogonality penalty (4) as it is now; None where its weight is 0."""
+        if not self.config.orth_reg_weight:
+            return None
+        return orthogonality(self.factors(), self.config.penalty).item()
 
     def history(self) -> dict[str, Any]:
         """Settings, plan, learning-rate schedule, rounds, first and current ranks, as values that JSON can hold."""

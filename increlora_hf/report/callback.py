@@ -11,7 +11,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import INTEGRATION_TO_CALLBACK, TensorBoardCallback, TrackioCallback, WandbCallback
@@ -20,7 +19,6 @@ from transformers.trainer_callback import CallbackHandler
 from ..config import FLAG_PREFIX, IncreLoraConfig
 from ..documents import without_tokens
 from ..growth.growth import Growth
-from ..method.penalties import orthogonality
 from .text import BARS_LEGEND, ORTH_LOSS, RANK_OF, TOTAL_RANK, printable, round_line
 
 RANK_MAP = "increlora/rank_map"
@@ -108,9 +106,9 @@ class GrowthReportCallback(TrainerCallback):
     def _note_penalty(self, state: TrainerState, growth: Growth) -> None:
         """Keep the orthogonality penalty of this step: a short run logs it once or never."""
         if state.is_world_process_zero and _can_draw():
-            with _errors_as_warnings(), torch.no_grad():
-                penalty = orthogonality(growth.factors(), growth.config.penalty).item()
-                self._penalties.append({"step": state.global_step, ORTH_LOSS: penalty})
+            with _errors_as_warnings():
+                if (penalty := growth.penalty()) is not None:
+                    self._penalties.append({"step": state.global_step, ORTH_LOSS: penalty})
 
     def _send(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any) -> None:
         """Send the ranks of the last round, and the rank map, to the integrations."""

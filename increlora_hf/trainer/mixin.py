@@ -24,7 +24,6 @@ from ..growth.attach import attach, is_attached
 from ..growth.growth import Growth
 from ..growth.run import GrowthRun
 from ..growth.tensors import frozen_batch_norms
-from ..method.penalties import orthogonality
 from ..report.callback import GrowthReportCallback, say
 from ..report.text import ORTH_LOSS, TOTAL_RANK, choice_note, final_ranks, plan_line
 from .loss_accounting import ItemCountsMixin, borrowed
@@ -300,16 +299,19 @@ class IncreLoraTrainerMixin(ItemCountsMixin, PublishingMixin, SearchMixin):
         words = ", ".join(f"{name} {count:,}" for name, count in counts.items())
         say(self.args, f"IncreLoRA: loaded the best model, {folder} (score {self.state.best_metric}): {words}")
         self.log(dict(counts))
+        rank, budget = self.increlora.total_rank, self.increlora.target_total_rank
+        if rank > budget:
+            above = f"IncreLoRA: the best model is from before the cut, with a total rank of {rank}, above {budget}."
+            say(self.args, f"{above} For one within the budget, set eval_delay to the step of the cut.", logging.WARNING)
 
     # ---- What the user sees ------------------------------------------------------------------------------------
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Log; training logs also hold the total rank and the orthogonality penalty."""
+        """Log; training logs also hold the total rank and, where it counts, the orthogonality penalty."""
         if "loss" in logs:
             logs[TOTAL_RANK] = self.increlora.total_rank
-            with torch.no_grad():
-                growth = self.increlora
-                logs[ORTH_LOSS] = orthogonality(growth.factors(), growth.config.penalty).item()
+            if (penalty := self.increlora.penalty()) is not None:
+                logs[ORTH_LOSS] = penalty
         super().log(logs, *args, **kwargs)
 
     def _show_total_rank(self) -> None:
