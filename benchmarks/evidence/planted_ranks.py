@@ -312,13 +312,20 @@ def table(found: Sequence[Mapping[str, Any]], cell: Cell) -> str:
         found_ranks = [[line["found"].get(name, 0) for name in line["planted"]] for line in own]
         numbers = [correlation(line) for line in own]
         known = "" if any(map(math.isnan, numbers)) else f"{statistics.mean(numbers):.2f}"
-        label = contender.replace(",", ", ")  # which a table can break
         text.append(
-            f"| {label} | {own[0]['learning_rate']:g} | {' '.join(f'{loss:.4f}' for loss in losses.values())} | "
-            f"{' | '.join(ratios)} | {known} | {statistics.mean(map(overlap, own)):.0f} | "
+            f"| {label(contender)} | {own[0]['learning_rate']:g} | "
+            f"{' '.join(f'{loss:.4f}' for loss in losses.values())} | {' | '.join(ratios)} | {known} | {statistics.mean(map(overlap, own)):.0f} | "
             f"{statistics.mean(ranks.count(0) for ranks in found_ranks):.0f} | {max(map(max, found_ranks))} |"
         )
     return "\n".join(text)
+
+
+def label(contender: str) -> str:
+    """A contender's name; of settings of ours what differs from the defaults."""
+    if contender in (*STOCK, "paper"):
+        return contender
+    own, usual = (settings_of(name, seed=0).to_dict() for name in (contender, "default"))
+    return ", ".join(["default", *(f"{name}={value}" for name, value in own.items() if usual[name] != value)])
 
 
 def ratio(ours: Mapping[int, float], theirs: Mapping[int, float]) -> str:
@@ -362,7 +369,7 @@ def draw(found: Sequence[Mapping[str, Any]], cell: Cell, settings: argparse.Name
     for axes, (name, line) in zip(panels, shown.items(), strict=True):
         axes.bar(places, list(planted.values()), width=0.9, color="0.75", label="planted")
         axes.bar(places, [line["found"].get(layer, 0) for layer in planted], width=0.45, color="C0", label="found")
-        title = "AdaLoRA" if name == "adalora" else f"IncreLoRA: {name.replace(',', ', ')}"
+        title = "AdaLoRA" if name == "adalora" else f"IncreLoRA: {label(name)}"
         numbers = f"loss {line['loss']:.4f}, correlation {correlation(line):.2f}"
         axes.set_title("\n".join([*textwrap.wrap(title, TITLE_WIDTH), numbers]), fontsize="small", loc="left")
         axes.set_ylabel("rank")
