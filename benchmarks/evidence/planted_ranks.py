@@ -314,7 +314,8 @@ def table(found: Sequence[Mapping[str, Any]], cell: Cell) -> str:
         known = "" if any(map(math.isnan, numbers)) else f"{statistics.mean(numbers):.2f}"
         text.append(
             f"| {label(contender)} | {own[0]['learning_rate']:g} | "
-            f"{' '.join(f'{loss:.4f}' for loss in losses.values())} | {' | '.join(ratios)} | {known} | {statistics.mean(map(overlap, own)):.0f} | "
+            f"{' '.join(f'{loss:.4f}' for loss in losses.values())} | {' | '.join(ratios)} | "
+            f"{known} | {statistics.mean(map(overlap, own)):.0f} | "
             f"{statistics.mean(ranks.count(0) for ranks in found_ranks):.0f} | {max(map(max, found_ranks))} |"
         )
     return "\n".join(text)
