@@ -9,7 +9,7 @@ from conftest import arguments, tiny_bert, token_rows
 
 from increlora_hf import IncreLoraConfig, IncreLoraTrainer
 
-CONFIG = IncreLoraConfig(r_avg=2, top_h=3, interval=4, start=4, lam_lr_multiplier=3.0, init_std="unit")
+CONFIG = IncreLoraConfig.paper(r_avg=2, top_h=3, interval=4, start=4, lam_lr_multiplier=3.0, init_std="unit")
 
 
 class ScaledTrainer(IncreLoraTrainer):
@@ -68,7 +68,8 @@ def test_activation_checkpointing_changes_nothing(reentrant: bool, plain: Any, t
 @pytest.mark.slow
 def test_compilation_changes_nothing(tmp_path: Path) -> None:
     """The window of 2 before rounds every 4 steps makes the probes come and go."""
-    config = IncreLoraConfig(top_h=6, interval=4, start=4, beta1=0.1, beta2=0.1, score_tolerance=0.01, init_std="unit")
+    settings = {"beta1": 0.1, "beta2": 0.1, "score_tolerance": 0.01, "init_std": "unit", "lam_lr_multiplier": 10.0}
+    config = IncreLoraConfig.paper(top_h=6, interval=4, start=4, **settings)
     whole, compiled = (
         trained(tmp_path, config=config, max_steps=14, torch_compile=on, torch_compile_backend="eager" if on else None)
         for on in (False, True)
