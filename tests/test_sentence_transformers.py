@@ -476,7 +476,7 @@ def test_a_real_encoder_learns_what_makes_sentences_alike_and_resumes(tmp_path: 
     def run(resume: str | None = None) -> Any:
         model = SentenceTransformer(folder, device="cpu")
         rows = Dataset.from_dict(of_the_same_colour(THINGS[:4]))
-        config = IncreLoraConfig(r_avg=2)
+        config = IncreLoraConfig(r_avg=2, growth_fraction=0.3)  # the cut comes at 16: either checkpoint has the budget
         loss = MultipleNegativesRankingLoss(model)
         trainer = bi_encoder_trainer(
             model, tmp_path, settings, train_dataset=rows, loss=loss, evaluator=evaluator, increlora_config=config
