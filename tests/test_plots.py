@@ -29,7 +29,7 @@ from increlora_hf.report.plots import (
 )
 from increlora_hf.report.rank_map import BACKGROUND, block_names, module_names
 
-CONFIG = IncreLoraConfig(r_avg=2, top_h=5, interval=4, start=4)  # rounds of 5, 5 and 2 at 8, 12, 16
+CONFIG = IncreLoraConfig.paper(r_avg=2, top_h=5, interval=4, start=4, lam_lr_multiplier=10.0)  # 5, 5, 2 at 8, 12, 16
 LLAMA = (
     *(f"self_attn.{name}_proj" for name in "qkvo"),
     *(f"mlp.{name}_proj" for name in ("gate", "up", "down")),

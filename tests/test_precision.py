@@ -9,7 +9,8 @@ from conftest import arguments, tiny_bert, token_rows
 
 from increlora_hf import IncreLoraConfig, IncreLoraTrainer
 
-CONFIG = IncreLoraConfig(r_avg=2, top_h=3, interval=4, start=4, lam_lr_multiplier=3.0, init_std="unit")
+CONFIG = IncreLoraConfig.paper(r_avg=2, top_h=3, interval=4, start=4, lam_lr_multiplier=3.0, init_std="unit")
+WITH_CUT = IncreLoraConfig(r_avg=2, top_h=3, interval=4, start=4)
 
 
 class ScaledTrainer(IncreLoraTrainer):
@@ -68,7 +69,8 @@ def test_activation_checkpointing_changes_nothing(reentrant: bool, plain: Any, t
 @pytest.mark.slow
 def test_compilation_changes_nothing(tmp_path: Path) -> None:
     """The window of 2 before rounds every 4 steps makes the probes come and go."""
-    config = IncreLoraConfig(top_h=6, interval=4, start=4, beta1=0.1, beta2=0.1, score_tolerance=0.01, init_std="unit")
+    settings = {"beta1": 0.1, "beta2": 0.1, "score_tolerance": 0.01, "init_std": "unit", "lam_lr_multiplier": 10.0}
+    config = IncreLoraConfig.paper(top_h=6, interval=4, start=4, **settings)
     whole, compiled = (
         trained(tmp_path, config=config, max_steps=14, torch_compile=on, torch_compile_backend="eager" if on else None)
         for on in (False, True)
@@ -106,10 +108,16 @@ def test_loss_scale_does_not_show(plain: Any, tmp_path: Path) -> None:
     assert largest_difference(scaled, plain) < 5e-3
 
 
-def test_overflow_leaves_the_averages_and_the_clock_of_growth_right(plain: Any, tmp_path: Path) -> None:
-    """Steps 3 and 12, the second of them a round's, overflow: no update, no sensitivities, rounds as planned."""
-    scaled = trained(tmp_path, ScaledTrainer, overflow_at={3, 12})
-    assert [step for step, _ in choices(scaled)] == [step for step, _ in choices(plain)] == [8, 12, 16, 20]
+@pytest.mark.parametrize(
+    "config, overflow_at, cut", [(CONFIG, {3, 12}, []), (WITH_CUT, {3, 12, 23}, [23])], ids=["the paper's", "defaults"]
+)
+def test_overflow_leaves_the_averages_and_the_clock_of_growth_right(
+    config: IncreLoraConfig, overflow_at: set[int], cut: list[int], plain: Any, tmp_path: Path
+) -> None:
+    """Step 3, a round's and the cut's overflow: no update, no sensitivities, rounds as planned."""
+    scaled = trained(tmp_path, ScaledTrainer, overflow_at=overflow_at, config=config)
+    assert [step for step, _ in choices(plain)] == [8, 12, 16, 20]
+    assert [step for step, _ in choices(scaled)] == [8, 12, 16, 20, *cut]
     assert torch.isfinite(scaled.increlora.tracker.scores()).all()
     assert scaled.increlora.total_rank == 24
     assert all(torch.isfinite(parameter).all() for parameter in scaled.model.parameters())

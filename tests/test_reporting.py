@@ -35,7 +35,8 @@ from increlora_hf.report.callback import GrowthReportCallback, say
 from increlora_hf.report.plots import orthogonality_curve
 from increlora_hf.report.text import plan_line, rank_table, round_line, sparkline
 
-CONFIG = IncreLoraConfig(r_avg=2, top_h=5, interval=4, start=4)  # rounds of 5, 5 and 2 at 8, 12, 16
+CONFIG = IncreLoraConfig.paper(r_avg=2, top_h=5, interval=4, start=4, lam_lr_multiplier=10.0)  # 5, 5, 2 at 8, 12, 16
+WITH_CUT = IncreLoraConfig(r_avg=2, top_h=5, interval=4, start=4)  # the same rounds, the cut at 19
 PICTURES = [
     f"increlora_{name}.{kind}" for name in ("budget", "orthogonality", "rank_map", "scores") for kind in ("png", "svg")
 ]
@@ -147,6 +148,17 @@ def test_services_get_ranks_and_the_rank_map(
     assert {name: rounds[0][f"increlora/rank/{name}"] for name in first.layers} == dict.fromkeys(first.layers, 2)
     assert rounds[0]["increlora/rank_map"][0] == "a picture of"
     assert rounds[0]["increlora/rank_map"][1][2] == 3
+
+
+def test_services_get_the_ranks_that_the_cut_lowers(tmp_path: Path) -> None:
+    service = Service()
+    trainer = make(tmp_path, Wandb(service), config=WITH_CUT, logging_steps=100)
+    trainer.train()
+    cut, ranks = trainer.increlora.rounds[-1], trainer.increlora.rank_pattern
+    shown = {key: value for one in service.logged if one["train/global_step"] == 19 for key, value in one.items()}
+    assert shown.items() >= {f"increlora/rank/{name}": ranks[name] for name in cut.removed}.items()
+    assert sum(is_of_a_round(one) for one in service.logged) == 3 + 1
+    assert shown["train/increlora/total_rank"] == 24
 
 
 def test_rounds_do_not_disturb_the_log_of_the_run(tmp_path: Path) -> None:
@@ -302,10 +314,11 @@ def test_script_without_a_set_up_of_logging_shows_plan_rounds_and_table_once(tmp
     shown = messages(plain)
     assert [one.split(",")[0] for one in shown] == [
         "IncreLoRA: 12 layers", "IncreLoRA: step 8", "IncreLoRA: step 12", "IncreLoRA: step 16",
+        "IncreLoRA: step 19",  # the cut: before the last step, with less than an interval left after the last round
         "IncreLoRA: final ranks",
     ]  # fmt: skip
     assert len(shown[0].splitlines()) == 2
-    assert [one.count("Each bar is") for one in shown] == [0, 1, 0, 0, 0]
+    assert [one.count("Each bar is") for one in shown] == [0, 1, 0, 0, 0, 0]
     assert "= attention.self.query" in shown[-1]
     assert not messages(set_up)
     assert done.stderr.count("IncreLoRA: ") == done.stderr.count("LOG IncreLoRA: ") == len(shown)

@@ -3,6 +3,7 @@
 import random
 import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,7 +19,10 @@ from increlora_hf.files.checkpoints import GROWTH_FILES, rotate, write_manifest
 from increlora_hf.trainer.resuming import has_ended
 
 STEPS = 24
-CONFIG = IncreLoraConfig(r_avg=2, top_h=4, interval=5, start=4, increment=1, lora_dropout=0.1)  # rounds at 5, 10, 15
+CONFIG = IncreLoraConfig.paper(
+    r_avg=2, top_h=4, interval=5, start=4, increment=1, lora_dropout=0.1, lam_lr_multiplier=10.0
+)  # rounds at 5, 10, 15
+QUICK = IncreLoraConfig.paper(r_avg=2, top_h=3, interval=4, start=4, lam_lr_multiplier=10.0)
 POSITIONS = {
     "before-the-first-round": 3,
     "on-a-round": 10,
@@ -121,15 +125,17 @@ def test_resumed_run_ends_with_the_same_bits(schedule: str, precision: str, accu
 @pytest.mark.parametrize(
     "config",
     [
-        IncreLoraConfig(top_h=3, interval=4, start=4, advance_learning=False),
-        IncreLoraConfig(top_h=2, interval=4, start=0, increment=5, restart_warmup=False),
-        IncreLoraConfig(top_h=3, interval=4, start=4, lam_lr_multiplier=4.0, rank_scaling="per_rank"),
-        IncreLoraConfig(init_r=13, r_avg=20, top_h=11, interval=4, start=0, orth_reg_weight=0.0),
+        IncreLoraConfig(),
+        replace(QUICK, advance_learning=False),
+        replace(QUICK, top_h=2, start=0, increment=5, restart_warmup=False),
+        replace(QUICK, lam_lr_multiplier=4.0, rank_scaling="per_rank"),
+        replace(QUICK, init_r=13, r_avg=20, top_h=11, start=0, orth_reg_weight=0.0),
         IncreLoraConfig(rank_pattern={"bert.encoder.layer.0.attention.self.query": 2}),
-        IncreLoraConfig(r_avg=1, overshoot=1, top_h=6, interval=4, start=4, score="weakest", advance_learning=False),
-        IncreLoraConfig(r_avg=1, overshoot=1, top_h=6, interval=4, start=4, penalty="directions"),
+        IncreLoraConfig(r_avg=1, overshoot=1, top_h=6, interval=4, start=4, orth_reg_weight=0.1),
+        replace(QUICK, r_avg=1, overshoot=1, top_h=6, penalty="directions"),
     ],
     ids=[
+        "defaults",  # rounds at 6, 9 and 12, the cut at 15
         "no-reserve",
         "narrowed-reserve",
         "own-lambda-groups",

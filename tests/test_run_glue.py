@@ -359,7 +359,7 @@ def test_a_folder_without_the_split_is_refused(refused, tmp_path):
         (["--do_train"], {}, "there is no data. Give a GLUE task (--task_name)"),
         ([], {"task_name": "rte"}, "there is nothing to do. Give --do_train, --do_eval or --do_predict"),
         (["--do_train"], {"model_name_or_path": None, "task_name": "rte"}, "--model_name_or_path is missing"),
-        (["--do_train"], {"increlora_r_avg": 1, "increlora_init_r": 2}, "r_avg=1 is below init_r=2"),
+        (["--do_train"], {"increlora_r_avg": 1, "increlora_init_r": 4}, "r_avg=1 is below init_r=4"),
         (["--do_train", "--lerning_rate", "1"], {}, "unknown settings: --lerning_rate 1."),
         (["--do_train"], {"learning_rate": "fast"}, "invalid float value: 'fast'"),
         (["--do_train"], {"resume_from_checkpoint": "nowhere"}, "--resume_from_checkpoint nowhere: there is no such"),
@@ -541,7 +541,8 @@ def test_lora_takes_the_ranks_of_another_run(run, out, tmp_path):
         for name, tensor in weights.items()
         if name.endswith("lora_A.weight")
     }
-    assert found == ranks
+    assert found == {name: rank for name, rank in ranks.items() if rank}  # the cut may leave a layer without any
+    assert sum(found.values()) == BUDGET
     assert metrics["trainable_parameters"] == sum(tensor.numel() for tensor in weights.values())
 
 
@@ -565,7 +566,7 @@ def test_the_program_shows_plan_and_ranks_and_ends_well(model, out, tmp_path):
     ]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "6 layers, rank 6 → 12" in done.stdout
+    assert "6 layers, rank 18 → 24 → 12" in done.stdout
     assert "final ranks, total 12" in done.stdout
     assert f"The adapter is in {out}" in done.stdout
 
@@ -697,7 +698,7 @@ def test_class_names_beyond_ascii_survive_a_locale_without_utf8(model, out, tmp_
     path = write_csv(tmp_path / "rows.csv", sentence_pairs(labels))
     files = {f"{split}_file": path for split in ("train", "validation")}
     test = write_csv(tmp_path / "test.csv", {k: v for k, v in sentence_pairs(labels).items() if k != "label"})
-    settings = {**SETTINGS, **files, "test_file": test, "max_steps": 2, "increlora_r_avg": 1}
+    settings = {**SETTINGS, **files, "test_file": test, "max_steps": 2, "increlora_r_avg": 1, "increlora_overshoot": 0}
     settings |= {"model_name_or_path": model, "output_dir": out, "save_strategy": "steps", "save_steps": 2}
     flags = [f"--{name}={value}" for name, value in settings.items()]
     command = [sys.executable, str(ROOT / "run_glue.py"), "--do_train", "--do_eval", "--do_predict", *flags]

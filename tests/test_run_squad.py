@@ -358,7 +358,7 @@ def test_the_program_shows_plan_and_ranks_and_ends_well(model, out, tmp_path):
     command += [f"--{name}={value}" for name, value in settings.items()]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "6 layers, rank 6 → 12" in done.stdout
+    assert "6 layers, rank 18 → 24 → 12" in done.stdout
     assert f"The adapter is in {out}" in done.stdout
 
 

@@ -269,12 +269,14 @@ def test_evaluator_chooses_the_best_checkpoint_which_is_loaded_at_the_end(base: 
 
 
 def test_cached_loss_grows_as_the_loss_that_is_not_cached(base: str, tmp_path: Path) -> None:
-    """A cached loss calls the model again inside the backward pass."""
+    """A cached loss calls the model again inside the backward pass, where the paper's sensitivities are taken."""
+    config = IncreLoraConfig.paper(r_avg=2, interval=2, start=2, top_h=3, lam_lr_multiplier=10.0)
 
     def run(loss: Any, **options: Any) -> Any:
         model = bi_encoder(base)
         settings = {"logging_steps": 1, "save_strategy": "no", "max_steps": 8}
-        trainer = bi_encoder_trainer(model, tmp_path, settings, train_dataset=pairs(), loss=loss(model, **options))
+        more = {"train_dataset": pairs(), "loss": loss(model, **options), "increlora_config": config}
+        trainer = bi_encoder_trainer(model, tmp_path, settings, **more)
         trainer.train()
         return trainer
 
@@ -321,8 +323,10 @@ def test_a_warm_start_from_a_saved_model_computes_the_same_before_it_grows(base:
     config = IncreLoraConfig(r_avg=3, interval=2, start=2)
     again = bi_encoder_trainer(model, tmp_path, {"save_strategy": "no"}, increlora_config=config)
     np.testing.assert_allclose(embed(again.model), embed(first.model), rtol=0, atol=1e-5)
+    kept = {name: rank for name, rank in first.increlora.rank_pattern.items() if rank}  # the saved adapter's layers
+    assert again.increlora.rank_pattern == kept
     again.train()
-    assert again.increlora.total_rank == 3 * 6
+    assert again.increlora.total_rank == 3 * len(kept)
 
 
 # ---- What grows, what trains fully, and what is refused -------------------------------------------------------------
@@ -472,7 +476,7 @@ def test_a_real_encoder_learns_what_makes_sentences_alike_and_resumes(tmp_path: 
     def run(resume: str | None = None) -> Any:
         model = SentenceTransformer(folder, device="cpu")
         rows = Dataset.from_dict(of_the_same_colour(THINGS[:4]))
-        config = IncreLoraConfig(r_avg=2)
+        config = IncreLoraConfig(r_avg=2, growth_fraction=0.3)  # the cut comes at 16: either checkpoint has the budget
         loss = MultipleNegativesRankingLoss(model)
         trainer = bi_encoder_trainer(
             model, tmp_path, settings, train_dataset=rows, loss=loss, evaluator=evaluator, increlora_config=config

@@ -4,6 +4,7 @@ import json
 import logging
 import math
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,9 @@ from transformers.trainer_utils import HPSearchBackend
 
 from increlora_hf import IncreLoraConfig, IncreLoraTrainer, IncreLoraTrainerMixin, attach
 
-QUICK = IncreLoraConfig(r_avg=2, top_h=3, interval=4, start=4)
+DEFAULTS = IncreLoraConfig(r_avg=2, top_h=3, interval=4, start=4)  # rounds at 8, 12, 16 and 20, the cut at 24
+QUICK = IncreLoraConfig.paper(r_avg=2, top_h=3, interval=4, start=4, lam_lr_multiplier=10.0)  # the same, without a cut
+FORMS = ["the paper's", "defaults"]
 
 
 class Classifier(nn.Module):
@@ -96,8 +99,8 @@ def test_swapping_the_class_is_enough(tmp_path: Path) -> None:
     trainer.train()
     growth = trainer.increlora
     assert growth.total_rank == growth.target_total_rank == 24
-    assert growth.plan.rounds == len(growth.rounds) > 1
-    assert [record.step for record in growth.rounds] == list(growth.plan.round_steps)
+    assert growth.plan.rounds == len(growth.rounds) - 1 > 1
+    assert [record.step for record in growth.rounds] == [*growth.plan.round_steps, growth.plan.cut_step]
     assert growth.rank_pattern.keys() == growth.rounds[0].scores.keys()
     assert all(record.birth_step == record.step for record in growth.rounds)
     assert growth.config.seed == trainer.args.seed
@@ -254,7 +257,7 @@ def test_a_loss_that_cannot_tell_does_not_decide_whether_it_divides(tmp_path: Pa
     )
     model = BertForTokenClassification(config)
     trainer = IncreLoraTrainer(
-        model, args, train_dataset=Dataset.from_dict(rows), increlora_config=IncreLoraConfig(r_avg=1)
+        model, args, train_dataset=Dataset.from_dict(rows), increlora_config=IncreLoraConfig.paper(r_avg=1)
     )
     batch = {name: torch.tensor(values) for name, values in rows.items()}
     first, last = ({name: values[part] for name, values in batch.items()} for part in (slice(2), slice(2, 8)))
@@ -273,7 +276,7 @@ def test_a_loss_that_cannot_tell_does_not_decide_whether_it_divides(tmp_path: Pa
         BertForTokenClassification(config),
         args,
         train_dataset=Dataset.from_dict(rows),
-        increlora_config=IncreLoraConfig(r_avg=1),
+        increlora_config=IncreLoraConfig.paper(r_avg=1),
     )
     assert resumed.loss_divides is None
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
@@ -289,14 +292,17 @@ def test_settings_may_be_a_mapping(tmp_path: Path) -> None:
         IncreLoraTrainer(tiny_bert(), arguments(tmp_path), increlora_config={"rank": 3})
 
 
-def test_growth_says_its_ranks_in_a_line() -> None:
-    growth = attach(tiny_bert(), QUICK).increlora
-    assert repr(growth) == "Growth(layers=12, ranks=1-1, total_rank=12, target_total_rank=24, rounds=0)"
+@pytest.mark.parametrize(
+    "config, ranks", [(QUICK, "ranks=1-1, total_rank=12"), (DEFAULTS, "ranks=3-3, total_rank=36")], ids=FORMS
+)
+def test_growth_says_its_ranks_in_a_line(config: IncreLoraConfig, ranks: str) -> None:
+    growth = attach(tiny_bert(), config).increlora
+    assert repr(growth) == f"Growth(layers=12, {ranks}, target_total_rank=24, rounds=0)"
 
 
 def test_default_arguments_need_not_be_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)  # Trainer makes its default output_dir
-    assert IncreLoraTrainer(tiny_bert()).increlora.total_rank == 12
+    assert IncreLoraTrainer(tiny_bert()).increlora.total_rank == 12 * (2 + 1)
 
 
 def test_optimizer_of_the_user_is_followed(tmp_path: Path) -> None:
@@ -328,15 +334,22 @@ def test_rates_that_the_user_gave_the_lambdas_are_kept(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"increment": 3}, {"advance_learning": False}, {"lam_lr_multiplier": 1.0}, {"orth_reg_weight": 0.0}],
-    ids=str,
+    [
+        {},
+        {"increment": 3},
+        {"advance_learning": False},
+        {"lam_lr_multiplier": 1.0},
+        {"orth_reg_weight": 0.0},
+        DEFAULTS.to_dict(),
+    ],
+    ids=["", "increment", "no reserve", "one rate", "no penalty", "defaults"],
 )
 def test_optimizer_holds_exactly_what_the_model_trains(settings: dict[str, Any], tmp_path: Path) -> None:
-    trainer = run(tmp_path, IncreLoraConfig(r_avg=2, top_h=3, interval=4, start=4, **settings))
+    trainer = run(tmp_path, replace(QUICK, **settings))
     growth = trainer.increlora
     own_rate = settings.get("lam_lr_multiplier") != 1
     groups = 2 if own_rate else 1
-    expected = 2 + (groups - 1) + groups * len(growth.rounds)
+    expected = 2 + (groups - 1) + groups * sum(bool(record.layers) for record in growth.rounds)
     assert growth.total_rank == 24
     if own_rate and growth.config.advance_learning:
         expected -= 1  # the last round inserts λ's alone
@@ -345,13 +358,13 @@ def test_optimizer_holds_exactly_what_the_model_trains(settings: dict[str, Any],
 
 def test_fixed_ranks_never_grow_and_are_never_scored(tmp_path: Path) -> None:
     pattern = {name: 1 + i % 3 for i, name in enumerate(attach(tiny_bert()).increlora.layers)}
-    trainer = run(tmp_path, IncreLoraConfig(rank_pattern=pattern))
+    trainer = run(tmp_path, IncreLoraConfig.paper(rank_pattern=pattern))
     assert trainer.increlora.rank_pattern == pattern
     assert trainer.increlora.rounds == trainer.seen == []
 
 
 def test_only_the_window_before_a_round_is_scored_and_nothing_after_the_last(tmp_path: Path) -> None:
-    config = IncreLoraConfig(r_avg=2, top_h=6, interval=10, start=0, beta1=0.1, beta2=0.2, score_tolerance=0.01)
+    config = replace(QUICK, top_h=6, interval=10, start=0, beta1=0.1, beta2=0.2, score_tolerance=0.01)
     trainer = run(tmp_path, config)
     assert [record.step for record in trainer.increlora.rounds] == [10, 20]
     assert trainer.increlora.plan.window == 3
@@ -361,18 +374,19 @@ def test_only_the_window_before_a_round_is_scored_and_nothing_after_the_last(tmp
 
 def test_windowed_choice_equals_the_every_step_choice(tmp_path: Path) -> None:
     windowed, whole = (
-        run(tmp_path, IncreLoraConfig(top_h=2, interval=8, start=8, score_tolerance=tolerance), max_steps=70)
+        run(tmp_path, replace(QUICK, top_h=2, interval=8, start=8, score_tolerance=tolerance), max_steps=70)
         for tolerance in (1e-4, 0.0)
     )
     assert [r.layers for r in windowed.increlora.rounds] == [r.layers for r in whole.increlora.rounds]
 
 
-def test_evaluated_loss_is_the_task_loss_of_what_is_saved(tmp_path: Path) -> None:
-    """Rounds come at 8, 12, 16 and 20, so that at step 14 reserves are in place."""
-    trainer = run(tmp_path, eval_strategy="steps", eval_steps=14, save_strategy="steps", save_steps=14)
+@pytest.mark.parametrize("config, ranks", [(QUICK, 12 + 2 * 3), (DEFAULTS, 36 + 2 * 3)], ids=FORMS)
+def test_evaluated_loss_is_the_task_loss_of_what_is_saved(config: IncreLoraConfig, ranks: int, tmp_path: Path) -> None:
+    """Rounds come at 8, 12, 16 and 20, so that at step 14 the paper's reserves are in place."""
+    trainer = run(tmp_path, config, eval_strategy="steps", eval_steps=14, save_strategy="steps", save_steps=14)
     reported = history(trainer, "eval_loss")[0]
     reloaded = PeftModel.from_pretrained(tiny_bert(), tmp_path / "checkpoint-14").eval()
-    assert sum(module.r["default"] for module in reloaded.modules() if hasattr(module, "lora_A")) == 18
+    assert sum(module.r["default"] for module in reloaded.modules() if hasattr(module, "lora_A")) == ranks
     rows = token_rows(seed=9)
     with torch.no_grad():
         logits = reloaded(input_ids=torch.tensor(rows["input_ids"])).logits.double()
@@ -382,7 +396,7 @@ def test_evaluated_loss_is_the_task_loss_of_what_is_saved(tmp_path: Path) -> Non
 
 
 def test_loss_is_logged_without_the_penalty(tmp_path: Path) -> None:
-    heavy = run(tmp_path, IncreLoraConfig(r_avg=2, top_h=3, interval=4, start=4, orth_reg_weight=100.0))
+    heavy = run(tmp_path, replace(QUICK, orth_reg_weight=100.0))
     assert max(history(heavy, "loss")) < 1
 
 
@@ -396,30 +410,43 @@ def test_logs_carry_total_rank_and_orthogonality(tmp_path: Path) -> None:
     assert losses[-1] == pytest.approx(orthogonality(trainer.increlora.factors()).item())
 
 
-def test_plan_and_final_table_are_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize(
+    "config, ranks, cut, count",
+    [(QUICK, "12 → 24", "", 4), (DEFAULTS, "36 → 48 → 24", "; cut at 24", 4 + 1)],
+    ids=FORMS,
+)
+def test_plan_and_final_table_are_logged(
+    config: IncreLoraConfig, ranks: str, cut: str, count: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     with caplog.at_level(logging.INFO, logger="increlora_hf"):
-        run(tmp_path)
+        run(tmp_path, config)
     plan, *rounds, table = (record.getMessage() for record in caplog.records)
-    assert len(rounds) == 4
+    assert len(rounds) == count
     assert plan == (
-        "IncreLoRA: 12 layers, rank 12 → 24, adapter 0.00 → 0.00 M, head 0.00 M\n"
-        "  4 rounds of 3, every 4 steps: 8-20 of 30"
+        f"IncreLoRA: 12 layers, rank {ranks}, adapter 0.00 → 0.00 M, head 0.00 M\n"
+        f"  4 rounds of 3, every 4 steps: 8-20 of 30{cut}"
     )
     assert table.startswith("IncreLoRA: final ranks, total 24")
     assert "bert.encoder.layer.1" in table
     assert "= attention.self.query" in table
 
 
-def test_progress_bar_shows_the_total_rank(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run(tmp_path, disable_tqdm=False, max_steps=21)
+@pytest.mark.parametrize(
+    "config, steps, ranks",
+    [(QUICK, 21, ["12/24", "24/24"]), (DEFAULTS, 25, ["36/48", "48/48", "24/24"])],
+    ids=FORMS,
+)
+def test_progress_bar_shows_the_total_rank(
+    config: IncreLoraConfig, steps: int, ranks: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(tmp_path, config, disable_tqdm=False, max_steps=steps)
     shown = capsys.readouterr().err
-    assert "total rank 12/24" in shown
-    assert "total rank 24/24" in shown
+    assert all(f"total rank {rank}" in shown for rank in ranks)
 
 
 # ---- Accumulation -------------------------------------------------------------------------------------------------
 
-ALL_GROW = IncreLoraConfig(r_avg=2, top_h=12, interval=4, start=4)
+ALL_GROW = replace(QUICK, top_h=12)
 
 
 def test_accumulation_changes_neither_loss_nor_gradient_norm_nor_weights(tmp_path: Path) -> None:
@@ -496,7 +523,7 @@ def test_sensitivity_of_a_loss_over_all_tokens_is_that_of_each_micro_batch_alone
                 train_sampling_strategy="sequential",
             ),
             train_dataset=data,
-            increlora_config=IncreLoraConfig(interval=2, start=0, top_h=14),
+            increlora_config=replace(QUICK, interval=2, start=0, top_h=14),
         )
         trainer.train()
         return trainer.seen[0]
@@ -567,8 +594,8 @@ def test_optimizers_whose_state_has_no_rows_train_and_resume(name: str, tmp_path
             model,
             arguments(tmp_path, max_steps=12, optim=name, learning_rate=1e-3, **settings),
             train_dataset=data,
-            increlora_config=IncreLoraConfig(
-                target_modules=["body"], modules_to_save=["head"], increment=3, interval=4, start=4
+            increlora_config=replace(
+                QUICK, target_modules=["body"], modules_to_save=["head"], increment=3
             ),  # of the reserve of 3 rows, 2 are cut
         )
 
@@ -605,17 +632,29 @@ def test_frozen_running_statistics_are_evaluated_as_they_are_saved(tmp_path: Pat
 # ---- Refusals -----------------------------------------------------------------------------------------------------
 
 
-def test_budget_out_of_reach_is_refused_before_step_1(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "config, message",
+    [
+        (
+            IncreLoraConfig.paper(r_avg=9, interval=10),
+            r"budget of total rank 108 cannot be met in 30 steps.*Nearest valid settings: interval=3 with start=3",
+        ),
+        (
+            IncreLoraConfig(r_avg=9, interval=15),  # the one round comes at 30, and the cut after it
+            r"peak of total rank 132 cannot be met in 30 steps.*Nearest valid settings: interval=14 with start=14",
+        ),
+    ],
+    ids=FORMS,
+)
+def test_budget_out_of_reach_is_refused_before_step_1(config: IncreLoraConfig, message: str, tmp_path: Path) -> None:
     folder = tmp_path / "out"
     trainer = IncreLoraTrainer(
         tiny_bert(),
         arguments(folder, max_steps=30),
         train_dataset=token_rows(),
-        increlora_config=IncreLoraConfig(r_avg=9, interval=10),
+        increlora_config=config,
     )
-    with pytest.raises(
-        ValueError, match=r"cannot be met in 30 steps.*Nearest valid settings: interval=3 with start=3"
-    ):
+    with pytest.raises(ValueError, match=message):
         trainer.train()
     assert trainer.state.global_step == 0
     assert not list(folder.iterdir())

@@ -52,7 +52,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:`.*gradient_checkpointing.* is deprecated:FutureWarning"),  # trl's
 ]
 
-CONFIG = IncreLoraConfig(r_avg=2, interval=2, start=2)
+CONFIG = IncreLoraConfig(r_avg=2, interval=1, start=1)  # rounds at 2 and 3, the cut at 4; from rank 1 one more round
+PAPER = IncreLoraConfig.paper(r_avg=2, interval=2, start=2, lam_lr_multiplier=10.0)
 STOCK = LoraConfig(r=1, target_modules="all-linear")
 PROMPTS = ["red cat", "blue dog", "bird", "green bird"] * 2
 GOOD = ["runs", "sleeps green", "runs blue", "sleeps red cat"] * 2
@@ -133,7 +134,16 @@ def load(folder: Path, name: str = "DPO") -> Any:
     return AutoModelForCausalLM.from_pretrained(folder)
 
 
-def make(name: str, out: Path, folder: Path, model: Any = None, *, stock: bool = False, **settings: Any) -> Any:
+def make(
+    name: str,
+    out: Path,
+    folder: Path,
+    model: Any = None,
+    *,
+    stock: bool = False,
+    config: IncreLoraConfig = CONFIG,
+    **settings: Any,
+) -> Any:
     """A trainer of ours, or TRL's own with stock LoRA; on the tiny Llama, or on ``model``."""
     case = CASES[name]
     quiet = {"report_to": "none", "use_cpu": True, "disable_tqdm": True, "bf16": False, "dataloader_pin_memory": False}
@@ -146,7 +156,7 @@ def make(name: str, out: Path, folder: Path, model: Any = None, *, stock: bool =
         args=args,
         train_dataset=Dataset.from_dict(case.rows),
         processing_class=AutoTokenizer.from_pretrained(folder),
-        **(adapter if stock else {"increlora_config": CONFIG}),
+        **(adapter if stock else {"increlora_config": config}),
         **case.others,
     )
 
@@ -244,7 +254,7 @@ def test_first_loss_from_a_trained_lora_is_stock_loras(name: str, folder: Path, 
     first = []
     for stock in (True, False):
         start = lora_that_was_trained(folder)
-        trainer = make(name, tmp_path, folder, start, stock=stock, max_steps=5, save_strategy="no")
+        trainer = make(name, tmp_path, folder, start, stock=stock, config=PAPER, max_steps=5, save_strategy="no")
         trainer.train()
         first.append(losses(trainer)[0])
     assert first[1] == pytest.approx(first[0], abs=1e-5)
@@ -284,13 +294,12 @@ def test_a_model_takes_other_adapters_once_its_trainer_is_made(folder: Path, tmp
 
 @pytest.mark.parametrize("name", ["SFT", "Reward", "CPO"])
 def test_trainer_takes_the_name_of_a_model(name: str, folder: Path, tmp_path: Path) -> None:
-    by_object = make(name, tmp_path, folder, load(folder, name), max_steps=5, seed=0, save_strategy="no")
+    by_object = make(name, tmp_path, folder, load(folder, name), seed=0, save_strategy="no")
     by_name = make(
         name,
         tmp_path,
         folder,
         str(folder),
-        max_steps=5,
         seed=0,
         save_strategy="no",
         model_init_kwargs={"dtype": "float32"},
@@ -325,6 +334,7 @@ def test_sft_accumulation_changes_neither_loss_nor_growth(folder: Path, tmp_path
             "SFT",
             tmp_path,
             folder,
+            config=PAPER,
             per_device_train_batch_size=batch,
             gradient_accumulation_steps=8 // batch,
             train_sampling_strategy="sequential",

@@ -108,13 +108,21 @@ def test_decomposition_is_that_of_the_dense_matrix() -> None:
     torch.testing.assert_close(singular, torch.linalg.svdvals(2 * b @ a)[:4], atol=1e-5, rtol=0)
 
 
-def test_training_goes_on_and_grows_from_the_adapter(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "config",
+    [
+        IncreLoraConfig.paper(r_avg=5, top_h=4, interval=5, start=4),
+        IncreLoraConfig(r_avg=5, top_h=4, interval=4, start=3),
+    ],
+    ids=["the paper's", "defaults"],
+)
+def test_training_goes_on_and_grows_from_the_adapter(config: IncreLoraConfig, tmp_path: Path) -> None:
     def trainer() -> IncreLoraTrainer:
         return IncreLoraTrainer(
             lora(),
             arguments(tmp_path, save_strategy="steps", save_steps=10),
             train_dataset=token_rows(),
-            increlora_config=IncreLoraConfig(r_avg=5, top_h=4, interval=5, start=4),
+            increlora_config=config,
         )
 
     whole = trainer()
@@ -164,7 +172,7 @@ REFUSED_ADAPTERS: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], str]]
     "no-room": (
         lambda: lora(r=8),
         {"r_avg": 4},
-        r"r_avg=4 and overshoot=0 let 6 layers grow to a total rank of 24.*already has 48.*Raise r_avg",
+        r"r_avg=4 and overshoot=2 let 6 layers grow to a total rank of 36.*already has 48.*Raise r_avg",
     ),
     "fixed-ranks": (lora, {"r_avg": 4, "rank_pattern": {"x": 1}}, "rank_pattern sets the ranks"),
     "dora": (lambda: lora(use_dora=True), {"r_avg": 4}, r"beyond plain LoRA: \{'use_dora': True\}"),
