@@ -62,26 +62,28 @@ def trained(model: PeftModel, seed: int = 5) -> PeftModel:
 
 def unequal(config: IncreLoraConfig | None = None) -> PeftModel:
     """Ranks 1 to 4 with reserves, trained."""
-    model = attach(tiny_bert(), config or IncreLoraConfig(r_avg=3))
+    model = attach(tiny_bert(), config or IncreLoraConfig.paper(r_avg=3))
     names = list(model.increlora.layers)
     for round_layers in (names[:5], names[:3], names[2:3]):
         grow(model, *round_layers)
     return trained(model)
 
 
-def test_attached_model_computes_what_the_base_computes() -> None:
+@pytest.mark.parametrize("config", [IncreLoraConfig(), IncreLoraConfig.paper()], ids=["default", "paper"])
+def test_attached_model_computes_what_the_base_computes(config: IncreLoraConfig) -> None:
     base = tiny_bert()
     before = logits(base)
-    model = attach(base)
+    model = attach(base, config)
     assert torch.equal(logits(model), before)
-    model.train()  # dropout is 0; the reserve takes part
+    model.train()  # dropout is 0; a reserve takes part
     with torch.no_grad():
         difference = (model(input_ids=INPUT).logits - before).abs().max()
-    assert 0 < difference < 1e-5
+    assert difference < 1e-5
+    assert (difference > 0) == config.advance_learning
 
 
 def test_every_layer_starts_at_init_r_with_a_reserve() -> None:
-    model = attach(tiny_bert(), IncreLoraConfig(r_avg=4, init_r=2, increment=3))
+    model = attach(tiny_bert(), IncreLoraConfig.paper(r_avg=4, init_r=2, increment=3))
     assert set(model.increlora.rank_pattern.values()) == {2}
     layer = next(iter(model.increlora.layers.values()))
     assert layer.A.rows(with_reserve=True).shape == (5, 16)
@@ -94,7 +96,7 @@ def test_every_layer_starts_at_init_r_with_a_reserve() -> None:
     "settings", [{"r_avg": 1}, {"advance_learning": False}, {"rank_pattern": None, "r_avg": 3, "init_r": 3}]
 )
 def test_no_reserve_where_nothing_will_activate_it(settings: dict[str, Any]) -> None:
-    model = attach(tiny_bert(), IncreLoraConfig(**settings))
+    model = attach(tiny_bert(), IncreLoraConfig.paper(**settings))
     assert all(layer.A.reserve == layer.B.reserve == 0 for layer in model.increlora.layers.values())
 
 
@@ -133,14 +135,14 @@ def test_round_changes_no_logit_by_more_than_the_share_of_the_reserve() -> None:
 
 
 def test_per_rank_scale_follows_the_rank() -> None:
-    model = unequal(IncreLoraConfig(r_avg=3, rank_scaling="per_rank"))
+    model = unequal(IncreLoraConfig.paper(r_avg=3, rank_scaling="per_rank"))
     assert [layer.scale for layer in model.increlora.layers.values()] == [
         16 / rank for rank in model.increlora.rank_pattern.values()
     ]
 
 
 def test_reserves_leave_when_the_budget_is_met() -> None:
-    model = attach(tiny_bert(), IncreLoraConfig(r_avg=2, increment=2))
+    model = attach(tiny_bert(), IncreLoraConfig.paper(r_avg=2, increment=2))
     names = list(model.increlora.layers)
     grow(model, *names[:5])
     assert all(layer.A.reserve == layer.B.reserve == 2 for layer in model.increlora.layers.values())
@@ -150,18 +152,21 @@ def test_reserves_leave_when_the_budget_is_met() -> None:
     assert sum(model.increlora.rank_pattern.values()) == 24
 
 
-def test_last_layer_gets_what_is_left_of_the_budget() -> None:
-    model = attach(tiny_bert(), IncreLoraConfig(r_avg=2, increment=5))
+@pytest.mark.parametrize("make, first", [(IncreLoraConfig, 3), (IncreLoraConfig.paper, 1)], ids=["default", "paper"])
+def test_last_layer_gets_what_is_left_of_the_budget(make: Callable[..., IncreLoraConfig], first: int) -> None:
+    model = attach(tiny_bert(), make(r_avg=2, increment=5))
     names = list(model.increlora.layers)
+    assert model.increlora.remaining == 12
     grow(model, *names[:3])
-    assert [model.increlora.rank_pattern[name] for name in names[:4]] == [6, 6, 3, 1]
-    assert len(model.increlora.layers[names[2]].B.components) == 3
+    assert [model.increlora.rank_pattern[name] - first for name in names[:4]] == [5, 5, 2, 0]
+    assert len(model.increlora.layers[names[2]].B.components) == first + 2
 
 
-def test_new_components_depend_on_seed_layer_and_round_alone() -> None:
+@pytest.mark.parametrize("make, drawn", [(IncreLoraConfig, 11), (IncreLoraConfig.paper, 7)], ids=["default", "paper"])
+def test_new_components_depend_on_seed_layer_and_round_alone(make: Callable[..., IncreLoraConfig], drawn: int) -> None:
     def components(seed: int, noise: int) -> list[Tensor]:
         torch.manual_seed(noise)
-        model = attach(tiny_bert(seed=noise), IncreLoraConfig(r_avg=3, seed=seed))
+        model = attach(tiny_bert(seed=noise), make(r_avg=3, seed=seed))
         names = list(model.increlora.layers)
         grow(model, *names[:2])
         torch.manual_seed(noise + 1)
@@ -172,11 +177,12 @@ def test_new_components_depend_on_seed_layer_and_round_alone() -> None:
     one, same, other = components(1, noise=0), components(1, noise=7), components(2, noise=0)
     assert all(torch.equal(a, b) for a, b in zip(one, same, strict=True))
     assert not any(torch.equal(a, b) for a, b in zip(one, other, strict=True))
-    assert len({row.sum().item() for row in one}) == len(one) == 7
+    assert len({row.sum().item() for row in one}) == len(one) == drawn
 
 
 def test_unit_start_values_have_norms_near_one() -> None:
-    model = attach(GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=256, n_head=2)), IncreLoraConfig(init_std="unit"))
+    config = IncreLoraConfig.paper(init_std="unit")
+    model = attach(GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=256, n_head=2)), config)
     for factor in model.increlora.factors():
         assert torch.linalg.vector_norm(factor, dim=1).tolist() == pytest.approx([1, 1], abs=0.3)
 
@@ -242,7 +248,7 @@ def deberta_v3_base_on_meta(config: IncreLoraConfig) -> PeftModel:
 
 @pytest.mark.parametrize("r_avg, total, parameters", [(2, 144, 331_920), (8, 576, 1_327_680)])
 def test_deberta_v3_base_has_72_layers_and_the_published_size(r_avg: int, total: int, parameters: int) -> None:
-    model = deberta_v3_base_on_meta(IncreLoraConfig(r_avg=r_avg))
+    model = deberta_v3_base_on_meta(IncreLoraConfig.paper(r_avg=r_avg))
     layers = model.increlora.layers
     assert len(layers) == 72
     assert model.increlora.target_total_rank == total
@@ -422,7 +428,7 @@ def test_state_dict_round_trip_keeps_the_function() -> None:
 
 
 def test_state_of_another_stage_of_growth_is_refused_by_name() -> None:
-    model = attach(tiny_bert(), IncreLoraConfig(r_avg=3))
+    model = attach(tiny_bert(), IncreLoraConfig.paper(r_avg=3))
     with pytest.raises(RuntimeError, match=r"live layer has rank 1.*saved at another stage of growth"):
         model.load_state_dict(unequal().state_dict(), strict=False)
 
@@ -445,7 +451,7 @@ def test_copy_of_an_attached_model_grows_and_saves_alone(
     model = attach(tiny_bert())
     twin = copied(model)
     grow(twin, next(iter(twin.increlora.layers)))
-    assert (model.increlora.total_rank, twin.increlora.total_rank) == (12, 13)
+    assert (model.increlora.total_rank, twin.increlora.total_rank) == (36, 37)
     assert adapted_layers(twin).keys() == twin.increlora.layers.keys()
     twin_layer = next(iter(twin.increlora.layers.values()))
     assert any(module is twin_layer.module for module in twin.modules())
@@ -504,7 +510,7 @@ def test_module_whose_name_ends_like_an_adapted_layers_is_left_alone(tmp_path: P
 def test_layer_of_rank_0_whose_name_ends_like_anothers_is_not_adapted_in_the_file(tmp_path: Path) -> None:
     model = attach(nested(), IncreLoraConfig(r_avg=1))
     scores = {"query": 0.0, "a.query": 0.0}
-    model.increlora.apply(Round(step=1, birth_step=1, layers=[], scores=scores, removed={"a.query": [0]}))
+    model.increlora.apply(Round(step=1, birth_step=1, layers=[], scores=scores, removed={"a.query": [0, 1]}))
     expected = logits(trained(model))
     model.save_pretrained(tmp_path)
     for load in (PeftModel.from_pretrained, load_adapter):

@@ -15,7 +15,7 @@ from increlora_hf.hub.card import RunSummary, card_text
 from increlora_hf.hub.snippet import is_hub_id
 from increlora_hf.trainer.summary import _project, describe
 
-FIXED = IncreLoraConfig(r_avg=2, init_r=2)
+FIXED = IncreLoraConfig.paper(r_avg=2, init_r=2)
 
 SUMMARY = RunSummary(
     repository="user/adapter",

@@ -96,10 +96,12 @@ def test_plan_prints_what_planning_counts(increlora: Run, model: Path) -> None:
         code, out, err = increlora("plan", model, *flags, *more)
         assert (code, err) == (DONE, "")
         assert "BertForSequenceClassification" in out
-        assert "4 to 12" in out
+        last_of_growth = expected["plan"]["last_step"]
+        assert f"16 to 20, cut to 12 at {last_of_growth + expected['plan']['interval']}\n" in out
         assert ("activations of 8 x 8 tokens" in out) is bool(more)
         assert ("total without activations" in out) is not more
         assert max(map(len, out.splitlines())) <= WIDTH
+    assert "4 to 12\n" in increlora("plan", model, *flags, "--overshoot", 0)[1]
 
 
 def test_plan_counts_steps_from_rows_epochs_and_batch_as_trainer_does(
@@ -401,12 +403,12 @@ def test_what_is_missing_or_wrong_is_named_by_its_argument(
 
 
 def test_a_plan_that_is_too_short_is_refused_with_the_reason(increlora: Run, model: Path) -> None:
-    code, _, err = increlora("plan", model, "--r_avg", 8, "--max_steps", 20)
+    code, _, err = increlora("plan", model, "--r_avg", 8, "--max_steps", 9)
     assert code == REFUSED
-    assert "cannot be met in 20 steps" in err
-    code, _, err = increlora("plan", model, "--r_avg", 1, "--init_r", 2, "--max_steps", 20)
+    assert "cannot be met in 9 steps" in err
+    code, _, err = increlora("plan", model, "--r_avg", 1, "--init_r", 4, "--max_steps", 20)
     assert code == REFUSED
-    assert "r_avg=1 is below init_r=2" in err
+    assert "r_avg=1 is below init_r=4" in err
 
 
 def test_an_export_that_is_refused_leaves_no_folder(increlora: Run, tmp_path: Path) -> None:

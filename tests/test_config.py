@@ -18,7 +18,8 @@ from increlora_hf.method import penalties, scores
 @pytest.mark.parametrize(
     "settings, message",
     [
-        ({"r_avg": 1, "init_r": 2}, "r_avg=1 is below init_r=2.*Raise r_avg or lower init_r"),
+        ({"r_avg": 1, "init_r": 4}, "r_avg=1 is below init_r=4 by more than overshoot=2.*Raise r_avg or lower init_r"),
+        ({"r_avg": 1, "init_r": 2, "overshoot": 0}, "r_avg=1 is below init_r=2.*Raise r_avg or lower init_r"),
         ({"r_avg": 0}, "r_avg=0"),
         ({"r_avg": 2.5}, "r_avg=2.5"),
         ({"top_h": 0}, "top_h=0"),
@@ -142,7 +143,7 @@ def test_flags_parse_every_kind_of_value(tmp_path: Path) -> None:
     parsed = parse(
         "--increlora_r_avg=4",
         "--increlora_beta1=0.9",
-        "--increlora_advance_learning=false",
+        "--increlora_advance_learning=true",
         "--increlora_penalty=squared",
         "--no_increlora_restart_warmup",
         "--increlora_init_std=unit",
@@ -155,7 +156,7 @@ def test_flags_parse_every_kind_of_value(tmp_path: Path) -> None:
     assert parsed == IncreLoraConfig(
         r_avg=4,
         beta1=0.9,
-        advance_learning=False,
+        advance_learning=True,
         penalty="squared",
         restart_warmup=False,
         init_std="unit",
@@ -187,6 +188,7 @@ def test_flag_beside_a_preset_wins_even_where_it_is_the_default() -> None:
     assert default != IncreLoraConfig.paper().lam_lr_multiplier
     assert parse("--increlora_preset=paper", f"--increlora_lam_lr_multiplier={default}").lam_lr_multiplier == default
     assert not parse("--increlora_preset=paper", "--no_increlora_restart_warmup").restart_warmup
+    assert not parse("--increlora_preset=paper", "--increlora_advance_learning=false").advance_learning
 
 
 def test_help_names_every_default(capsys: pytest.CaptureFixture[str]) -> None:

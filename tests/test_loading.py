@@ -17,9 +17,10 @@ from test_resume import make
 from test_unchanged import unchanged
 from torch import Tensor
 
-from increlora_hf import AdapterFormatError, attach, load_adapter
+from increlora_hf import AdapterFormatError, IncreLoraConfig, attach, load_adapter
 from increlora_hf.files.checkpoints import check_manifest, newest_complete, write_manifest
 
+PAPER = IncreLoraConfig.paper(r_avg=2, top_h=4, interval=5, start=4, lora_dropout=0.1)
 NEW_TOKENS = torch.tensor([[5, 61, 62, 63]])
 QUERY = "base_model.model.bert.encoder.layer.0.attention.self.query.lora_"
 Mutation = Callable[[Path], None]
@@ -36,7 +37,7 @@ def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Complete checkpoints at steps 8 and 12; rounds at 5 and 10."""
     folder = tmp_path_factory.mktemp("run")
-    make(folder, save_at={8, 12}, dataloader_num_workers=0).train()
+    make(folder, PAPER, save_at={8, 12}, dataloader_num_workers=0).train()
     return folder
 
 
@@ -380,7 +381,7 @@ def test_mutated_checkpoint_is_refused_and_the_model_stays_as_it_was(
     run = Path(shutil.copytree(checkpoints, tmp_path / "run"))
     mutate(run / "checkpoint-12")
     write_manifest_again(run / "checkpoint-12")
-    trainer = make(run)
+    trainer = make(run, PAPER)
     with unchanged(trainer.model.eval()), pytest.raises(AdapterFormatError, match=message):
         trainer.train(resume_from_checkpoint=str(run / "checkpoint-12"))
 
@@ -389,7 +390,7 @@ def test_a_checkpoint_that_is_refused_leaves_a_model_as_it_has_grown(checkpoints
     run = Path(shutil.copytree(checkpoints, tmp_path / "run"))
     raw(lambda held: held[first_lam(held)].fill_(float("nan")))(run / "checkpoint-12")
     write_manifest_again(run / "checkpoint-12")
-    trainer = make(run)
+    trainer = make(run, PAPER)
     trainer.train()
     before = trainer.increlora.state_dict()
     with unchanged(trainer.model.eval()), pytest.raises(AdapterFormatError, match="expected finite values"):
@@ -438,11 +439,11 @@ def flip(path: Path, position: int) -> None:
 def test_damaged_checkpoint_is_skipped_for_the_one_before(name: str, checkpoints: Path, tmp_path: Path) -> None:
     run = Path(shutil.copytree(checkpoints, tmp_path / "run"))
     DAMAGE[name](run / "checkpoint-12")
-    trainer = make(run)
+    trainer = make(run, PAPER)
     trainer.train(resume_from_checkpoint=True)
     assert trainer.started.step == 8
     with pytest.raises(AdapterFormatError):
-        make(run).train(resume_from_checkpoint=str(run / "checkpoint-12"))
+        make(run, PAPER).train(resume_from_checkpoint=str(run / "checkpoint-12"))
 
 
 def test_strange_entries_of_a_manifest_are_passed_over(checkpoints: Path, tmp_path: Path) -> None:

@@ -3,7 +3,8 @@
 import importlib
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -108,10 +109,14 @@ def test_what_a_reader_copies_is_short(name: str) -> None:
 # ---- The run itself -------------------------------------------------------------------------------------------------
 
 
-def one_line_loop(**before: Any) -> Any:
+PAPER, DEFAULT = IncreLoraConfig.paper(r_avg=2), IncreLoraConfig(r_avg=2)
+BOTH = pytest.mark.parametrize("config", [PAPER, DEFAULT], ids=["paper", "default"])
+
+
+def one_line_loop(config: IncreLoraConfig, **before: Any) -> Any:
     """A loop with nothing of ours but `after_step`, unless ``before`` asks for the other calls."""
     toy = loop("toy")
-    model = attach(toy.make_model(), IncreLoraConfig(r_avg=2))
+    model = attach(toy.make_model(), config)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     growing = GrowthRun(model, optimizer, total_steps=30, warmup_steps=3)
     model.train()
@@ -129,17 +134,19 @@ def one_line_loop(**before: Any) -> Any:
     return model
 
 
-def test_one_call_a_step_is_enough() -> None:
-    short, long = one_line_loop(), one_line_loop(after_backward=True, before_step=True)
+@BOTH
+def test_one_call_a_step_is_enough(config: IncreLoraConfig) -> None:
+    short, long = one_line_loop(config), one_line_loop(config, after_backward=True, before_step=True)
     assert short.increlora.total_rank == short.increlora.target_total_rank
     assert [r.scores for r in short.increlora.rounds] == [r.scores for r in long.increlora.rounds]
     assert all(map(torch.equal, trained(short).values(), trained(long).values()))
 
 
-def test_closure_is_called_between_zero_grad_and_step() -> None:
+@BOTH
+def test_closure_is_called_between_zero_grad_and_step(config: IncreLoraConfig) -> None:
     """As Lightning steps an optimizer; the closure sees the model's parameters in the optimizer's groups."""
     toy = loop("toy")
-    model = attach(toy.make_model(), IncreLoraConfig(r_avg=2))
+    model = attach(toy.make_model(), config)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     growing = GrowthRun(model, optimizer, total_steps=30, warmup_steps=3)
     model.train()
@@ -155,7 +162,7 @@ def test_closure_is_called_between_zero_grad_and_step() -> None:
 
         assert optimizer.step(closure).item() > 0
         growing.after_step()
-    expected = one_line_loop()
+    expected = one_line_loop(config)
     assert all(map(torch.equal, trained(model).values(), trained(expected).values()))
 
 
@@ -164,7 +171,7 @@ def test_scaled_loss_gives_the_same_growth_whenever_it_is_unscaled() -> None:
     found = []
     for order in ("none", "before", "after", "by the step"):
         scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, enabled=order != "none")
-        model = attach(toy.make_model(), IncreLoraConfig(r_avg=2))
+        model = attach(toy.make_model(), PAPER)
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
         growing = GrowthRun(model, optimizer, total_steps=30, warmup_steps=3, scaler=scaler)
         model.train()
@@ -188,12 +195,13 @@ def test_scaled_loss_gives_the_same_growth_whenever_it_is_unscaled() -> None:
             torch.testing.assert_close(value, trained(found[0])[name], rtol=1e-4, atol=1e-5)
 
 
-def test_accumulation_in_a_loop_is_one_batch_of_all() -> None:
+@pytest.mark.parametrize("make", [IncreLoraConfig.paper, IncreLoraConfig], ids=["paper", "default"])
+def test_accumulation_in_a_loop_is_one_batch_of_all(make: Callable[..., IncreLoraConfig]) -> None:
     """Without dropout, two halves of a batch whose loss is halved are the batch: weights, and the schedule too."""
     toy = loop("toy")
     found = []
     for parts in (1, 2):
-        model = attach(toy.make_model(), IncreLoraConfig(r_avg=2, interval=2, start=2))
+        model = attach(toy.make_model(), make(r_avg=2, interval=2, start=2))
         for module in model.modules():
             if isinstance(module, nn.Dropout):
                 module.p = 0.0
@@ -245,9 +253,10 @@ def test_what_cannot_grow_is_refused_and_left_as_it_was() -> None:
     quick_run(model)  # and now it can
 
 
-def test_state_of_other_settings_or_of_grown_groups_is_refused() -> None:
+@BOTH
+def test_state_of_other_settings_or_of_grown_groups_is_refused(config: IncreLoraConfig) -> None:
     toy = loop("toy")
-    grown = quick_run(attach(toy.make_model(), IncreLoraConfig(r_avg=2)))
+    grown = quick_run(attach(toy.make_model(), config))
     for batch in toy.batches(0, 20):
         grown._model(**batch).loss.backward()
         grown.optimizer.step()
@@ -255,13 +264,13 @@ def test_state_of_other_settings_or_of_grown_groups_is_refused() -> None:
         grown.optimizer.zero_grad()
     state, optimizer_state = grown.state_dict(), grown.optimizer.state_dict()
     assert state["rounds"]
-    other = quick_run(attach(toy.make_model(), IncreLoraConfig(r_avg=3)))
+    other = quick_run(attach(toy.make_model(), replace(config, r_avg=3)))
     with pytest.raises(ValueError, match="r_avg: 2 → 3"):
         other.load_state_dict(state)
-    longer = quick_run(attach(toy.make_model(), IncreLoraConfig(r_avg=2)), total_steps=90)
+    longer = quick_run(attach(toy.make_model(), config), total_steps=90)
     with pytest.raises(ValueError, match="total_steps: 60 → 90"):
         longer.load_state_dict(state)
-    early = quick_run(attach(toy.make_model(), IncreLoraConfig(r_avg=2)))
+    early = quick_run(attach(toy.make_model(), config))
     with pytest.raises(ValueError, match="Load the run's state first"):
         early.optimizer.load_state_dict(optimizer_state)
     held = {id(p) for group in early.optimizer.param_groups for p in group["params"]}
@@ -299,9 +308,16 @@ def test_distributed_data_parallel_is_refused_with_the_remedy(tmp_path: Path) ->
     assert "evaluation_mode=True" in failed.value.messages[0]
 
 
-def test_forgotten_growth_is_said_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize(
+    "config, rank",
+    [(PAPER, 1), (DEFAULT, 3), (replace(DEFAULT, init_r=2), 2)],
+    ids=["paper", "default", "from the budget"],
+)
+def test_forgotten_growth_is_said_once(
+    config: IncreLoraConfig, rank: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     toy = loop("toy")
-    model = attach(toy.make_model(), IncreLoraConfig(r_avg=2))
+    model = attach(toy.make_model(), config)
     model.save_pretrained(tmp_path / "untrained")
     assert not caplog.records
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
@@ -311,11 +327,16 @@ def test_forgotten_growth_is_said_once(tmp_path: Path, caplog: pytest.LogCapture
         optimizer.zero_grad()
     for _ in range(2):
         model.save_pretrained(tmp_path / "trained")
+    remedy = f"IncreLoraConfig(r_avg={rank}, init_r={rank}, overshoot=0)"
     assert [record.getMessage() for record in caplog.records] == [
-        "IncreLoRA: the adapter did not grow during training. It is saved at total rank 12 of 24. To let it grow, "
-        "train with IncreLoraTrainer, or make a GrowthRun in your own loop and call its after_step() after every step "
-        "of the optimizer. If the ranks should not grow, use IncreLoraConfig(r_avg=1, init_r=1)."
+        f"IncreLoRA: the adapter did not grow during training. It is saved at total rank {12 * rank} of 24. "
+        "To let it grow, train with IncreLoraTrainer, or make a GrowthRun in your own loop and call its after_step() "
+        f"after every step of the optimizer. If the ranks should not grow, use {remedy}."
     ]
+    fixed = attach(toy.make_model(), eval(remedy)).increlora
+    assert fixed.rank_pattern == model.increlora.rank_pattern
+    assert fixed.begin_run(60, 6).rounds == 0
+    assert not fixed.plan.is_cut
 
 
 def test_accelerate_saves_and_loads_the_other_models_as_always(tmp_path: Path) -> None:

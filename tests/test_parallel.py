@@ -5,7 +5,6 @@ import re
 import signal
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -47,9 +46,9 @@ from increlora_hf.growth import replicas
 from increlora_hf.trainer import resuming
 from increlora_hf.trainer.refusals import refuse_other_parallelism
 
-CONFIG = IncreLoraConfig(r_avg=4, top_h=3, interval=7, start=7)  # 12 rounds of a BERT's 12 layers, by step 84
-SHORT = IncreLoraConfig(r_avg=2, top_h=6, interval=5, start=4)  # 2 rounds, by step 10
-CUT = replace(SHORT, r_avg=1, overshoot=1, score="weakest", advance_learning=False)  # a third at step 15
+CONFIG = IncreLoraConfig.paper(r_avg=4, top_h=3, interval=7, start=7)  # 12 rounds of a BERT's 12 layers, by step 84
+SHORT = IncreLoraConfig.paper(r_avg=2, top_h=6, interval=5, start=4)  # 2 rounds, by step 10
+CUT = IncreLoraConfig(r_avg=1, overshoot=1, top_h=6, interval=5, start=4)  # a third at step 15
 
 
 class Watch(TrainerCallback):
@@ -214,7 +213,7 @@ def test_processes_and_accumulation_are_the_same_run(kind: str, tmp_path: Path) 
             "rows": token_rows() if kind == "classifier" else texts(),
             "gradient_accumulation_steps": accumulation,
         }
-        config = IncreLoraConfig(r_avg=3, top_h=3, interval=7, start=7)
+        config = IncreLoraConfig.paper(r_avg=3, top_h=3, interval=7, start=7)
         results.append(run(world_size, tmp_path, train, tmp_path / "out", config, settings)[0])
     for other in results[1:]:
         assert [record.layers for record in other["rounds"]] == [record.layers for record in results[0]["rounds"]]
@@ -406,7 +405,10 @@ def test_saved_adapter_is_an_ordinary_one(tmp_path: Path) -> None:
             "rank 0 is unlike rank 1. Weights that are not in the model's file are drawn at random: call",
         ),
         ({"version": ["1.0", "1.1"]}, 'torch: "1.0" on rank 0, "1.1" on rank 1'),
-        ({"config": [SHORT, IncreLoraConfig(r_avg=2, top_h=6, interval=6, start=4)]}, "the setting interval: 5 on "),
+        (
+            {"config": [SHORT, IncreLoraConfig.paper(r_avg=2, top_h=6, interval=6, start=4)]},
+            "the setting interval: 5 on ",
+        ),
     ],
     ids=["argument", "seed", "data", "evaluation", "weights", "software", "setting"],
 )
@@ -538,7 +540,7 @@ def train_sharded(rank: int, base: Path, kind: str, out: Path, settings: dict[st
     return result
 
 
-SHARDED = IncreLoraConfig(r_avg=2, top_h=4, interval=5, start=4)
+SHARDED = IncreLoraConfig.paper(r_avg=2, top_h=4, interval=5, start=4)
 
 
 @pytest.mark.parametrize("kind", ["classifier", "decoder"])

@@ -13,8 +13,10 @@ from transformers import TrainerCallback
 from increlora_hf import GrowthRun, IncreLoraConfig, IncreLoraTrainer, attach
 from increlora_hf.method.penalties import orthogonality
 
-QUICK = IncreLoraConfig(r_avg=2, top_h=3, interval=4, start=4)
-STATIC = IncreLoraConfig(r_avg=1, lam_lr_multiplier=1.0, orth_reg_weight=0.0)  # nothing grows
+QUICK = IncreLoraConfig.paper(r_avg=2, top_h=3, interval=4, start=4)
+CUT = IncreLoraConfig(r_avg=2, top_h=3, interval=4, start=4)  # as many rounds, and the cut
+STATIC = IncreLoraConfig.paper(r_avg=1, orth_reg_weight=0.0)  # nothing grows
+BOTH = pytest.mark.parametrize("config", [QUICK, CUT], ids=["paper", "default"])
 RATE = 0.1
 SGD = {"optim": "sgd", "learning_rate": RATE, "lr_scheduler_type": "constant", "warmup_steps": 0, "weight_decay": 0.0}
 
@@ -79,10 +81,14 @@ class FunctionalStep(IncreLoraTrainer):
         return loss.detach()
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
-def test_own_training_step_trains_and_grows_as_trainers_does(accumulation: int, tmp_path: Path) -> None:
-    settings = {"gradient_accumulation_steps": accumulation, "max_steps": 22}
-    own, usual = (trainer(tmp_path, kind, **settings) for kind in (OwnStep, IncreLoraTrainer))
+@pytest.mark.parametrize(
+    "accumulation, config", [(1, QUICK), (2, QUICK), (1, CUT)], ids=["paper-1", "paper-2", "default-1"]
+)
+def test_own_training_step_trains_and_grows_as_trainers_does(
+    accumulation: int, config: IncreLoraConfig, tmp_path: Path
+) -> None:
+    settings = {"gradient_accumulation_steps": accumulation, "max_steps": 26}
+    own, usual = (trainer(tmp_path, kind, config, **settings) for kind in (OwnStep, IncreLoraTrainer))
     own.train()
     usual.train()
     assert usual.increlora.total_rank == 24
@@ -160,7 +166,7 @@ def test_clipping_after_super_is_the_step(tmp_path: Path) -> None:
             nn.utils.clip_grad_value_(self.model.parameters(), 1e-4)
             return loss
 
-    own = trainer(tmp_path, Clipping, IncreLoraConfig(r_avg=1, lam_lr_multiplier=1.0), max_steps=2, **SGD)
+    own = trainer(tmp_path, Clipping, IncreLoraConfig.paper(r_avg=1), max_steps=2, **SGD)
     before = trained(own.model)
     own.train()
     moved = max((value - before[name]).abs().max().item() for name, value in trained(own.model).items())
@@ -183,7 +189,7 @@ def test_two_training_steps_for_one_update_add_the_penalty_once(tmp_path: Path) 
     class Once(Twice):
         passes = 1
 
-    config = IncreLoraConfig(r_avg=2, interval=2, start=2, top_h=12, orth_reg_weight=0.3)
+    config = IncreLoraConfig.paper(r_avg=2, interval=2, start=2, top_h=12, orth_reg_weight=0.3)
     for kind in (Once, Twice):
         own = trainer(tmp_path, kind, config, max_steps=6)
         own.create_optimizer_and_scheduler(6)
@@ -200,9 +206,9 @@ def test_two_training_steps_for_one_update_add_the_penalty_once(tmp_path: Path) 
 # ---- The optimizer's own conventions --------------------------------------------------------------------------------
 
 
-def run_of(optimizer_kind: Any = torch.optim.AdamW, **settings: Any) -> tuple[Any, GrowthRun]:
-    model = attach(tiny_bert(), QUICK)
-    optimizer = optimizer_kind([p for p in model.parameters() if p.requires_grad], lr=1e-2, **settings)
+def run_of(optimizer_kind: Any = torch.optim.AdamW, config: Any = QUICK) -> tuple[Any, GrowthRun]:
+    model = attach(tiny_bert(), config)
+    optimizer = optimizer_kind([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     return model, GrowthRun(model, optimizer, total_steps=40, warmup_steps=4)
 
 
@@ -216,9 +222,10 @@ def step(model: Any, run: GrowthRun, number: int) -> None:
     run.optimizer.zero_grad()
 
 
-def test_groups_hold_the_models_parameters_between_steps() -> None:
-    model, run = run_of()
-    for number in range(24):
+@BOTH
+def test_groups_hold_the_models_parameters_between_steps(config: IncreLoraConfig) -> None:
+    model, run = run_of(config=config)
+    for number in range(26):
         step(model, run, number)
         held = [id(p) for group in run.optimizer.param_groups for p in group["params"]]
         assert sorted(held) == sorted(id(p) for p in model.parameters() if p.requires_grad)
@@ -235,7 +242,7 @@ def test_zero_grad_of_the_optimizer_clears_the_models_gradients() -> None:
 
 def test_parameters_without_a_gradient_stay_as_they_are_with_their_moments() -> None:
     """As torch's optimizers leave them, though others of the same width have one."""
-    model = attach(tiny_bert(), IncreLoraConfig(r_avg=1, orth_reg_weight=0.0))
+    model = attach(tiny_bert(), STATIC)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.5)
     run = GrowthRun(model, optimizer, total_steps=40)
     step(model, run, 0)
@@ -431,10 +438,13 @@ def test_penalty_is_minimised_where_the_optimizer_maximises() -> None:
 # ---- Schedule-free optimizers ---------------------------------------------------------------------------------------
 
 
-def test_schedule_free_evaluation_is_of_the_averaged_weights_throughout(tmp_path: Path) -> None:
+@BOTH
+def test_schedule_free_evaluation_is_of_the_averaged_weights_throughout(
+    config: IncreLoraConfig, tmp_path: Path
+) -> None:
     """``eval()`` takes every trained tensor from y to x = y + (1 − 1/β1)(y − z), factors as well as heads."""
     pytest.importorskip("schedulefree")
-    own = trainer(tmp_path, optim="schedule_free_adamw", lr_scheduler_type="constant", max_steps=26)
+    own = trainer(tmp_path, config=config, optim="schedule_free_adamw", lr_scheduler_type="constant", max_steps=26)
     own.train()
     inner = own.growth_run.optimizer
     assert own.increlora.total_rank == 24
@@ -443,7 +453,7 @@ def test_schedule_free_evaluation_is_of_the_averaged_weights_throughout(tmp_path
     own.optimizer.eval()
     at_x = trained(own.model)
     moved = [name for name in at_y if not torch.equal(at_y[name], at_x[name])]
-    assert moved == list(at_y)
+    assert moved == [name for name, value in at_y.items() if value.numel()]  # a layer of rank 0 has none
     own.optimizer.train()
     for name, value in trained(own.model).items():
         torch.testing.assert_close(value, at_y[name], rtol=1e-4, atol=1e-6)
@@ -452,9 +462,10 @@ def test_schedule_free_evaluation_is_of_the_averaged_weights_throughout(tmp_path
     assert len(counts) > 3
 
 
-def test_schedule_free_run_resumes_to_the_same_bits(tmp_path: Path) -> None:
+@BOTH
+def test_schedule_free_run_resumes_to_the_same_bits(config: IncreLoraConfig, tmp_path: Path) -> None:
     pytest.importorskip("schedulefree")
-    settings = {"optim": "schedule_free_adamw", "lr_scheduler_type": "constant", "max_steps": 26}
+    settings = {"config": config, "optim": "schedule_free_adamw", "lr_scheduler_type": "constant", "max_steps": 26}
     whole = trainer(tmp_path, save_strategy="steps", save_steps=13, **settings)
     whole.train()
     resumed = trainer(tmp_path, **settings)

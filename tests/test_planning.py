@@ -2,6 +2,7 @@
 
 import json
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,16 +34,18 @@ def held(growth: Growth) -> int:
 
 @pytest.mark.parametrize("case", ZOO)
 def test_counts_are_those_of_the_attached_model(case: str) -> None:
-    model: Any = ZOO[case].build()
-    config = IncreLoraConfig(r_avg=3, init_r=2, increment=2)
-    planned = plan_model(model, config, max_steps=STEPS)
-    attached = attach(model, config)
-    attached.increlora.begin_run(STEPS, 0)
-    assert planned["layers"] == list(attached.increlora.layers)
-    assert planned["start"]["adapter_parameters"] == held(attached.increlora)
-    assert planned["head_parameters"] == heads_of(attached)
-    plan = attached.increlora.plan
-    assert (planned["plan"]["rounds"], planned["plan"]["last_step"]) == (plan.rounds, plan.last_step)
+    for make in (IncreLoraConfig, IncreLoraConfig.paper):
+        model: Any = ZOO[case].build()
+        config = make(r_avg=3, init_r=2, increment=2)
+        planned = plan_model(model, config, max_steps=STEPS)
+        attached = attach(model, config)
+        attached.increlora.begin_run(STEPS, 0)
+        assert planned["layers"] == list(attached.increlora.layers)
+        assert planned["start"]["adapter_parameters"] == held(attached.increlora)
+        assert planned["head_parameters"] == heads_of(attached)
+        plan = attached.increlora.plan
+        for key in ("rounds", "last_step", "cut_step"):
+            assert planned["plan"][key] == getattr(plan, key)
 
 
 def test_fixed_ranks_are_planned_without_rounds_or_reserves() -> None:
@@ -55,17 +58,23 @@ def test_fixed_ranks_are_planned_without_rounds_or_reserves() -> None:
     assert planned["start"]["adapter_parameters"] == held(attach(tiny_bert(), config).increlora)
 
 
-@pytest.mark.parametrize("ahead", [True, False], ids=["with a reserve", "without"])
+@pytest.mark.parametrize(
+    "config",
+    [
+        IncreLoraConfig.paper(r_avg=3, increment=2, top_h=4),
+        IncreLoraConfig.paper(r_avg=3, increment=2, top_h=4, advance_learning=False),
+        IncreLoraConfig(r_avg=3, top_h=4),
+    ],
+    ids=["with a reserve", "without", "with a cut"],
+)
 @pytest.mark.parametrize("order", ["smallest layers", "largest layers", "any layers"])
-def test_growth_stays_within_the_bounds_and_meets_them_in_the_extremes(order: str, ahead: bool) -> None:
-    config = IncreLoraConfig(r_avg=3, increment=2, top_h=4, advance_learning=ahead)
+def test_growth_stays_within_the_bounds_and_meets_them_in_the_extremes(order: str, config: IncreLoraConfig) -> None:
     planned = plan_model(tiny_bert(), config, max_steps=STEPS)
     growth = attach(tiny_bert(), config).increlora
     growth.begin_run(STEPS, 0)
     generator = random.Random(0)
-    largest, counts = held(growth), []
+    largest, counts, names = held(growth), [], list(growth.layers)
     for step in range(growth.plan.rounds):
-        names = list(growth.layers)
         if order == "any layers":
             generator.shuffle(names)
         else:
@@ -75,8 +84,21 @@ def test_growth_stays_within_the_bounds_and_meets_them_in_the_extremes(order: st
         chosen = names[: min(growth.plan.top_h, affordable)]
         growth.apply(Round(step=step, birth_step=step, layers=chosen, scores=dict.fromkeys(growth.layers, 0.0)))
         counts.append(held(growth))
+    if growth.plan.cut_step:  # the layers that were named last lose their components first
+        places = [(name, i) for name in reversed(names) for i in range(growth.rank_pattern[name])]
+        removed: dict[str, list[int]] = {}
+        for name, i in places[: growth.total_rank - growth.target_total_rank]:
+            removed.setdefault(name, []).append(i)
+        scores = dict.fromkeys(growth.layers, 0.0)
+        growth.apply(
+            Round(
+                step=growth.plan.cut_step, birth_step=growth.plan.cut_step, layers=[], scores=scores, removed=removed
+            )
+        )
+        counts.append(held(growth))
     largest = max(largest, *counts)
     assert growth.remaining == 0
+    assert growth.total_rank == growth.target_total_rank
     low, high = (planned[key]["adapter_parameters"] for key in ("end_fewest", "end_most"))
     assert low <= counts[-1] <= high
     assert largest <= planned["peak"]["adapter_parameters"]
@@ -95,9 +117,12 @@ def wide_bert() -> BertForSequenceClassification:
     return BertForSequenceClassification(config)
 
 
+@pytest.mark.parametrize("make", [IncreLoraConfig, IncreLoraConfig.paper], ids=["default", "paper"])
 @pytest.mark.parametrize("at", ["start", "end"])
-def test_bytes_are_those_of_the_files_of_a_real_run(tmp_path: Path, at: str) -> None:
-    config = IncreLoraConfig(r_avg=4, interval=2, start=2, orth_reg_weight=0)
+def test_bytes_are_those_of_the_files_of_a_real_run(
+    tmp_path: Path, at: str, make: Callable[..., IncreLoraConfig]
+) -> None:
+    config = make(r_avg=4, interval=2, start=2, orth_reg_weight=0)
     steps = 12
     planned = plan_model(wide_bert(), config, max_steps=steps)
     save_at = 1 if at == "start" else steps
@@ -122,7 +147,7 @@ def narrow() -> nn.Sequential:
     return nn.Sequential(nn.Linear(3, 20), nn.Linear(20, 5), nn.Linear(5, 2))
 
 
-@pytest.mark.parametrize("overshoot", [0, 3])
+@pytest.mark.parametrize("overshoot", [0, 2, 3])
 def test_ranks_end_at_the_width_of_their_layers_and_the_plan_says_so(overshoot: int) -> None:
     config = IncreLoraConfig(r_avg=4, overshoot=overshoot, init_r=3, interval=2)
     planned = plan_model(narrow(), config, max_steps=STEPS)
@@ -142,12 +167,14 @@ def test_ranks_end_at_the_width_of_their_layers_and_the_plan_says_so(overshoot: 
     assert growth.rank_pattern == {"0": 3, "1": 3, "2": 2}
 
 
-def test_a_run_too_short_is_refused_with_the_library_s_own_message() -> None:
-    config = IncreLoraConfig(r_avg=8)
-    with pytest.raises(ValueError, match="cannot be met in 20 steps") as planned:
-        plan_model(tiny_bert(), config, max_steps=20)
+@pytest.mark.parametrize(
+    "config, steps", [(IncreLoraConfig(r_avg=8), 9), (IncreLoraConfig.paper(r_avg=8), 20)], ids=["default", "paper"]
+)
+def test_a_run_too_short_is_refused_with_the_library_s_own_message(config: IncreLoraConfig, steps: int) -> None:
+    with pytest.raises(ValueError, match=f"cannot be met in {steps} steps") as planned:
+        plan_model(tiny_bert(), config, max_steps=steps)
     with pytest.raises(ValueError) as attached:
-        attach(tiny_bert(), config).increlora.begin_run(20, 0)
+        attach(tiny_bert(), config).increlora.begin_run(steps, 0)
     assert str(planned.value) == str(attached.value)
 
 
@@ -174,7 +201,7 @@ def kept_for_backward(model: Any, batch: dict[str, torch.Tensor]) -> int:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("case", ["BERT, sequence classification", "DeBERTa-v3", "T5", "GPT-2", "Llama", "Mixtral"])
 def test_activations_are_those_that_a_real_forward_pass_keeps(case: str, dtype: torch.dtype) -> None:
-    config = IncreLoraConfig(r_avg=1)
+    config = IncreLoraConfig.paper(r_avg=1)
     rows = ZOO[case].rows()
     length = rows[0]["input_ids"].shape[-1]
     model: Any = ZOO[case].build()
@@ -186,8 +213,9 @@ def test_activations_are_those_that_a_real_forward_pass_keeps(case: str, dtype: 
     assert found["activations"] == pytest.approx(kept_for_backward(attached.train(), batch), rel=CLOSE)
 
 
-def test_memory_is_the_sum_of_weights_training_and_activations() -> None:
-    model, config = tiny_bert(), IncreLoraConfig(r_avg=3)
+@pytest.mark.parametrize("make", [IncreLoraConfig, IncreLoraConfig.paper], ids=["default", "paper"])
+def test_memory_is_the_sum_of_weights_training_and_activations(make: Callable[..., IncreLoraConfig]) -> None:
+    model, config = tiny_bert(), make(r_avg=3)
     planned = plan_model(model, config, max_steps=STEPS)
     found = memory(model, planned, config, batch_size=4, length=8)
     for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
@@ -195,6 +223,7 @@ def test_memory_is_the_sum_of_weights_training_and_activations() -> None:
         assert parts["weights"] == sum(p.nbytes for p in tiny_bert().to(dtype).parameters())
         trained = planned["peak"]["adapter_parameters"] + planned["head_parameters"]
         assert parts["adapter"] == 4 * 4 * trained  # weight, gradient and AdamW's two averages
+        assert (parts["scores"] > 0) == (config.score == "paper")
         assert parts["total"] == sum(size for part, size in parts.items() if part != "total" and size)
     without = memory(model, planned, config, batch_size=4, length=None)["float32"]
     assert without["activations"] is None
