@@ -387,12 +387,14 @@ class _Flags:
 def _flag(name: str, kind: Any, default: Any, text: str, choices: Iterable[str] = ()) -> tuple[str, Any, Any]:
     """The (name, type, field) of one generated flag. A flag that is not given is None, so that a preset can fill it.
 
-    Switches keep their defaults, for HfArgumentParser's ``--no_`` forms; presets leave them as they are.
+    A switch that is on keeps its default, for HfArgumentParser's ``--no_`` form. No preset turns one off.
     """
     text = text.replace("%", "%%")  # argparse formats it
-    if default is not None and kind is not bool:
+    shown: dict[str, Any] = {"metavar": f"{{{','.join(choices)}}}"} if choices else {}
+    if default is False:
+        kind, shown = bool | None, {"nargs": "?", "const": True}  # HfArgumentParser has these for a default of False
+    if default is not None and default is not True:
         default, text = None, f"{text} (default: {default})%(default).0s"  # argparse appends its own only without it
-    shown = {"metavar": f"{{{','.join(choices)}}}"} if choices else {}
     return FLAG_PREFIX + name, kind, field(default=default, metadata={"help": text, **shown})
 
 

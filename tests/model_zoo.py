@@ -340,6 +340,7 @@ SPEECH = {
 STATE = {"vocab_size": VOCAB, "hidden_size": WIDTH, "num_hidden_layers": DEPTH, "state_size": 4, "pad_token_id": 0}
 RUNNING_STATISTICS = "batch normalisation kept in evaluation mode: its running statistics are not in an adapter"
 BYPASSED = "`out_proj`, which PEFT refuses, stays frozen, with a warning"
+BOTH_BYPASSED = "`out_proj` and `dt_proj` stay frozen, with a warning"
 
 
 def _without_mask() -> Rows:
@@ -484,14 +485,14 @@ FAMILIES: Mapping[str, Case] = {
         intermediate_size_mlp=2 * WIDTH, **EXPERTS, **DECODER,
     ),
     "GPT-OSS": _of("GptOssForCausalLM", "GptOssConfig", language, **{**DECODER, **EXPERTS}),
-    "Mamba": _of("MambaForCausalLM", "MambaConfig", language, BYPASSED, time_step_rank=2, **STATE),
-    "FalconMamba": _of("FalconMambaForCausalLM", "FalconMambaConfig", language, BYPASSED, time_step_rank=2, **STATE),
+    "Mamba": _of("MambaForCausalLM", "MambaConfig", language, BOTH_BYPASSED, time_step_rank=2, **STATE),
+    "FalconMamba": _of("FalconMambaForCausalLM", "FalconMambaConfig", language, BOTH_BYPASSED, time_step_rank=2, **STATE),
     "Mamba-2": _of(
         "Mamba2ForCausalLM", "Mamba2Config", language, BYPASSED, num_heads=4, head_dim=8, n_groups=1, chunk_size=4,
         **STATE,
     ),
     "Jamba": _of(
-        "JambaForCausalLM", "JambaConfig", language, use_mamba_kernels=False, mamba_d_state=4, mamba_dt_rank=2,
+        "JambaForCausalLM", "JambaConfig", language, "`dt_proj` stays frozen, with a warning", use_mamba_kernels=False, mamba_d_state=4, mamba_dt_rank=2,
         attn_layer_period=2, attn_layer_offset=1, expert_layer_period=2, expert_layer_offset=1, num_experts=2,
         **DECODER,
     ),

@@ -141,7 +141,7 @@ def test_words_for_a_training_that_starts_at_its_peak(tmp_path: Path) -> None:
     growth.begin_run(STEPS, 2)
     assert "rank 36 → 36 → 12" in plan_line(growth, 0)
     assert f"no round in {STEPS} steps; cut at 3" in plan_line(growth, 0)
-    with pytest.raises(ValueError, match=r"peak of total rank 36 cannot be met in 1 steps.*a smaller overshoot"):
+    with pytest.raises(ValueError, match=r"peak of total rank 36 cannot be met in 1 steps.*overshoot=0 with init_r"):
         growth.begin_run(1, 0)
 
 
@@ -150,8 +150,8 @@ def test_forgotten_growth_is_told_above_the_budget_too(tmp_path: Path, caplog: p
     with torch.no_grad():
         next(iter(model.increlora.layers.values())).A.active_lam.add_(1.0)
     model.save_pretrained(tmp_path)
-    assert "saved at total rank 36 of 12" in caplog.text
-    assert "IncreLoraConfig(r_avg=3, init_r=3)" in caplog.text
+    assert "saved at total rank 36; the budget is 12" in caplog.text
+    assert "IncreLoraConfig(r_avg=3, init_r=3, overshoot=0)" in caplog.text
 
 
 def test_adapter_above_the_budget_may_grow_to_the_peak() -> None:

@@ -329,9 +329,9 @@ def test_forgotten_growth_is_said_once(
         model.save_pretrained(tmp_path / "trained")
     remedy = f"IncreLoraConfig(r_avg={rank}, init_r={rank}, overshoot=0)"
     assert [record.getMessage() for record in caplog.records] == [
-        f"IncreLoRA: the adapter did not grow during training. It is saved at total rank {12 * rank} of 24. "
-        "To let it grow, train with IncreLoraTrainer, or make a GrowthRun in your own loop and call its after_step() "
-        f"after every step of the optimizer. If the ranks should not grow, use {remedy}."
+        f"IncreLoRA: the ranks did not change during training. The adapter is saved at total rank {12 * rank}; the "
+        "budget is 24. To let it grow, train with IncreLoraTrainer, or make a GrowthRun in your own loop and call its "
+        f"after_step() after every step of the optimizer. If the ranks should not change, use {remedy}."
     ]
     fixed = attach(toy.make_model(), eval(remedy)).increlora
     assert fixed.rank_pattern == model.increlora.rank_pattern

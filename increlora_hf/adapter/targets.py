@@ -147,11 +147,14 @@ def _refused_by_peft(model: nn.Module, names: Sequence[str]) -> dict[str, str]:
         if _is_converted(model, probe):
             reasons[part] = f"PEFT takes {part!r} there for the stacked weights of the experts"
     refused = {name: reasons[part] for name in names if (part := name.rpartition(".")[2]) in reasons}
-    return refused | {name: reason for name in names if (reason := _other_result(model.get_submodule(name)))}
+    return refused | {name: reason for name in names if (reason := _other_result(model, name))}
 
 
-def _other_result(module: nn.Module) -> str:
+def _other_result(model: nn.Module, name: str) -> str:
     """Why what a model computes with this linear layer is not x Wᵀ + bias; empty where it is."""
+    module, (parent, _, part) = model.get_submodule(name), name.rpartition(".")
+    if part == "dt_proj" and "Mamba" in type(model.get_submodule(parent)).__name__:
+        return f"a {type(model.get_submodule(parent)).__name__} multiplies by its weight and does not call it"
     if isinstance(module, NonDynamicallyQuantizableLinear):
         return "nn.MultiheadAttention does not call it"
     if isinstance(module, nn.Linear) and any(hasattr(module, name) for name in OF_OTHER_RESULTS):

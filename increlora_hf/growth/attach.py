@@ -97,9 +97,10 @@ def _save_with_history(model: Any, save_directory: str, *args: Any, **kwargs: An
     growth: Growth = model.increlora
     if growth.was_forgotten():
         logger.warning(
-            "IncreLoRA: the adapter did not grow during training. It is saved at total rank %d of %d. To let it grow, "
-            "train with IncreLoraTrainer, or make a GrowthRun in your own loop and call its after_step() after every "
-            "step of the optimizer. If the ranks should not grow, use IncreLoraConfig(r_avg=%d, init_r=%d).",
+            "IncreLoRA: the ranks did not change during training. The adapter is saved at total rank %d; the budget "
+            "is %d. To let it grow, train with IncreLoraTrainer, or make a GrowthRun in your own loop and call its "
+            "after_step() after every step of the optimizer. If the ranks should not change, use "
+            "IncreLoraConfig(r_avg=%d, init_r=%d, overshoot=0).",
             growth.total_rank,
             growth.target_total_rank,
             growth.config.first_rank,

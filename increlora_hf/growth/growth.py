@@ -158,7 +158,8 @@ class Growth:
 
     def was_forgotten(self) -> bool:
         """Return whether the model was trained without a run that grows it; True once."""
-        if self._told or self.plan is not None or self.rounds or self.total_rank == self.target_total_rank:
+        is_fixed = self.total_rank == self.peak_total_rank == self.target_total_rank
+        if self._told or self.plan is not None or self.rounds or is_fixed:
             return False
         lams = [layer.A.active_lam for layer in self.layers.values()]
         forgotten = not all(map(torch.equal, lams, self._lams_at_start))

@@ -170,7 +170,7 @@ def _unreachable(plan: Plan) -> str:
     if available > 0 and math.ceil(needed / (available * plan.increment)) <= plan.num_layers:
         remedies.append(f"top_h={math.ceil(needed / (available * plan.increment))}")
     remedies.append(f"more than {plan.last_step + plan.total_steps - last - 1:,} training steps")
-    remedies.append("a smaller overshoot" if plan.is_cut else "a smaller r_avg")
+    remedies.append("overshoot=0 with init_r=r_avg, which grows nothing" if plan.is_cut else "a smaller r_avg")
     goal = "peak" if plan.is_cut else "budget"
     return (
         f"The {goal} of total rank {plan.peak_total_rank} cannot be met in {plan.total_steps:,} steps: from "
