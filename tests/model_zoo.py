@@ -486,13 +486,16 @@ FAMILIES: Mapping[str, Case] = {
     ),
     "GPT-OSS": _of("GptOssForCausalLM", "GptOssConfig", language, **{**DECODER, **EXPERTS}),
     "Mamba": _of("MambaForCausalLM", "MambaConfig", language, BOTH_BYPASSED, time_step_rank=2, **STATE),
-    "FalconMamba": _of("FalconMambaForCausalLM", "FalconMambaConfig", language, BOTH_BYPASSED, time_step_rank=2, **STATE),
+    "FalconMamba": _of(
+        "FalconMambaForCausalLM", "FalconMambaConfig", language, BOTH_BYPASSED, time_step_rank=2, **STATE
+    ),
     "Mamba-2": _of(
         "Mamba2ForCausalLM", "Mamba2Config", language, BYPASSED, num_heads=4, head_dim=8, n_groups=1, chunk_size=4,
         **STATE,
     ),
     "Jamba": _of(
-        "JambaForCausalLM", "JambaConfig", language, "`dt_proj` stays frozen, with a warning", use_mamba_kernels=False, mamba_d_state=4, mamba_dt_rank=2,
+        "JambaForCausalLM", "JambaConfig", language, "`dt_proj` stays frozen, with a warning",
+        use_mamba_kernels=False, mamba_d_state=4, mamba_dt_rank=2,
         attn_layer_period=2, attn_layer_offset=1, expert_layer_period=2, expert_layer_offset=1, num_experts=2,
         **DECODER,
     ),
