@@ -25,7 +25,6 @@ def free_port() -> int:
 
 
 def _run(rank: int, world_size: int, port: int, work: Callable[..., Any], args: tuple[Any, ...], out: Path) -> None:
-    os.environ["OMP_NUM_THREADS"] = "1"
     if world_size > 1:  # as torchrun does
         ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
         os.environ |= {name: str(value) for name, value in ranks.items()}

@@ -308,7 +308,7 @@ for is_set_up in (False, True):
 
 def test_script_without_a_set_up_of_logging_shows_plan_rounds_and_table_once(tmp_path: Path) -> None:
     path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
-    command, environment = [sys.executable, "-c", SCRIPT], {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    command, environment = [sys.executable, "-c", SCRIPT], {**os.environ, "PYTHONPATH": path}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
     plain, set_up = done.stdout.split("SET UP\n")
     shown = messages(plain)
