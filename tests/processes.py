@@ -3,9 +3,12 @@
 import multiprocessing
 import os
 import pickle
+import runpy
 import socket
+import sys
 import time
 import traceback
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -38,6 +41,31 @@ def _run(rank: int, world_size: int, port: int, work: Callable[..., Any], args: 
         result, failure = None, (type(error).__name__, str(error), traceback.format_exc())
     out.write_bytes(pickle.dumps((result, failure)))
     os._exit(0 if failure is None else 1)  # without the goodbyes that would wait for those who are gone
+
+
+def _script(script: Path, arguments: list[str], folder: Path, printed: Path) -> None:
+    with printed.open("w") as file:
+        for stream in (1, 2):
+            os.dup2(file.fileno(), stream)
+    sys.stdout = sys.stderr = os.fdopen(1, "w", buffering=1)
+    os.chdir(folder)
+    os.environ |= {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
+    for state in (AcceleratorState, PartialState, GradientState):
+        state._reset_state()
+    warnings.resetwarnings()
+    sys.argv[:] = [str(script), *arguments]
+    runpy.run_path(str(script), run_name="__main__")
+
+
+def run_script(script: Path, *arguments: Any, folder: Path) -> str:
+    """What a script prints, started in ``folder`` as from a command line, without paying for its imports again."""
+    printed = folder / "printed.txt"
+    process = FORK.Process(target=_script, args=(script, [str(one) for one in arguments], folder, printed))
+    process.start()
+    process.join(PATIENCE)
+    process.kill()
+    assert process.exitcode == 0, printed.read_text()[-2000:]
+    return printed.read_text()
 
 
 class Failed(AssertionError):

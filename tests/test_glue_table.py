@@ -193,7 +193,7 @@ def test_a_study_is_tuned_run_and_reported(tmp_path: Path, capsys: pytest.Captur
             "results": tmp_path / "r.jsonl",
             "cache": tmp_path / "cache",
         },
-        **{"adapters_python": None, "devices": None, "parallel": 2, "rows": ["increlora r=2", "head", "broken"]},
+        **{"adapters_python": None, "devices": None, "parallel": 2, "rows": ["paper r=2", "head", "broken"]},
         more=["--max_steps=12", "--use_cpu", "--warmup_steps=2", "--logging_steps=4", "--dataloader_pin_memory=false"],
     )
     methods = studies(2)["methods"]
@@ -204,7 +204,7 @@ def test_a_study_is_tuned_run_and_reported(tmp_path: Path, capsys: pytest.Captur
     assert len(found) == 3 + 2  # a rate for each of three rows, then the runs of the two that could be tuned
     broken = [one for one in found if one["row"] == "broken"]
     assert all("--tuner nothing is unknown" in one["error"] for one in broken)
-    ours = next(one for one in found if one["row"] == "increlora r=2" and one["study"] == "methods")
+    ours = next(one for one in found if one["row"] == "paper r=2" and one["study"] == "methods")
     assert ours["flags"]["learning_rate"] in settings.tune
     assert sum(ours["ranks"].values()) == 12
     assert "orth_loss" in ours["training"][0]
@@ -220,7 +220,7 @@ def test_a_study_is_tuned_run_and_reported(tmp_path: Path, capsys: pytest.Captur
     assert text.startswith("before\n")
     assert text.endswith("after\n")
     assert "old" not in text
-    assert "| increlora r=2 |" in text
+    assert "| paper r=2 |" in text
 
 
 @pytest.mark.parametrize(("best", "rates"), [(1e-3, 3), (1e-2, 5), (1e-4, 5)])
