@@ -214,7 +214,7 @@ def test_processes_and_accumulation_are_the_same_run(kind: str, tmp_path: Path) 
             "gradient_accumulation_steps": accumulation,
             "max_steps": 48,
         }
-        config = IncreLoraConfig.paper(r_avg=3, top_h=3, interval=4, start=4)  # the last round at step 44 of the decoder
+        config = IncreLoraConfig.paper(r_avg=3, top_h=3, interval=4, start=4)  # the last round at step 44
         results.append(run(world_size, tmp_path, train, tmp_path / "out", config, settings)[0])
     for other in results[1:]:
         assert [record.layers for record in other["rounds"]] == [record.layers for record in results[0]["rounds"]]
