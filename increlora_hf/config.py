@@ -69,6 +69,8 @@ def _setting(
 class IncreLoraConfig:
     """The settings of one IncreLoRA run (arXiv 2308.12043). Set ``r_avg``; the other defaults fit most runs.
 
+    The defaults differ from the paper; `paper` gives its method.
+
     The ``metadata["help"]`` of each field explains it, with its symbol in the paper. An instance cannot be changed.
     `dataclasses.replace` makes a changed copy.
 
@@ -117,21 +119,25 @@ class IncreLoraConfig:
         choices=SCORES,
     )
     beta1: float = _setting(
-        0.85, "Decay of the moving average of the sensitivity (beta1), equation (6).", within=Range(0, 1, "()")
+        0.85,
+        "Decay of the moving average of the sensitivity (beta1), equation (6). For score='paper'.",
+        within=Range(0, 1, "()"),
     )
     beta2: float = _setting(
-        0.85, "Decay of the moving average of the uncertainty (beta2), equation (7).", within=Range(0, 1, "()")
+        0.85,
+        "Decay of the moving average of the uncertainty (beta2), equation (7). For score='paper'.",
+        within=Range(0, 1, "()"),
     )
     score_tolerance: float = _setting(
         1e-4,
         "Only the last K steps before a round are scored: the fewest with max(beta1, beta2)^K <= this value. 0 scores "
-        "every step.",
+        "every step. For score='paper'.",
         within=Range(0, 1, "[)"),
     )
     score_reduction: str = _setting(
         "mean",
         "How a layer's sensitivity is summed up: 'mean' over the out*in entries (equation 5), or 'sqrt': sum / "
-        "sqrt(out*in).",
+        "sqrt(out*in). For score='paper'.",
         choices=SCORE_REDUCTIONS,
     )
     rank_scaling: str = _setting(
@@ -158,8 +164,9 @@ class IncreLoraConfig:
     )
     penalty: str = _setting(
         "paper",
-        "Form of the penalty: 'paper' = the norm in equation (4), as in the authors' code; 'squared' = its square, as "
-        "in the paper; 'directions' = the cosines between components, whose norms then do not count.",
+        "Form of the penalty, where orth_reg_weight is above 0: 'paper' = the norm in equation (4), as in the "
+        "authors' code; 'squared' = its square, as in the paper; 'directions' = the cosines between components, whose "
+        "norms then do not count.",
         choices=PENALTIES,
     )
     advance_learning: bool = _setting(
@@ -168,7 +175,9 @@ class IncreLoraConfig:
     restart_warmup: bool = _setting(
         True, "Give the new parameters of each round a learning-rate warm-up of their own."
     )
-    reserve_lambda: float = _setting(1e-5, "Constant lambda of the components in the reserve.", within=FACTOR)
+    reserve_lambda: float = _setting(
+        1e-5, "Constant lambda of the components in the reserve, where advance_learning is on.", within=FACTOR
+    )
     init_std: float | str = _setting(
         0.02,
         "Standard deviation of the initial values of A and B. 'unit' = 1/sqrt(d), so that rows have a norm near 1.",

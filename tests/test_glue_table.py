@@ -34,7 +34,7 @@ def test_studies_are_those_of_the_paper() -> None:
     found = studies(2)
     assert list(found["ablation"]) == ["- - -", "- A -", "O - -", "O - R", "O A -", "O A R"]
     assert "increlora_orth_reg_weight" not in found["ablation"]["O A R"]
-    assert list(found["methods"])[:3] == ["increlora r=2", "lora r=2", "adalora r=2"]
+    assert list(found["methods"])[:3] == ["default r=2", "lora r=2", "adalora r=2"]
     assert found["methods"]["lora r=8"] == {"tuner": "lora", "increlora_r_avg": 8}
     assert len(found["budgets"]) == 12
     assert studies(8)["methods"]["lora r=32"]["increlora_r_avg"] == 32

@@ -64,8 +64,9 @@ def test_fixed_ranks_are_planned_without_rounds_or_reserves() -> None:
         IncreLoraConfig.paper(r_avg=3, increment=2, top_h=4),
         IncreLoraConfig.paper(r_avg=3, increment=2, top_h=4, advance_learning=False),
         IncreLoraConfig(r_avg=3, top_h=4),
+        IncreLoraConfig(r_avg=8),
     ],
-    ids=["with a reserve", "without", "with a cut"],
+    ids=["with a reserve", "without", "with a cut", "with little room above the budget"],
 )
 @pytest.mark.parametrize("order", ["smallest layers", "largest layers", "any layers"])
 def test_growth_stays_within_the_bounds_and_meets_them_in_the_extremes(order: str, config: IncreLoraConfig) -> None:

@@ -100,7 +100,8 @@ def studies(rank: int) -> dict[str, dict[str, Flags]]:
         }
     return {
         "methods": {
-            **{f"{name} r={rank}": tuner(name, rank) for name in ("increlora", "lora", "adalora")},
+            f"default r={rank}": tuner("increlora", rank),  # "increlora r=2" in older results: former defaults
+            **{f"{name} r={rank}": tuner(name, rank) for name in ("lora", "adalora")},
             f"paper r={rank}": paper(rank),
             **{
                 f"cut r={rank}, lam x {factor}": tuner("increlora", rank)
@@ -114,9 +115,9 @@ def studies(rank: int) -> dict[str, dict[str, Flags]]:
         "ablation": ablation,
         "budgets": {f"{n} r={r}": tuner(n, r) for r in (2, 4, 8, 12, 16, 24) for n in ("increlora", "lora")},
         "ranks": {
-            "increlora": tuner("increlora", rank),
+            "default": tuner("increlora", rank),
             "lora": tuner("lora", rank),
-            "lora, increlora's ranks": tuner("lora", rank) | {RANKS_OF: f"increlora r={rank}"},
+            "lora, ranks of the default": tuner("lora", rank) | {RANKS_OF: f"default r={rank}"},
             "lora, adalora's ranks": tuner("lora", rank) | {RANKS_OF: f"adalora r={rank}"},
             **{
                 f"lora, ranks of the cut, lam x {factor}": tuner("lora", rank)
@@ -129,8 +130,8 @@ def studies(rank: int) -> dict[str, dict[str, Flags]]:
             | {"increlora_advance_learning": advance, "increlora_orth_reg_weight": weight}
             for advance, weight in itertools.product((True, False), (0.1, 0))
         },
-        "settings": {
-            "defaults": tuner("increlora", rank),
+        "one setting": {
+            "default": tuner("increlora", rank),
             **{
                 f"{name} {value}": tuner("increlora", rank) | {f"increlora_{name}": value}
                 for name, values in SETTINGS.items()

@@ -29,6 +29,8 @@ from contenders import layers_and_heads
 from torch import multiprocessing, nn
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
+from increlora_hf import IncreLoraConfig
+
 R_AVG = (8, 16, 64)
 DEVICES = (8, 16, 64, 256, 1024)
 SHARDS = 8
@@ -63,9 +65,9 @@ class Sizes(NamedTuple):
     """What one model and budget come to; parameters of adapter and head."""
 
     base: int
-    layers: int
     head: int
-    at_start: int  # rank 1 and a reserve of 1
+    at_start: int
+    at_peak: int  # before the cut
     at_end: int  # average rank r_avg in every layer; what is chosen may make it less or more
 
     @property
@@ -74,11 +76,11 @@ class Sizes(NamedTuple):
         return FLOAT * (self.at_end + self.head)
 
     def held(self, shards: int) -> float:
-        """GB on a device: the base in half precision, and what is trained with its gradients and moments.
+        """GB on a device at the peak: the base in half precision, and what is trained with its gradients and moments.
 
         The adapter's values and gradients stand there twice: as factors, and in the optimizer's strips.
         """
-        trained = 2 * FLOAT * (2 * self.at_end + self.head) + ADAM * (self.at_end + self.head)
+        trained = 2 * FLOAT * (2 * self.at_peak + self.head) + ADAM * (self.at_peak + self.head)
         return (HALF * self.base / shards + trained) / 1e9
 
 
@@ -91,19 +93,22 @@ def sizes(build: Any, r_avg: int) -> Sizes:
     component = sum(out + inner + 1 for out, inner in shapes)
     in_heads = sum(p.numel() for name in heads for p in model.get_submodule(name).parameters())
     base = sum(p.numel() for p in model.parameters())
-    return Sizes(base, len(layers), in_heads, 2 * component, r_avg * component)
+    config = IncreLoraConfig(r_avg=r_avg)
+    ranks = config.first_rank, r_avg + config.overshoot, r_avg
+    return Sizes(base, in_heads, *(rank * component for rank in ranks))
 
 
 def print_sizes() -> None:
     """The table of what travels and what is held."""
     write = sys.stdout.write
-    write("| model | r_avg | MB a step, first | MB a step, at the end | LoRA under DDP | all weights under DDP |")
-    write(f" GB a device, base whole | base over {SHARDS} |\n|---|---|---|---|---|---|---|---|\n")
+    write("| model | r_avg | MB a step, first | at the peak | at the end | LoRA under DDP | all weights under DDP |")
+    write(f" GB a device, base whole | base over {SHARDS} |\n|---|---|---|---|---|---|---|---|---|\n")
     for name, build in MODELS.items():
         for r_avg in R_AVG:
             one = sizes(build, r_avg)
-            first = FLOAT * (one.at_start + one.head + one.layers) / 1e6
-            write(f"| {name} | {r_avg} | {first:,.1f} | {one.per_step / 1e6:,.1f} | {one.per_step / 1e6:,.1f} ")
+            first, peak = (FLOAT * (count + one.head) / 1e6 for count in (one.at_start, one.at_peak))
+            end = one.per_step / 1e6
+            write(f"| {name} | {r_avg} | {first:,.1f} | {peak:,.1f} | {end:,.1f} | {end:,.1f} ")
             write(f"| {FLOAT * one.base / 1e6:,.0f} | {one.held(1):,.1f} | {one.held(SHARDS):,.1f} |\n")
 
 

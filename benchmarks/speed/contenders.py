@@ -77,7 +77,7 @@ class Growing(Contender):
     def phase(self) -> str:
         """Scoring, between the scored windows, or after the budget is met."""
         growth = self.trainer.increlora
-        if growth.total_rank == growth.target_total_rank:
+        if growth.remaining == 0 and growth.total_rank == growth.target_total_rank:
             return "after"
         return "scoring" if self.growth_run.is_scoring else "between"
 

@@ -45,7 +45,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--interval", type=int, default=100)
     parser.add_argument("--top_h", type=int, help="default: as many as let growth end at its share of the run")
     parser.add_argument("--increment", type=int, default=1)
-    parser.add_argument("--settings", type=json.loads, default={}, help='more of IncreLoRA\'s, as {"overshoot": 1}')
+    parser.add_argument("--settings", type=json.loads, default={}, help='more of IncreLoRA\'s, as {"overshoot": 4}')
     parser.add_argument(
         "--score_tolerance", type=float, default=1e-4, help="larger: fewer steps before a round scored"
     )

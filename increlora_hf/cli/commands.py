@@ -147,6 +147,8 @@ def _memory(needed: Mapping[str, Mapping[str, int | None]], args: argparse.Names
         if part == "activations" and not length:
             continue
         sizes = [one[part] for one in needed.values()]
+        if part == "scores" and not any(sizes):
+            continue
         lines.append(f"{title:<50}" + "".join(f"{'unknown' if size is None else _bytes(size):>15}" for size in sizes))
     return "\n".join([*lines, "", COUNTED if length else NOT_COUNTED])
 

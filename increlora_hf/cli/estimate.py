@@ -16,7 +16,7 @@ from ..adapter.components import budget
 from ..adapter.targets import features, first_ranks, fused_experts, head_modules, resolve_targets
 from ..config import IncreLoraConfig
 from ..growth.growth import plan_for
-from ..report.text import added_parameters, choice_note, most_gained
+from ..report.text import choice_note, final_parameters, most_gained
 
 FLOAT32 = 4  # bytes
 ADAMW = 2 * FLOAT32  # bytes of the optimizer's state for a parameter: its two averages
@@ -64,27 +64,22 @@ def plan_model(model: nn.Module, config: IncreLoraConfig, *, max_steps: int, war
     head = _num_parameters(head_modules(model, heads).values())
 
     costs = [sum(sizes[name]) + 1 for name in names]  # A, B and λ of a component
+    first = [ranks[name] for name in names]
     room = [limits[name] - ranks[name] for name in names]
-    start = sum(ranks[name] * cost for name, cost in zip(names, costs, strict=True))
     wide = sum(cost - 1 for cost, left in zip(costs, room, strict=True) if left >= config.increment)
     reserve = config.increment * wide if config.advance_learning and plan.rounds else 0
 
-    def after(rounds: int, reserve: int) -> list[Moment]:
-        """With growth in the smallest layers, and in the largest."""
+    def after(rounds: int, reserve: int, left: int | None = None) -> list[Moment]:
+        """With growth in the smallest layers, and in the largest; after a cut, the total rank that is left."""
         gained = min(totals[1] - totals[0], rounds * plan.top_h * plan.increment)
-        added = added_parameters(costs, gained, most_gained(room, gained, rounds * plan.increment))
-        rank = totals[0] + gained
-        return [Moment.of(active=start + more, total_rank=rank, reserve=reserve, head=head) for more in added]
+        rank = totals[0] + gained if left is None else left
+        most = most_gained(room, gained, rounds * plan.increment)
+        found = final_parameters(costs, first, most, components=gained, left=rank)
+        return [Moment.of(active=active, total_rank=rank, reserve=reserve, head=head) for active in found]
 
     begin, grown = after(0, reserve)[0], after(plan.rounds, 0)
     before_last = after(max(plan.rounds - 1, 0), reserve)[1]
-    ends = grown
-    if plan.cut_step:  # it may leave any components
-        most = most_gained(room, totals[1] - totals[0], plan.rounds * plan.increment)
-        bounds = added_parameters(
-            costs, totals[2], [ranks[name] + more for name, more in zip(names, most, strict=True)]
-        )
-        ends = [Moment.of(active=active, total_rank=totals[2], reserve=0, head=head) for active in bounds]
+    ends = after(plan.rounds, 0, left=totals[2])
     largest = max([begin, before_last, *grown], key=lambda moment: moment.optimizer_bytes)
     return {
         "model": type(model).__name__,

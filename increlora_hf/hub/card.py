@@ -147,6 +147,8 @@ def _summary(run: RunSummary, base: str) -> str:
         if rounds
         else "The ranks did not change during training"
     )
+    if any(record.get("removed") for record in history["rounds"]):
+        ranks += ". Then it removed the model's smallest components; a layer of rank 0 is not in the adapter"
     return (
         f"A LoRA adapter for {shown}, trained with [IncreLoRA]({PAPER}) in {library}. {ranks}. The total rank is "
         f"{history['total_rank']} over {len(history['rank_pattern'])} layers. This is an ordinary PEFT adapter: to "

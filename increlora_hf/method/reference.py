@@ -149,7 +149,7 @@ def cosine_curve(t: int, warmup: int, total: int) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class NaiveSettings:
-    """The settings that change what is computed, under the names of `IncreLoraConfig`."""
+    """The settings that change what is computed, under the names of `IncreLoraConfig`, with the paper's values."""
 
     r_avg: int = 2
     init_r: int = 1
@@ -169,7 +169,7 @@ class NaiveSettings:
     overshoot: int = 0
     restart_warmup: bool = True
     reserve_lambda: float = 1e-5
-    lam_lr_multiplier: float = 10.0
+    lam_lr_multiplier: float = 1.0
 
 
 class NaiveLinear(nn.Module):

@@ -81,15 +81,14 @@ def _final_parameters(growth: Growth) -> tuple[int, int]:
     """The fewest and the most adapter parameters that are possible at the end of growth."""
     plan, layers = growth.plan, growth.layers.values()
     assert plan is not None
-    costs = [layer.num_parameters(1) for layer in layers]
     room = [layer.max_rank - layer.rank for layer in layers]
-    most = most_gained(room, growth.remaining, plan.rounds * plan.increment)
-    if plan.cut_step:  # the cut may leave any of them
-        held = [layer.rank + gained for layer, gained in zip(layers, most, strict=True)]
-        return added_parameters(costs, plan.target_total_rank, held)
-    low, high = added_parameters(costs, growth.remaining, most)
-    start = growth.num_parameters()
-    return start + low, start + high
+    return final_parameters(
+        [layer.num_parameters(1) for layer in layers],
+        [layer.rank for layer in layers],
+        most_gained(room, growth.remaining, plan.rounds * plan.increment),
+        components=growth.remaining,
+        left=plan.target_total_rank,
+    )
 
 
 def most_gained(room: Iterable[int], components: int, once_a_round: int) -> list[int]:
@@ -106,24 +105,29 @@ def most_gained(room: Iterable[int], components: int, once_a_round: int) -> list
     return limited if sum(limited) >= components else most
 
 
-def added_parameters(costs: Iterable[int], components: int, most: Iterable[int]) -> tuple[int, int]:
-    """The fewest and the most parameters that new components can have.
+def final_parameters(
+    costs: Iterable[int], ranks: Iterable[int], most: Iterable[int], *, components: int, left: int
+) -> tuple[int, int]:
+    """The fewest and the most parameters that are possible after growth and, with fewer left than then, the cut.
 
     Args:
         costs: parameters of one component, for each layer.
+        ranks: the rank of each layer before it grows.
+        most: how many components each layer can gain.
         components: how many are added in all.
-        most: how many each layer can gain.
+        left: the total rank in the end.
     """
-    ordered = sorted(zip(costs, most, strict=True))
-    return _fill(ordered, components), _fill(reversed(ordered), components)
+    ordered = sorted(zip(costs, ranks, most, strict=True))
+    return _fill(ordered, components, left), _fill(reversed(ordered), components, left)
 
 
-def _fill(layers: Iterable[tuple[int, int]], components: int) -> int:
+def _fill(layers: Iterable[tuple[int, int, int]], components: int, left: int) -> int:
+    """Parameters if the first layers grow as far as they can, and the last ones are cut."""
     total = 0
-    for cost, most in layers:
-        taken = min(components, most)
-        total += cost * taken
-        components -= taken
+    for cost, rank, most in layers:
+        gained = min(components, most)
+        kept = min(rank + gained, left)
+        components, left, total = components - gained, left - kept, total + cost * kept
     return total
 
 

@@ -302,7 +302,7 @@ class IncreLoraTrainerMixin(ItemCountsMixin, PublishingMixin, SearchMixin):
         rank, budget = self.increlora.total_rank, self.increlora.target_total_rank
         if rank > budget:
             above = f"IncreLoRA: the best model is from before the cut, with a total rank of {rank}, above {budget}."
-            say(self.args, f"{above} For one within it, set eval_delay to the step of the cut.", logging.WARNING)
+            say(self.args, f"{above} For one within it, evaluate after the cut (eval_delay).", logging.WARNING)
 
     # ---- What the user sees ------------------------------------------------------------------------------------
 
