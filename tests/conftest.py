@@ -4,7 +4,7 @@ import gc
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["OMP_NUM_THREADS"] = "1"  # of the programs that tests start, beside as many as there are cores
+os.environ["OMP_NUM_THREADS"] = "1"  # in each program that a test starts: the tests themselves use all cores
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from collections.abc import Callable, Iterator

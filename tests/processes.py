@@ -27,13 +27,18 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+def _forget_the_parent() -> None:
+    """Reset what accelerate keeps for a process, and what a fork takes over."""
+    for state in (AcceleratorState, PartialState, GradientState):
+        state._reset_state()
+
+
 def _run(rank: int, world_size: int, port: int, work: Callable[..., Any], args: tuple[Any, ...], out: Path) -> None:
     if world_size > 1:  # as torchrun does
         ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
         os.environ |= {name: str(value) for name, value in ranks.items()}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    for state in (AcceleratorState, PartialState, GradientState):
-        state._reset_state()  # what the forked parent has of its own
+    _forget_the_parent()
     torch.set_num_threads(1)
     try:
         result, failure = work(rank, *args), None
@@ -50,8 +55,7 @@ def _script(script: Path, arguments: list[str], folder: Path, printed: Path) -> 
     sys.stdout = sys.stderr = os.fdopen(1, "w", buffering=1)
     os.chdir(folder)
     os.environ |= {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
-    for state in (AcceleratorState, PartialState, GradientState):
-        state._reset_state()
+    _forget_the_parent()
     warnings.resetwarnings()
     sys.argv[:] = [str(script), *arguments]
     runpy.run_path(str(script), run_name="__main__")

@@ -37,7 +37,7 @@ from increlora_hf.tasks.glue.tasks import glue_task
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("torch", "transformers", "peft", "adapters", "increlora-hf")
 BOTTLENECKS = {"houlsby": 8, "pfeiffer": 16}  # widths; on a BERT with about the parameters of LoRA r=2
-CUT: Mapping[str, Any] = {  # today's defaults but for lambda's rate, spelled out: their runs began before they were
+CUT: Mapping[str, Any] = {  # today's defaults without lambda's rate; these runs began before they were the defaults
     "increlora_overshoot": 2,
     "increlora_score": "weakest",
     "increlora_advance_learning": False,
