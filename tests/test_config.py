@@ -184,9 +184,9 @@ def test_paper_preset_gives_the_published_constants() -> None:
 
 
 def test_flag_beside_a_preset_wins_even_where_it_is_the_default() -> None:
-    default = IncreLoraConfig().lam_lr_multiplier
-    assert default != IncreLoraConfig.paper().lam_lr_multiplier
-    assert parse("--increlora_preset=paper", f"--increlora_lam_lr_multiplier={default}").lam_lr_multiplier == default
+    default = IncreLoraConfig().growth_fraction
+    assert default != IncreLoraConfig.paper().growth_fraction
+    assert parse("--increlora_preset=paper", f"--increlora_growth_fraction={default}").growth_fraction == default
     assert not parse("--increlora_preset=paper", "--no_increlora_restart_warmup").restart_warmup
     assert not parse("--increlora_preset=paper", "--increlora_advance_learning=false").advance_learning
 

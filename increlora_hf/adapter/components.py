@@ -65,14 +65,23 @@ class AdaptedLayer:
         """Adapter parameters of this layer at a rank: r · (in + out + 1)."""
         return rank * (self.A.features + self.B.features + 1)
 
-    def add_components(self, count: int, generator: torch.Generator, init_std: float | str) -> None:
+    def add_components(
+        self, count: int, generator: torch.Generator, init_std: float | str, *, zero_b: bool = False
+    ) -> None:
         """Append new rows to A and B, drawn from N(0, std²); they are a reserve until they are activated.
 
-        They are the same on every device: they are drawn on the CPU.
+        With ``zero_b`` the rows of B are 0. They are the same on every device: they are drawn on the CPU.
         """
         for factor in (self.A, self.B):
             std = factor.features**-0.5 if init_std == UNIT_STD else float(init_std)
-            factor.append(torch.randn(count, factor.features, generator=generator, device="cpu") * std)
+            rows = torch.randn(count, factor.features, generator=generator, device="cpu") * std
+            factor.append(torch.zeros_like(rows) if zero_b and factor is self.B else rows)
+
+    def add_untrained(self, count: int, generator: torch.Generator, config: IncreLoraConfig) -> None:
+        """Append active components that leave ΔW as it is: B = 0 and λ = 1, or random B and λ = 0 (``zero_init``)."""
+        zero_b = config.zero_init == "B"
+        self.add_components(count, generator, config.init_std, zero_b=zero_b)
+        self.activate(count, float(zero_b))
 
     def add_reserve(self, generator: torch.Generator, config: IncreLoraConfig) -> None:
         """Append a reserve of ``increment`` components, where there is to be one and the layer has room for it."""
@@ -135,7 +144,7 @@ def budget(config: IncreLoraConfig, ranks: Mapping[str, int], limits: Mapping[st
 
 
 def start_components(layers: Mapping[str, AdaptedLayer], ranks: Mapping[str, int], config: IncreLoraConfig) -> None:
-    """Put fresh growing factors into the layers, with λ = 0; add a reserve where ranks will grow."""
+    """Put fresh growing factors into the layers, with ΔW = 0; add a reserve where ranks will grow."""
     limits = {name: layer.max_rank for name, layer in layers.items()}
     grows = sum(ranks.values()) < budget(config, ranks, limits, config.overshoot)
     for layer in layers.values():
@@ -145,8 +154,7 @@ def start_components(layers: Mapping[str, AdaptedLayer], ranks: Mapping[str, int
         module.lora_B[ADAPTER] = GrowingB(module.out_features, like).train(module.training)
         fuse(module)
         generator = component_generator(config.seed, layer.index, round_index=0)
-        layer.add_components(ranks[layer.name], generator, config.init_std)
-        layer.activate(ranks[layer.name], lam=0.0)
+        layer.add_untrained(ranks[layer.name], generator, config)
         if grows:
             layer.add_reserve(generator, config)
 

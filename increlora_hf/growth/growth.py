@@ -87,7 +87,7 @@ class Growth:
         self.trained: nn.Module = model
         self._peft_config = cast(LoraConfig, model.peft_config[ADAPTER])
         self._targets = self._peft_config.target_modules
-        self._lams_at_start = [layer.A.active_lam.detach().clone() for layer in self.layers.values()]
+        self._sizes_at_start = [layer.component_sizes() for layer in self.layers.values()]
         self._told = False  # that growth was forgotten
 
     def __repr__(self) -> str:
@@ -161,8 +161,8 @@ class Growth:
         is_fixed = self.total_rank == self.peak_total_rank == self.target_total_rank
         if self._told or self.plan is not None or self.rounds or is_fixed:
             return False
-        lams = [layer.A.active_lam for layer in self.layers.values()]
-        forgotten = not all(map(torch.equal, lams, self._lams_at_start))
+        sizes = [layer.component_sizes() for layer in self.layers.values()]
+        forgotten = not all(map(torch.equal, sizes, self._sizes_at_start))
         self._told = forgotten
         return forgotten
 
@@ -210,9 +210,12 @@ class Growth:
         for name, count in gained.items():
             layer = self.layers[name]
             generator = component_generator(config.seed, layer.index, len(self.rounds))
-            if count > layer.A.reserve:  # there is none, or the layer grows several times in this round
-                layer.add_components(count - layer.A.reserve, generator, config.init_std)
-            layer.activate(count, config.reserve_lambda if config.advance_learning else 0.0)
+            if config.advance_learning:
+                if count > layer.A.reserve:  # the layer grows several times in this round
+                    layer.add_components(count - layer.A.reserve, generator, config.init_std)
+                layer.activate(count, config.reserve_lambda)
+            else:
+                layer.add_untrained(count, generator, config)
             if not is_last:
                 layer.add_reserve(generator, config)
         if is_last:

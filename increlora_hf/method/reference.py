@@ -55,7 +55,7 @@ def penalty(matrices: Sequence[Tensor], form: str = "paper") -> Tensor:
     held = [matrix for matrix in matrices if len(matrix)]
     total = torch.zeros((), dtype=torch.float64)
     for matrix in held:
-        rows = matrix / matrix.norm(dim=1, keepdim=True) if form == "directions" else matrix
+        rows = nn.functional.normalize(matrix, dim=1) if form == "directions" else matrix
         deviation = rows @ rows.T - torch.eye(len(rows), dtype=rows.dtype)  # (r, r)
         if form == "directions":
             deviation = deviation.tril(-1) + deviation.triu(1)
@@ -169,6 +169,7 @@ class NaiveSettings:
     overshoot: int = 0
     restart_warmup: bool = True
     reserve_lambda: float = 1e-5
+    zero_init: str = "lam"
     lam_lr_multiplier: float = 1.0
 
 
@@ -277,7 +278,7 @@ class NaiveIncreLora:
         self.model.set_submodule(name, layer)
         grows = self._total(s.overshoot) > sum(self.first)
         first, ahead = self.draw(k, 0, [self.first[k], self._reserve(k, self.first[k]) if grows else 0])
-        layer.components = [self._component(ab, 0.0, True, 0) for ab in first]  # λ = 0, so that ΔW = 0
+        layer.components = [self._untrained(ab, 0) for ab in first]
         layer.components += [self._component(ab, s.reserve_lambda, False, 0) for ab in ahead]
         return layer
 
@@ -293,6 +294,13 @@ class NaiveIncreLora:
     def _component(self, ab: tuple[Tensor, Tensor], lam: float, active: bool, birth: int) -> Component:
         a, b = (vector.clone().requires_grad_() for vector in ab)
         return Component(a, b, torch.tensor(lam, dtype=a.dtype, requires_grad=active), active, birth, birth)
+
+    def _untrained(self, ab: tuple[Tensor, Tensor], birth: int) -> Component:
+        """An active component that leaves ΔW as it is: B = 0 and λ = 1, or λ = 0."""
+        a, b = ab
+        if self.settings.zero_init == "B":
+            return self._component((a, torch.zeros_like(b)), 1.0, True, birth)
+        return self._component((a, b), 0.0, True, birth)
 
     def step(self, t: int, micro_batches: Sequence[dict[str, Tensor]]) -> float:
         """Optimizer step t, from 1; returns the mean over the micro-batches of the task loss L."""
@@ -398,9 +406,11 @@ class NaiveIncreLora:
             layer = self.layers[k]
             missing = max(0, count - sum(not c.active for c in layer.components))
             fresh, ahead = self.draw(k, number, [missing, self._reserve(k, layer.rank() + count)])
-            first_lam = s.reserve_lambda if s.advance_learning else 0.0
             self._activate(layer, count, t)
-            layer.components += [self._component(ab, first_lam, True, t) for ab in fresh]  # not trained ahead
+            layer.components += [  # not trained ahead
+                self._component(ab, s.reserve_lambda, True, t) if s.advance_learning else self._untrained(ab, t)
+                for ab in fresh
+            ]
             layer.components += [self._component(ab, s.reserve_lambda, False, t) for ab in ahead]
         if self.remaining() == 0:
             for layer in self.layers:
