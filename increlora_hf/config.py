@@ -181,7 +181,7 @@ class IncreLoraConfig:
     )
     init_std: float | str = _setting(
         0.02,
-        "Standard deviation of the initial values of A and B. 'unit' = 1/sqrt(d), so that rows have a norm near 1.",
+        "Standard deviation of the random initial values. 'unit' = 1/sqrt(d), so that rows have a norm near 1.",
         flag_type=str,
         within=FACTOR,
     )
