@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import logging
 import multiprocessing
 import os
 import pickle
@@ -59,6 +60,7 @@ def _script(script: str, arguments: list[str], folder: Path | str, streams: list
     os.chdir(folder)
     os.environ |= {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
     _forget_the_parent()
+    logging.root.handlers.clear()  # pytest's
     warnings.resetwarnings()
     sys.argv[:] = [script, *arguments]
     sys.path.insert(0, str(Path(script).parent))
@@ -81,12 +83,12 @@ def run_script(script: Path, *arguments: Any, folder: Path) -> str:
 ASK = """
 import json, os, socket, sys
 python, address, *words = sys.argv[1:]
-answer = b"not forked"
-if words[0].endswith(".py"):
+answer, given = b"not forked", words[words[:1] == ["-u"] :]  # as torchrun starts a script
+if given[0].endswith(".py"):
     with socket.socket(socket.AF_UNIX) as server:
         server.connect(address)
         socket.send_fds(server, [b"*"], [1, 2])
-        server.sendall(json.dumps([words, os.getcwd(), dict(os.environ)]).encode())
+        server.sendall(json.dumps([given, os.getcwd(), dict(os.environ)]).encode())
         server.shutdown(socket.SHUT_WR)
         answer = server.recv(99)
 if answer == b"not forked":
@@ -111,7 +113,7 @@ def _answer_all(listener: socket.socket, real: int) -> None:
         connection, _ = listener.accept()
         with connection:
             if number < real:
-                connection.recv(1)
+                connection.makefile().read()  # all that it asks: a closed connection would fail it
                 connection.sendall(b"not forked")
             else:
                 FORK.Process(target=_answer, args=(connection,)).start()
