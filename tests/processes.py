@@ -105,7 +105,7 @@ def _answer(connection: socket.socket) -> None:
     process = FORK.Process(target=_script, args=(words[0], words[1:], folder, streams))
     process.start()
     process.join()
-    connection.sendall(b"%d" % process.exitcode)
+    connection.sendall(str(process.exitcode).encode())
 
 
 def _answer_all(listener: socket.socket, real: int) -> None:
