@@ -1,15 +1,20 @@
-"""Several processes of one run on this machine, over gloo, for the tests of what happens between them."""
+"""Processes forked from this one: several of one run, over gloo, and programs that pay for no imports."""
 
+import itertools
+import json
+import logging
 import multiprocessing
 import os
 import pickle
 import runpy
 import socket
 import sys
+import tempfile
 import time
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -48,28 +53,89 @@ def _run(rank: int, world_size: int, port: int, work: Callable[..., Any], args: 
     os._exit(0 if failure is None else 1)  # without the goodbyes that would wait for those who are gone
 
 
-def _script(script: Path, arguments: list[str], folder: Path, printed: Path) -> None:
-    with printed.open("w") as file:
-        for stream in (1, 2):
-            os.dup2(file.fileno(), stream)
-    sys.stdout = sys.stderr = os.fdopen(1, "w", buffering=1)
+def _script(script: str, arguments: list[str], folder: Path | str, streams: list[int]) -> None:
+    for stream, file in enumerate(streams, start=1):
+        os.dup2(file, stream)
+    sys.stdout, sys.stderr = (os.fdopen(stream, "w", buffering=1) for stream in (1, 2))
     os.chdir(folder)
     os.environ |= {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
     _forget_the_parent()
+    logging.root.handlers.clear()  # pytest's
     warnings.resetwarnings()
-    sys.argv[:] = [str(script), *arguments]
-    runpy.run_path(str(script), run_name="__main__")
+    sys.argv[:] = [script, *arguments]
+    sys.path.insert(0, str(Path(script).parent))
+    runpy.run_path(script, run_name="__main__")
 
 
 def run_script(script: Path, *arguments: Any, folder: Path) -> str:
     """What a script prints, started in ``folder`` as from a command line, without paying for its imports again."""
     printed = folder / "printed.txt"
-    process = FORK.Process(target=_script, args=(script, [str(one) for one in arguments], folder, printed))
-    process.start()
+    with printed.open("w") as file:
+        words = [str(one) for one in arguments]
+        process = FORK.Process(target=_script, args=(str(script), words, folder, [file.fileno()] * 2))
+        process.start()
     process.join(PATIENCE)
     process.kill()
     assert process.exitcode == 0, printed.read_text()[-2000:]
     return printed.read_text()
+
+
+ASK = """
+import json, os, socket, sys
+python, address, *words = sys.argv[1:]
+answer, given = b"not forked", words[words[:1] == ["-u"] :]  # as torchrun starts a script
+if given[0].endswith(".py"):
+    with socket.socket(socket.AF_UNIX) as server:
+        server.connect(address)
+        socket.send_fds(server, [b"*"], [1, 2])
+        server.sendall(json.dumps([given, os.getcwd(), dict(os.environ)]).encode())
+        server.shutdown(socket.SHUT_WR)
+        answer = server.recv(99)
+if answer == b"not forked":
+    os.execv(python, [python, *words])
+sys.exit(int(answer))
+"""
+
+
+def _answer(connection: socket.socket) -> None:
+    _, streams, *_ = socket.recv_fds(connection, 1, 2)
+    words, folder, environment = json.load(connection.makefile())
+    os.environ.clear()
+    os.environ |= environment
+    process = FORK.Process(target=_script, args=(words[0], words[1:], folder, streams))
+    process.start()
+    process.join()
+    connection.sendall(str(process.exitcode).encode())
+
+
+def _answer_all(listener: socket.socket, real: int) -> None:
+    for number in itertools.count():
+        connection, _ = listener.accept()
+        with connection:
+            if number < real:
+                connection.makefile().read()  # all that it asks: a closed connection would fail it
+                connection.sendall(b"not forked")
+            else:
+                FORK.Process(target=_answer, args=(connection,)).start()
+
+
+@contextmanager
+def forking_python(real: int) -> Iterator[str]:
+    """The path of a Python that starts ``real`` scripts as ever, and later ones without paying for their imports."""
+    with tempfile.TemporaryDirectory() as folder, socket.socket(socket.AF_UNIX) as listener:
+        program, ask, address = (Path(folder) / name for name in ("python", "ask.py", "socket"))
+        listener.bind(str(address))
+        listener.listen()
+        ask.write_text(ASK)
+        program.write_text(f'#!/bin/sh\nexec "{sys.executable}" -IS {ask} "{sys.executable}" {address} "$@"\n')
+        program.chmod(0o755)
+        server = FORK.Process(target=_answer_all, args=(listener, real))
+        server.start()
+        try:
+            yield str(program)
+        finally:
+            server.terminate()
+            server.join()
 
 
 class Failed(AssertionError):

@@ -96,3 +96,11 @@ def test_type_checkers_see_the_public_names_where_they_are() -> None:
     block = next(node for node in tree.body if isinstance(node, ast.If))
     seen = {name.asname: node.module for node in block.body if isinstance(node, ast.ImportFrom) for name in node.names}
     assert seen == increlora_hf._HOMES
+
+
+def test_the_type_checker_is_strict_with_all_but_the_tests() -> None:
+    tomllib = pytest.importorskip("tomllib")
+    root = PACKAGE.parent
+    (strict,) = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["mypy"]["overrides"]
+    scripts = [*root.glob("*.py"), *root.glob("benchmarks/*/*.py")]
+    assert set(strict["module"]) == {"increlora_hf.*", *(path.stem for path in scripts)}

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from glue_fixtures import save_tiny_model, sentence_pairs, write_parquet
+from processes import forking_python
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks" / "evidence"))
@@ -197,7 +198,8 @@ def test_a_study_is_tuned_run_and_reported(tmp_path: Path, capsys: pytest.Captur
         more=["--max_steps=12", "--use_cpu", "--warmup_steps=2", "--logging_steps=4", "--dataloader_pin_memory=false"],
     )
     methods = studies(2)["methods"]
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, forking_python(real=1) as python:
+        patch.setattr(sys, "executable", python)
         patch.setattr(glue_table, "studies", lambda rank: {"methods": methods | {"broken": {"tuner": "nothing"}}})
         run_study(settings)
     found = [json.loads(text) for text in settings.results.read_text().splitlines()]

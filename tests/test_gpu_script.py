@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from processes import forking_python
 
 ROOT = Path(__file__).parent.parent
 SPEED = ROOT / "benchmarks" / "speed"
@@ -18,10 +19,11 @@ import gpu_report  # noqa: E402
 @pytest.mark.slow
 def test_gpu_script_runs_in_small_and_is_reported(tmp_path: Path) -> None:
     out, document = tmp_path / "out", tmp_path / "page.md"
-    environment = {**os.environ, "PYTHON": sys.executable}
-    done = subprocess.run(
-        [str(SPEED / "gpu.sh"), str(out), "--smoke"], env=environment, capture_output=True, text=True, check=False
-    )
+    command = [str(SPEED / "gpu.sh"), str(out), "--smoke"]
+    with forking_python(real=1) as python:
+        done = subprocess.run(
+            command, env={**os.environ, "PYTHON": python}, capture_output=True, text=True, check=False
+        )
     assert done.returncode == 0, done.stdout + "".join(path.read_text() for path in out.glob("*.log"))
     assert json.loads((out / "fp16-resume.json").read_text())["same_bits"]
     assert {json.loads(line)["contender"] for line in (out / "planted.jsonl").read_text().splitlines()} == {

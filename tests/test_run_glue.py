@@ -578,9 +578,17 @@ LAUNCHERS = {
 }
 
 
+@pytest.fixture
+def forked():
+    """A Python whose first two scripts, those of the first launcher, start as ever."""
+    with processes.forking_python(real=2) as python:
+        yield python
+
+
 @pytest.mark.slow
-def test_both_launchers_train_the_same_adapter_in_two_processes(model, tmp_path):
+def test_both_launchers_train_the_same_adapter_in_two_processes(model, tmp_path, monkeypatch, forked):
     path = csv_file(tmp_path)
+    monkeypatch.setenv("PYTHON_EXEC", forked)  # that both start the script with
     adapters = []
     for name, launcher in LAUNCHERS.items():
         out = tmp_path / name

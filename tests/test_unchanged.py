@@ -20,18 +20,26 @@ from increlora_hf.growth.growth import Growth
 LORA = {"r": 3, "target_modules": ["query"], "modules_to_save": ["classifier"]}
 
 
+Picture = tuple[dict[str, Any], dict[str, torch.Tensor]]
+
+
 @contextmanager
-def unchanged(model: nn.Module) -> Iterator[None]:
-    """Compare modules, attributes, parameters, PEFT's settings and the output of a model before and after."""
-    before, values = _picture(model), {key: value.clone() for key, value in model.state_dict().items()}
+def unchanged(model: nn.Module, before: Picture | None = None) -> Iterator[None]:
+    """Compare a model before and after; ``before`` is what `picture` gave for it, where that is at hand."""
+    parts, values = before or picture(model)
     yield
-    after, values_after = _picture(model), model.state_dict()
-    assert [part for part in before if before[part] != after[part]] == []
+    parts_after, values_after = _parts(model), model.state_dict()
+    assert [part for part in parts if parts[part] != parts_after[part]] == []
     assert values_after.keys() == values.keys()
     assert [key for key in values if not torch.equal(values[key], values_after[key])] == []
 
 
-def _picture(model: nn.Module) -> dict[str, Any]:
+def picture(model: nn.Module) -> Picture:
+    """Modules, attributes, parameters, PEFT's settings and the output of a model, and a copy of its values."""
+    return _parts(model), {key: value.clone() for key, value in model.state_dict().items()}
+
+
+def _parts(model: nn.Module) -> dict[str, Any]:
     modules = dict(model.named_modules())
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks")
     with torch.no_grad():

@@ -395,7 +395,8 @@ def run_all(settings: argparse.Namespace) -> None:
         if run.contender not in STOCK:
             settings_of(run.contender, run.seed)  # a mistake in a name is found before the first run
     settings.results.parent.mkdir(parents=True, exist_ok=True)
-    with get_context("spawn").Pool(settings.jobs) as pool, settings.results.open("a") as file:
+    start = "fork" if settings.device == "cpu" else "spawn"  # CUDA does not outlive a fork
+    with get_context(start).Pool(settings.jobs) as pool, settings.results.open("a") as file:
         for line in pool.imap_unordered(partial(execute, device=settings.device), runs):
             file.write(json.dumps(line) + "\n")
             file.flush()

@@ -11,11 +11,12 @@ import copy
 import json
 import random
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from collections import defaultdict
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--no_memory", action="store_true")
     parser.add_argument("--json", type=Path, help="also write all figures there")
-    parser.add_argument("--memory_of", choices=list(CONTENDERS), help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
@@ -81,11 +81,16 @@ def seconds(contender: Contender, batch: dict[str, torch.Tensor], device: str) -
     return time.perf_counter() - start
 
 
+def contenders(args: argparse.Namespace) -> list[str]:
+    """Those asked for, and what they are compared with."""
+    return [name for name in CONTENDERS if not args.only or name in (REFERENCE, *args.only)]
+
+
 def race(args: argparse.Namespace, folder: str) -> tuple[dict[str, list[float]], dict[str, list[str]]]:
     """Seconds of every step of every contender, and the phase in each of those that grow."""
     model = models.load(args.model).to(args.device)
     data = [{k: v.to(args.device) for k, v in b.items()} for b in models.batches(model, 8, args.batch, args.length)]
-    names = [name for name in CONTENDERS if not args.only or name in (REFERENCE, *args.only)]
+    names = contenders(args)
     runs = {name: make(name, copy.deepcopy(model), folder, args) for name in names}
     times: dict[str, list[float]] = defaultdict(list)
     phases: dict[str, list[str]] = {name: [] for name in names if name in GROWING}
@@ -128,11 +133,12 @@ def whole_runs(times: dict[str, list[float]]) -> list[tuple[str, float]]:
     return [(name, value / total[REFERENCE]) for name, value in total.items()]
 
 
-def report_memory(args: argparse.Namespace, folder: str) -> None:
-    """Print the growth of this process's peak memory over a few steps of one contender, in MiB."""
+def peak_memory(name: str, args: argparse.Namespace) -> dict[str, float]:
+    """The peak of this process's memory over a few steps of one contender, and its growth, in MiB."""
     model = models.load(args.model).to(args.device)
     batch = {k: v.to(args.device) for k, v in models.batches(model, 1, args.batch, args.length)[0].items()}
-    contender = make(args.memory_of, model, folder, args)
+    with tempfile.TemporaryDirectory() as folder:
+        contender = make(name, model, folder, args)
     cuda = args.device == "cuda"
     if cuda:
         torch.cuda.reset_peak_memory_stats()
@@ -142,7 +148,7 @@ def report_memory(args: argparse.Namespace, folder: str) -> None:
     for _ in range(MEMORY_STEPS):
         contender.step(batch)
     peak = torch.cuda.max_memory_allocated() / 2**20 if cuda else _resident("VmHWM")
-    sys.stdout.write(json.dumps({"grown": peak - before, "peak": peak}) + "\n")
+    return {"grown": peak - before, "peak": peak}
 
 
 def _resident(field: str) -> float:
@@ -151,23 +157,21 @@ def _resident(field: str) -> float:
     return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(field))
 
 
-def memory(names: list[str]) -> dict[str, dict[str, float]]:
+def memory(args: argparse.Namespace) -> dict[str, dict[str, float]]:
     """Peak memory of each contender, in a process of its own."""
+    start = get_context("fork" if args.device == "cpu" else "spawn")  # CUDA does not outlive a fork
     found = {}
-    for name in names:
-        command = [sys.executable, *sys.argv, "--memory_of", name]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-        found[name] = json.loads(done.stdout.strip().splitlines()[-1])
+    for name in contenders(args):
+        with ProcessPoolExecutor(1, start) as pool:
+            found[name] = pool.submit(peak_memory, name, args).result()
     return found
 
 
 def main() -> None:
     """Run, and print tables in Markdown."""
     args = parse()
+    found = {} if args.no_memory else memory(args)  # first: a forked process begins with what this one holds
     with tempfile.TemporaryDirectory() as folder:
-        if args.memory_of:
-            report_memory(args, folder)
-            return
         times, phases = race(args, folder)
     write = sys.stdout.write
     where = torch.cuda.get_device_name() if args.device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
@@ -179,7 +183,6 @@ def main() -> None:
     write("\n| whole run of | ÷ PEFT LoRA |\n|---|---|\n")
     for name, ratio in whole_runs(times):
         write(f"| {name} | {ratio:.3f} |\n")
-    found = {} if args.no_memory else memory(list(times))
     if args.json:
         steps = {what: {"ratio": ratio, "seconds": median} for what, ratio, median in summary(times, phases)}
         given = {name: value for name, value in vars(args).items() if name != "json"}
