@@ -68,15 +68,15 @@ def _script(script: str, arguments: list[str], folder: Path | str, streams: list
 
 
 def run_script(script: Path, *arguments: Any, folder: Path) -> str:
-    """What a script prints, started in ``folder`` as from a command line, without paying for its imports again."""
-    printed = folder / "printed.txt"
-    with printed.open("w") as file:
-        words = [str(one) for one in arguments]
-        process = FORK.Process(target=_script, args=(str(script), words, folder, [file.fileno()] * 2))
+    """The output of a script, started in ``folder`` as from a command line, without paying for its imports again."""
+    printed, told = folder / "stdout.txt", folder / "stderr.txt"
+    with printed.open("w") as stdout, told.open("w") as stderr:
+        streams = [stdout.fileno(), stderr.fileno()]
+        process = FORK.Process(target=_script, args=(str(script), list(map(str, arguments)), folder, streams))
         process.start()
     process.join(PATIENCE)
     process.kill()
-    assert process.exitcode == 0, printed.read_text()[-2000:]
+    assert process.exitcode == 0, told.read_text()[-2000:]
     return printed.read_text()
 
 

@@ -2,13 +2,13 @@
 
 import json
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from glue_fixtures import save_tiny_decoder, save_tiny_model
 from peft import PeftModel
+from processes import run_script
 from squad_fixtures import question, questions, write_flat, write_folder, write_nested
 from transformers import AutoModelForQuestionAnswering, BertConfig, ByT5Tokenizer, T5Config, XLNetConfig
 
@@ -354,12 +354,10 @@ def test_a_slow_tokenizer_is_refused(refused, tmp_path):
 
 def test_the_program_shows_plan_and_ranks_and_ends_well(model, out, tmp_path):
     settings = {**SETTINGS, "model_name_or_path": model, "output_dir": out, **both(tmp_path, questions())}
-    command = [sys.executable, str(ROOT / "run_squad.py"), "--do_train"]
-    command += [f"--{name}={value}" for name, value in settings.items()]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "6 layers, rank 18 → 24 → 12" in done.stdout
-    assert f"The adapter is in {out}" in done.stdout
+    flags = [f"--{name}={value}" for name, value in settings.items()]
+    printed = run_script(ROOT / "run_squad.py", "--do_train", *flags, folder=tmp_path)
+    assert "6 layers, rank 18 → 24 → 12" in printed
+    assert f"The adapter is in {out}" in printed
 
 
 # ---- Real data ------------------------------------------------------------------------------------------------------

@@ -1,12 +1,10 @@
 """The tutorial runs as it is written, and prints what it says."""
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from processes import run_script
 
 TUTORIAL = Path(__file__).parents[1] / "docs" / "tutorial.md"
 BLOCK = re.compile(r"```python\n(.*?)```(?:\s*```text\n(.*?)```)?", re.DOTALL)
@@ -27,11 +25,7 @@ def test_every_block_runs_and_prints_what_stands_below_it(tmp_path: Path) -> Non
     blocks = BLOCK.findall(TUTORIAL.read_text(encoding="utf-8"))
     script = "".join(f"{code}\nprint({END!r})\n" for code, _ in blocks)
     (tmp_path / "tutorial.py").write_text(script, encoding="utf-8")
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "tutorial.py"]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    printed = done.stdout.split(END)[:-1]
+    printed = run_script(tmp_path / "tutorial.py", folder=tmp_path).split(END)[:-1]
     for (code, expected), found in zip(blocks, printed, strict=True):
         assert in_outline(found) == in_outline(expected), code
     accuracy, growth, answers = printed[5:8]

@@ -11,7 +11,7 @@ end=$((SECONDS + 470))
 
 if [ "${2:-}" = --smoke ]; then
     device=cpu models=(tiny) ranks=(2) steps=20 interval=4 size=(--batch 2 --length 8)
-    dtype=float32 sweeps=(smoke) only=(IncreLoRA "IncreLoRA, paper") planted=(--width 16 --seeds 1 --steps 60 --contenders lora paper)
+    dtype=float32 sweeps=(smoke) only=(IncreLoRA) planted=(--width 16 --seeds 1 --steps 60 --contenders lora paper)
 else
     device=cuda models=(deberta-v3-base llama-1b) ranks=(2 8 64) steps=80 interval=16 size=(--batch 32 --length 128)
     dtype=bfloat16 sweeps=(r_avg rounds) only=("no adapter (floor)" IncreLoRA "IncreLoRA, paper")

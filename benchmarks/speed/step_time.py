@@ -159,10 +159,9 @@ def _resident(field: str) -> float:
 
 def memory(args: argparse.Namespace) -> dict[str, dict[str, float]]:
     """Peak memory of each contender, in a process of its own."""
-    start = get_context("fork" if args.device == "cpu" else "spawn")  # CUDA does not outlive a fork
     found = {}
     for name in contenders(args):
-        with ProcessPoolExecutor(1, start) as pool:
+        with ProcessPoolExecutor(1, get_context("spawn")) as pool:  # a fork would begin with what this one holds
             found[name] = pool.submit(peak_memory, name, args).result()
     return found
 
@@ -170,7 +169,7 @@ def memory(args: argparse.Namespace) -> dict[str, dict[str, float]]:
 def main() -> None:
     """Run, and print tables in Markdown."""
     args = parse()
-    found = {} if args.no_memory else memory(args)  # first: a forked process begins with what this one holds
+    found = {} if args.no_memory else memory(args)
     with tempfile.TemporaryDirectory() as folder:
         times, phases = race(args, folder)
     write = sys.stdout.write
