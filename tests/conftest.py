@@ -22,6 +22,11 @@ VOCABULARY = 60
 MODELS_TABLE = Path(__file__).parents[1] / "docs" / "models.md"
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Slow tests first, so that no process is left alone with one at the end."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _single_thread() -> None:
     """For all that is trained, in fixtures of modules too: its bits do not depend on the number of cores."""
