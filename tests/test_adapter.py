@@ -69,7 +69,11 @@ def unequal(config: IncreLoraConfig | None = None) -> PeftModel:
     return trained(model)
 
 
-@pytest.mark.parametrize("config", [IncreLoraConfig(), IncreLoraConfig.paper()], ids=["default", "paper"])
+@pytest.mark.parametrize(
+    "config",
+    [IncreLoraConfig(), IncreLoraConfig.paper(), IncreLoraConfig(zero_init="B")],
+    ids=["default", "paper", "B is zero"],
+)
 def test_attached_model_computes_what_the_base_computes(config: IncreLoraConfig) -> None:
     base = tiny_bert()
     before = logits(base)
@@ -185,6 +189,18 @@ def test_unit_start_values_have_norms_near_one() -> None:
     model = attach(GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=256, n_head=2)), config)
     for factor in model.increlora.factors():
         assert torch.linalg.vector_norm(factor, dim=1).tolist() == pytest.approx([1, 1], abs=0.3)
+
+
+def test_components_that_start_with_b_zero_learn_from_the_first_step_as_those_of_lora() -> None:
+    model = attach(tiny_bert(), IncreLoraConfig(zero_init="B"))
+    layers = model.increlora.layers.values()
+    assert all(layer.A.active_lam.tolist() == [1.0] * layer.rank for layer in layers)
+    batch = {"input_ids": torch.arange(8).view(2, 4), "labels": torch.tensor([0, 1])}
+    model(**batch).loss.backward()
+    assert all(layer.B.components.grad.any() for layer in layers)
+    assert not any(layer.A.components.grad.any() or layer.A.active_lam.grad.any() for layer in layers)
+    grow(model, *model.increlora.layers)
+    assert all(layer.A.active_lam[-1] == 1 and not layer.B.components[-1].any() for layer in layers)
 
 
 # ---- Which layers -------------------------------------------------------------------------------------------------

@@ -126,7 +126,7 @@ def test_resumed_run_ends_with_the_same_bits(schedule: str, precision: str, accu
     "config",
     [
         IncreLoraConfig(),
-        replace(QUICK, advance_learning=False),
+        replace(QUICK, advance_learning=False, zero_init="B"),
         replace(QUICK, top_h=2, start=0, increment=5, restart_warmup=False),
         replace(QUICK, lam_lr_multiplier=4.0, rank_scaling="per_rank"),
         replace(QUICK, init_r=13, r_avg=20, top_h=11, start=0, orth_reg_weight=0.0),

@@ -37,6 +37,14 @@ from increlora_hf.tasks.glue.tasks import glue_task
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("torch", "transformers", "peft", "adapters", "increlora-hf")
 BOTTLENECKS = {"houlsby": 8, "pfeiffer": 16}  # widths; on a BERT with about the parameters of LoRA r=2
+CUT: Mapping[str, Any] = {  # today's defaults without the start of components; these runs began before them
+    "increlora_overshoot": 2,
+    "increlora_score": "weakest",
+    "increlora_advance_learning": False,
+    "increlora_orth_reg_weight": 0,
+    "increlora_growth_fraction": 0.6,
+}
+STARTS = {"lam x 1": ("lam", 1), "lam x 3": ("lam", 3), "lam x 10": ("lam", 10), "B = 0": ("B", 1)}
 SETTINGS: Mapping[str, Sequence[Any]] = {  # beside the default, one at a time
     "overshoot": (0, 4),
     "score": ("paper",),
@@ -44,8 +52,8 @@ SETTINGS: Mapping[str, Sequence[Any]] = {  # beside the default, one at a time
     "rank_scaling": ("per_rank",),
     "init_std": ("unit",),
     "init_r": (1,),
-    "zero_init": ("lam",),
-    "lam_lr_multiplier": (3,),
+    "zero_init": ("B",),
+    "lam_lr_multiplier": (1, 10),
     "orth_reg_weight": (0.1,),
     "growth_fraction": (0.4, 0.8),
 }
@@ -97,6 +105,11 @@ def studies(rank: int) -> dict[str, dict[str, Flags]]:
             f"default r={rank}": tuner("increlora", rank),  # "increlora r=2" in older results: former defaults
             **{f"{name} r={rank}": tuner(name, rank) for name in ("lora", "adalora")},
             f"paper r={rank}": paper(rank),
+            **{
+                f"cut r={rank}, {name}": tuner("increlora", rank)
+                | {**CUT, "increlora_zero_init": zero, "increlora_lam_lr_multiplier": factor}
+                for name, (zero, factor) in STARTS.items()
+            },
             f"lora r={4 * rank}": tuner("lora", 4 * rank),
             **{name: tuner(name) for name in ("bitfit", "head", "full")},
             **{name: {"tuner": name, "bottleneck": width * rank // 2} for name, width in BOTTLENECKS.items()},
@@ -108,6 +121,10 @@ def studies(rank: int) -> dict[str, dict[str, Flags]]:
             "lora": tuner("lora", rank),
             "lora, ranks of the default": tuner("lora", rank) | {RANKS_OF: f"default r={rank}"},
             "lora, adalora's ranks": tuner("lora", rank) | {RANKS_OF: f"adalora r={rank}"},
+            **{
+                f"lora, ranks of the cut, {name}": tuner("lora", rank) | {RANKS_OF: f"cut r={rank}, {name}"}
+                for name in STARTS
+            },
         },
         "orthogonality": {
             f"{'with' if advance else 'without'} advance learning, penalty {weight}": paper(rank)
