@@ -23,7 +23,7 @@ MODELS_TABLE = Path(__file__).parents[1] / "docs" / "models.md"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Slow tests first, so that no process is left alone with one at the end."""
+    """Run the slow tests first: else one process may run a slow test at the end while the other has nothing to do."""
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 

@@ -1,4 +1,4 @@
-"""Processes forked from this one: several of one run, over gloo, and programs that pay for no imports."""
+"""Processes that are forked from the tests: those of one run, over gloo, and scripts that need no new imports."""
 
 import itertools
 import json
@@ -80,6 +80,7 @@ def run_script(script: Path, *arguments: Any, folder: Path) -> str:
     return printed.read_text()
 
 
+# The program of `forking_python`: over a socket, it asks the tests to fork a process for its script.
 ASK = """
 import json, os, socket, sys
 python, address, *words = sys.argv[1:]
@@ -98,6 +99,7 @@ sys.exit(int(answer))
 
 
 def _answer(connection: socket.socket) -> None:
+    """Run one script in a forked process, with the streams, folder and environment of the program that asks."""
     _, streams, *_ = socket.recv_fds(connection, 1, 2)
     words, folder, environment = json.load(connection.makefile())
     os.environ.clear()
@@ -109,6 +111,7 @@ def _answer(connection: socket.socket) -> None:
 
 
 def _answer_all(listener: socket.socket, real: int) -> None:
+    """Answer every program that asks: the first ``real`` ones have to start a Python of their own."""
     for number in itertools.count():
         connection, _ = listener.accept()
         with connection:
@@ -121,7 +124,7 @@ def _answer_all(listener: socket.socket, real: int) -> None:
 
 @contextmanager
 def forking_python(real: int) -> Iterator[str]:
-    """The path of a Python that starts ``real`` scripts as ever, and later ones without paying for their imports."""
+    """The path of a Python that starts the first ``real`` scripts as usual and forks the others from the tests."""
     with tempfile.TemporaryDirectory() as folder, socket.socket(socket.AF_UNIX) as listener:
         program, ask, address = (Path(folder) / name for name in ("python", "ask.py", "socket"))
         listener.bind(str(address))

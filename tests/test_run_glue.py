@@ -580,7 +580,7 @@ LAUNCHERS = {
 
 @pytest.fixture
 def forked():
-    """A Python whose first two scripts, those of the first launcher, start as ever."""
+    """A Python that starts its first two scripts, those of the first launcher, as usual, and forks the later ones."""
     with processes.forking_python(real=2) as python:
         yield python
 

@@ -37,14 +37,21 @@ from increlora_hf.tasks.glue.tasks import glue_task
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("torch", "transformers", "peft", "adapters", "increlora-hf")
 BOTTLENECKS = {"houlsby": 8, "pfeiffer": 16}  # widths; on a BERT with about the parameters of LoRA r=2
-CUT: Mapping[str, Any] = {  # today's defaults without the start of components; these runs began before them
+CUT: Mapping[
+    str, Any
+] = {  # today's defaults by name, without `STARTS`: these runs began when others were the defaults
     "increlora_overshoot": 2,
     "increlora_score": "weakest",
     "increlora_advance_learning": False,
     "increlora_orth_reg_weight": 0,
     "increlora_growth_fraction": 0.6,
 }
-STARTS = {"lam x 1": ("lam", 1), "lam x 3": ("lam", 3), "lam x 10": ("lam", 10), "B = 0": ("B", 1)}
+STARTS = {  # zero_init and lam_lr_multiplier
+    "lam x 1": ("lam", 1),
+    "lam x 3": ("lam", 3),
+    "lam x 10": ("lam", 10),
+    "B = 0": ("B", 1),
+}
 SETTINGS: Mapping[str, Sequence[Any]] = {  # beside the default, one at a time
     "overshoot": (0, 4),
     "score": ("paper",),

@@ -162,7 +162,8 @@ class Growth:
         if self._told or self.plan is not None or self.rounds or is_fixed:
             return False
         sizes = [layer.component_sizes() for layer in self.layers.values()]
-        forgotten = not all(map(torch.equal, sizes, self._sizes_at_start))
+        before = [size.to(now) for size, now in zip(self._sizes_at_start, sizes, strict=True)]  # it may have moved
+        forgotten = not all(map(torch.equal, sizes, before))
         self._told = forgotten
         return forgotten
 
