@@ -19,6 +19,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from test_adapter import unequal
 from test_saved_adapter import change, plain_lora
+from transformers import ViTConfig
 
 import increlora_hf
 from increlora_hf import IncreLoraConfig, IncreLoraTrainer
@@ -102,6 +103,17 @@ def test_plan_prints_what_planning_counts(increlora: Run, model: Path) -> None:
         assert ("total without activations" in out) is not more
         assert max(map(len, out.splitlines())) <= WIDTH
     assert "4 to 12\n" in increlora("plan", model, *flags, "--overshoot", 0)[1]
+
+
+def test_plan_says_why_activations_are_unknown(increlora: Run, tmp_path: Path) -> None:
+    config = ViTConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24, image_size=8)
+    config.patch_size, config.architectures = 4, ["ViTForImageClassification"]
+    config.save_pretrained(tmp_path)
+    code, out, _ = increlora("plan", tmp_path, "--max_steps", 200, "--max_seq_length", 8)
+    assert code == DONE
+    assert "total without activations" in out
+    assert "The activations are unknown: the\nmodel takes no token ids" in out
+    assert max(map(len, out.splitlines())) <= WIDTH
 
 
 def test_plan_counts_steps_from_rows_epochs_and_batch_as_trainer_does(

@@ -29,6 +29,10 @@ rows and the tokens. The framework's own buffers come on top."""
 NOT_COUNTED = """\
 The memory is an estimate for one device. Give --max_seq_length to add the
 activations. The framework's own buffers come on top."""
+UNKNOWN = """\
+The memory is an estimate for one device. The activations are unknown: the
+model takes no token ids, or its forward pass needs values and not only shapes.
+The framework's own buffers come on top."""
 
 Document = dict[str, Any]
 Answer = tuple[Document, str]
@@ -150,7 +154,7 @@ def _memory(needed: Mapping[str, Mapping[str, int | None]], args: argparse.Names
         if part == "scores" and not any(sizes):
             continue
         lines.append(f"{title:<50}" + "".join(f"{'unknown' if size is None else _bytes(size):>15}" for size in sizes))
-    return "\n".join([*lines, "", COUNTED if length else NOT_COUNTED])
+    return "\n".join([*lines, "", (COUNTED if is_whole else UNKNOWN) if length else NOT_COUNTED])
 
 
 def inspect(args: argparse.Namespace) -> Answer:

@@ -143,7 +143,7 @@ def make_plan(
 
 def _default_interval(longest: int, start: int | None, growth_end: int, wanted: int) -> int:
     """The longest interval, up to ``longest``, with the wanted number of rounds by the end of growth."""
-    for interval in range(longest, SHORTEST_INTERVAL - 1, -1):
+    for interval in range(min(longest, growth_end), SHORTEST_INTERVAL - 1, -1):
         if growth_end // interval - (interval if start is None else start) // interval >= wanted:
             return interval
     return min(longest, SHORTEST_INTERVAL)
@@ -174,10 +174,10 @@ def _unreachable(plan: Plan) -> str:
     goal = "peak" if plan.is_cut else "budget"
     return (
         f"The {goal} of total rank {plan.peak_total_rank} cannot be met in {plan.total_steps:,} steps: from "
-        f"{plan.initial_total_rank} it takes {plan.rounds} rounds of top_h={plan.top_h} layers x "
-        f"increment={plan.increment}, every interval={plan.interval} steps after start={plan.start}, so that the last "
-        f"round would come at step {plan.last_step:,}, and a round needs at least {plan.total_steps - last} "
-        f"step{'s' * (plan.total_steps - last > 1)} after it. "
+        f"{plan.initial_total_rank} it takes {plan.rounds} round{'s' * (plan.rounds != 1)} of top_h={plan.top_h} "
+        f"layers x increment={plan.increment}, every interval={plan.interval} steps after start={plan.start}, so "
+        f"that the last round would come at step {plan.last_step:,}, and a round needs at least "
+        f"{plan.total_steps - last} step{'s' * (plan.total_steps - last > 1)} after it. "
         f"Nearest valid settings: {', or '.join(remedies)}."
     )
 

@@ -46,7 +46,9 @@ def plan_line(growth: Growth, other_trainable: int) -> str:
     ranks = [plan.initial_total_rank, plan.peak_total_rank, *([plan.target_total_rank] if plan.cut_step else [])]
     steps = f"every {plan.interval:,} steps: {plan.first_step:,}-{plan.last_step:,} of {plan.total_steps:,}"
     rounds = (
-        f"{plan.rounds} rounds of {plan.top_h}, {steps}" if plan.rounds else f"no round in {plan.total_steps:,} steps"
+        f"{plan.rounds} round{'s' * (plan.rounds != 1)} of {plan.top_h}, {steps}"
+        if plan.rounds
+        else f"no round in {plan.total_steps:,} steps"
     )
     cut = f"; cut at {plan.cut_step:,}" if plan.cut_step else ""
     return (
