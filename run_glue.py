@@ -16,7 +16,7 @@ from increlora_hf.tasks.glue.tasks import TASKS
 PROG = "run_glue.py"
 EXAMPLE = """\
 python run_glue.py --model_name_or_path microsoft/deberta-v3-base \\
-      --task_name rte --do_train --do_eval --learning_rate 3e-3 \\
+      --task_name rte --do_train --do_eval --learning_rate 1e-3 \\
       --increlora_r_avg 2 --output_dir OUT"""
 
 

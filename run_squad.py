@@ -16,7 +16,7 @@ from increlora_hf.tasks.flags import RowArguments, flag, parse_flags
 PROG = "run_squad.py"
 EXAMPLE = """\
 python run_squad.py --model_name_or_path microsoft/deberta-v3-base \\
-      --version_2_with_negative --do_train --do_eval --learning_rate 3e-3 \\
+      --version_2_with_negative --do_train --do_eval --learning_rate 1e-3 \\
       --increlora_r_avg 2 --output_dir OUT"""
 
 

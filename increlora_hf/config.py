@@ -20,7 +20,7 @@ SCORES = ("paper", "weakest")  # in method/scores.py
 PENALTIES = ("paper", "squared", "directions")  # in method/penalties.py
 SCORE_REDUCTIONS = ("mean", "sqrt")
 RANK_SCALINGS = ("constant", "per_rank")
-ZERO_INITS = ("lam", "B")
+ZERO_INITS = ("B", "lam")
 UNIT_STD = "unit"
 DEFAULT_SEED = 42  # TrainingArguments' own default
 
@@ -186,16 +186,12 @@ class IncreLoraConfig:
         within=FACTOR,
     )
     zero_init: str = _setting(
-        "lam",
-        "What is 0 in a new component, so that it changes nothing yet: 'lam' = lambda, as in the paper, or 'B', with "
-        "lambda 1, as in LoRA. A reserve has reserve_lambda and a random B.",
+        "B",
+        "What is 0 in a new component, so that it changes nothing yet: 'B', with lambda 1, as in LoRA, or 'lam', with "
+        "a random B, as in the paper. A reserve has reserve_lambda and a random B.",
         choices=ZERO_INITS,
     )
-    lam_lr_multiplier: float = _setting(
-        3.0,
-        "Factor on the learning rate of the lambdas. The paper uses 1.",
-        within=FACTOR,
-    )
+    lam_lr_multiplier: float = _setting(1.0, "Factor on the learning rate of the lambdas.", within=FACTOR)
     rank_pattern: dict[str, int] | str | None = _setting(
         None,
         "Train with these fixed ranks, without growth: layer name -> rank, or a JSON file with them, such as an "

@@ -148,7 +148,7 @@ def test_words_for_a_training_that_starts_at_its_peak(tmp_path: Path) -> None:
 def test_forgotten_growth_is_told_above_the_budget_too(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     model = attach(tiny_bert(), replace(CUT, init_r=3))
     with torch.no_grad():
-        next(iter(model.increlora.layers.values())).A.active_lam.add_(1.0)
+        next(iter(model.increlora.layers.values())).B.components.add_(1.0)
     model.save_pretrained(tmp_path)
     assert "saved at total rank 36; the budget is 12" in caplog.text
     assert "IncreLoraConfig(r_avg=3, init_r=3, overshoot=0)" in caplog.text
@@ -255,9 +255,9 @@ def test_every_kind_of_optimizer_goes_on_after_the_cut(kind: type[torch.optim.Op
     for _ in range(STEPS):
         model(**BATCH).loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        before = [layer.A.active_lam.detach().clone() for layer in model.increlora.layers.values()]
+        before = [layer.B.components.detach().clone() for layer in model.increlora.layers.values()]
         optimizer.step()
-        after = [layer.A.active_lam for layer in model.increlora.layers.values()]
+        after = [layer.B.components for layer in model.increlora.layers.values()]
         run.after_step()
         optimizer.zero_grad()
     assert model.increlora.total_rank == 12

@@ -59,8 +59,8 @@ SETTINGS: Mapping[str, Sequence[Any]] = {  # beside the default, one at a time
     "rank_scaling": ("per_rank",),
     "init_std": ("unit",),
     "init_r": (1,),
-    "zero_init": ("B",),
-    "lam_lr_multiplier": (1, 10),
+    "zero_init": ("lam",),
+    "lam_lr_multiplier": (3, 10),
     "orth_reg_weight": (0.1,),
     "growth_fraction": (0.4, 0.8),
 }

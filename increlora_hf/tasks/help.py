@@ -30,7 +30,7 @@ OUR_WORDS = {  # in the place of transformers' own
     "output_dir": "Folder for checkpoints, the adapter, metrics and predictions.",
     "num_train_epochs": "Passes over the training data.",
     "per_device_train_batch_size": "Rows in a batch, on each device.",
-    "learning_rate": "Peak learning rate. Low-rank adapters need more than the default: try 3e-3.",
+    "learning_rate": "Peak learning rate. Low-rank adapters need more than the default: try 1e-3.",
     "warmup_steps": "Steps in which the learning rate rises to its peak. Below 1: a share of the run.",
 }
 

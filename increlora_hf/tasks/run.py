@@ -111,7 +111,7 @@ def check_run(model: ModelArguments, training: TrainingArguments, tuner: str) ->
     if tuner not in ("full", "head") and training.learning_rate == DEFAULT_RATE:
         logger.warning(
             "--learning_rate has Trainer's default, %g, which suits full fine-tuning. Low-rank adapters need a much "
-            "higher rate: try 1e-3 for LoRA, and 3e-3 for IncreLoRA.",
+            "higher rate: try 1e-3.",
             DEFAULT_RATE,
         )
     if model.is_adapter:
