@@ -387,12 +387,15 @@ def test_a_folder_without_the_split_is_refused(refused, tmp_path):
         (["--do_eval"], {"eval_do_concat_batches": False}, "--eval_do_concat_batches False returns the outputs"),
         (["--do_eval"], {"max_eval_samples": 0}, "--max_eval_samples 0 leaves no rows"),
         (["--do_train"], {"max_seq_length": -1}, "--max_seq_length -1 is not a number of tokens in [1, "),
-        (["--do_train"], {"gradient_accumulation_steps": 0}, "--gradient_accumulation_steps 0 leaves no batch"),
+        (["--do_train"], {"gradient_accumulation_steps": 0}, "--gradient_accumulation_steps 0 leaves nothing"),
+        (["--do_eval"], {"per_device_eval_batch_size": 0}, "--per_device_eval_batch_size 0 leaves nothing"),
+        (["--do_train"], {"max_grad_norm": "nan"}, "--max_grad_norm nan is not a number"),
+        (["--do_train"], {"classifier_dropout": "nan"}, "--classifier_dropout nan is not a number"),
     ],
     ids=[
         "unknown task", "no data", "nothing to do", "no model", "IncreLoRA setting", "unknown flag", "not a number",
         "no such checkpoint", "no checkpoint", "rows left out", "no outputs", "outputs in pieces", "no rows",
-        "no tokens", "no batches",
+        "no tokens", "no batches", "no rows in a batch", "not a norm", "not a share",
     ],
 )  # fmt: skip
 def test_bad_flags_are_refused(refused, flags, settings, message):
@@ -408,7 +411,7 @@ def test_rows_that_a_limit_leaves_with_one_label_are_refused(refused, tmp_path):
     "settings, message",
     [
         ({"max_seq_length": 3}, "--max_seq_length 3 leaves no room for text: an input has 3 special tokens"),
-        ({"classifier_dropout": "nan"}, "--classifier_dropout nan is not a share in [0, 1)"),
+        ({"classifier_dropout": 1}, "--classifier_dropout 1.0 is not a share in [0, 1)"),
         (
             {"eval_strategy": "steps", "metric_for_best_model": "acuracy"},
             "--metric_for_best_model acuracy is no metric of this task. Choose one of loss, accuracy.",
@@ -421,12 +424,20 @@ def test_settings_that_do_not_fit_the_task_are_refused(refused, tmp_path, settin
     assert message in refused("--do_train", train_file=path, validation_file=path, **settings)
 
 
-@pytest.mark.parametrize("below", ["", "more/folders"], ids=["a file", "below a file"])
-def test_an_output_folder_that_is_a_file_is_refused(run, tmp_path, capsys, below):
+@pytest.mark.parametrize(
+    "place, message",
+    [
+        ("file", "/file is a file. Choose another folder."),
+        ("file/more/folders", "/file is a file. Choose another folder."),
+        ("a" * 300, "File name too long"),
+    ],
+    ids=["a file", "below a file", "a long name"],
+)
+def test_an_output_folder_that_cannot_be_is_refused(run, tmp_path, capsys, place, message):
     (tmp_path / "file").write_text("text")
     with pytest.raises(SystemExit):
-        run("--do_train", train_file=csv_file(tmp_path), output_dir=tmp_path / "file" / below)
-    assert f"{tmp_path / 'file'} is a file. Choose another folder." in capsys.readouterr().err.splitlines()[-1]
+        run("--do_train", train_file=csv_file(tmp_path), output_dir=tmp_path / place)
+    assert message in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_dropout_before_a_classifier_that_has_none_is_refused(refused, tmp_path):

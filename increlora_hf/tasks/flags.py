@@ -66,6 +66,13 @@ class ModelArguments:
         return os.path.isfile(os.path.join(self.model_name_or_path, ADAPTER_CONFIG))
 
 
+def require_numbers(settings: Any) -> None:
+    """Refuse NaN as the value of a flag: nothing compares with it, and it spreads to all it meets."""
+    for name, value in vars(settings).items():
+        if value != value:
+            raise ValueError(f"--{name} {value} is not a number. Give one, or leave it out.")
+
+
 @dataclass
 class RowArguments:
     """Where the rows come from, and how many of them are used; a script adds what its task needs."""
@@ -85,7 +92,8 @@ class RowArguments:
     max_predict_samples: int | None = flag(None, "Use only the first N rows of each set for prediction.")
 
     def __post_init__(self) -> None:
-        """Refuse limits that leave no rows or no tokens."""
+        """Refuse limits that leave no rows or no tokens, and what is not a number."""
+        require_numbers(self)
         for name, limit in vars(self).items():
             if name == "max_seq_length" and not 0 < limit <= LONGEST:
                 raise ValueError(f"--{name} {limit} is not a number of tokens in [1, {LONGEST}]. Give one.")

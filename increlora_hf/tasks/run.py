@@ -15,7 +15,7 @@ from transformers.integrations import get_available_reporting_integrations
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..errors import HubPushError
-from .flags import ADAPTER_CONFIG, Flags, ModelArguments, refuse
+from .flags import ADAPTER_CONFIG, Flags, ModelArguments, refuse, require_numbers
 from .models import how_to_load
 
 WEIGHTS = ("adapter_model.safetensors", "model.safetensors")
@@ -100,14 +100,13 @@ def check_run(model: ModelArguments, training: TrainingArguments, tuner: str) ->
             f"--report_to {' '.join(missing)}: that package is not installed. Install it, or give --report_to none."
         )
     out = Path(str(training.output_dir))
-    file = next((place for place in (out, *out.parents) if place.is_file()), None)
+    file = next((place for place in (out, *out.parents) if os.path.isfile(place)), None)
     if file:
         raise ValueError(f"--output_dir {out}: {file} is a file. Choose another folder.")
-    if training.gradient_accumulation_steps < 1:
-        raise ValueError(
-            f"--gradient_accumulation_steps {training.gradient_accumulation_steps} leaves no batch for a step. Give "
-            "a number above 0."
-        )
+    for name in ("gradient_accumulation_steps", "per_device_train_batch_size", "per_device_eval_batch_size"):
+        if getattr(training, name) < 1:
+            raise ValueError(f"--{name} {getattr(training, name)} leaves nothing to compute. Give a number above 0.")
+    require_numbers(training)
     if not (training.do_train or training.do_eval or training.do_predict):
         raise ValueError("there is nothing to do. Give --do_train, --do_eval or --do_predict.")
     evaluates = training.do_eval or training.do_predict or training.eval_strategy != "no"
@@ -224,7 +223,7 @@ class Preparation(TrainerCallback):
     def __init__(self, prog: str, output_dir: str | None) -> None:
         self.prog = prog
         out = Path(str(output_dir))
-        self.new_folders = [folder for folder in (out, *out.parents) if not folder.exists()]
+        self.new_folders = [folder for folder in (out, *out.parents) if not os.path.exists(folder)]
         self.is_over = False
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
@@ -238,7 +237,7 @@ class Preparation(TrainerCallback):
         if self.is_over or not isinstance(error, ValueError | OSError | ImportError):
             return
         for folder in self.new_folders:
-            if folder.is_dir() and not any(folder.iterdir()):
+            if os.path.isdir(folder) and not any(folder.iterdir()):
                 folder.rmdir()
         refuse(self.prog, error)
 
