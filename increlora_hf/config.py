@@ -397,8 +397,8 @@ class _Flags:
         if preset is not None and preset not in PRESETS:
             raise ValueError(f"preset={preset!r} is unknown. Choose one of {', '.join(PRESETS)}, or leave it out.")
         values = {name: [] if value == [""] else value for name, value in values.items()}
-        targets = values.get("target_modules") or [""]
-        if len(targets) == 1 and not NAME.fullmatch(targets[0]):
+        targets = values.get("target_modules")
+        if isinstance(targets, list) and len(targets) == 1 and not NAME.fullmatch(str(targets[0])):
             values["target_modules"] = targets[0]
         if values.get("init_std", UNIT_STD) != UNIT_STD:
             with contextlib.suppress(ValueError):  # IncreLoraConfig names the value and what it may be

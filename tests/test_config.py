@@ -190,6 +190,10 @@ def test_flags_can_say_what_the_settings_can(flag: list[str], expected: dict[str
     assert parse(f"--increlora_{flag[0]}", flag[1]) == IncreLoraConfig(**expected)
 
 
+def test_names_of_targets_may_come_in_a_set_there_too() -> None:
+    assert IncreLoraArguments(increlora_target_modules={"query"}).to_config().target_modules == ["query"]
+
+
 def test_names_of_settings_and_of_functions_agree() -> None:
     assert tuple(scores.SCORES) == config.SCORES
     assert tuple(penalties.PENALTIES) == config.PENALTIES

@@ -112,4 +112,4 @@ def _columns(answers: Any, place: str) -> dict[str, list[Any]]:
     for (name, values), kind in zip(columns.items(), (str, int), strict=True):
         if not isinstance(values, list) or not all(type(value) is kind for value in values):
             raise ValueError(f"{place}: {name!r} of the answers is {values!r}. Give a list of {kind.__name__}.")
-    return {**columns, "answer_start": [max(-1, min(start, END)) for start in columns["answer_start"]]}
+    return {**columns, "answer_start": [max(-END, min(start, END)) for start in columns["answer_start"]]}
