@@ -145,7 +145,7 @@ def changed(row=2, **cells):
     "rows, message",
     [
         (changed(context="  "), r"here, row 3 \(id 'q2'\): 'context' has no value"),
-        (changed(question=" "), r"here, row 3 \(id 'q2'\): 'question' has no value"),
+        (changed(question=None), r"here, row 3 \(id 'q2'\): 'question' has no value"),
         (changed(context=None), r"here, row 3 \(id 'q2'\): 'context' has no value"),
         (changed(id="q0"), r"here, row 3 \(id 'q0'\): row 1 has the same id"),
         (
@@ -162,7 +162,7 @@ def changed(row=2, **cells):
             r"(?s)here: column 'answers' is Value\('string'\), not .*Convert it",
         ),
     ],
-    ids=["empty context", "empty question", "no context", "id twice", "lists of two lengths", "no answer in 1.1",
+    ids=["empty context", "no question", "no context", "id twice", "lists of two lengths", "no answer in 1.1",
          "no question column", "answers no lists"],
 )  # fmt: skip
 def test_a_bad_row_is_refused(rows, message):

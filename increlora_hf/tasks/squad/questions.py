@@ -87,7 +87,7 @@ def _typed(rows: Dataset, where: str, labelled: bool) -> Dataset:
 
 def _check_texts(row: Row, place: str, seen: dict[str, int], number: int) -> None:
     for name in TEXTS:
-        if not (row[name] or "").strip():
+        if row[name] is None or (name != "question" and not row[name].strip()):
             raise ValueError(f"{place}: {name!r} has no value. Fill it in or remove the row.")
     first = seen.setdefault(row["id"], number)
     if first != number:
