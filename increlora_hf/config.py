@@ -16,6 +16,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple, cast, get_args, get_type_hints
 
+from .documents import parsed_json
+
 SCORES = ("paper", "weakest")  # in method/scores.py
 PENALTIES = ("paper", "squared", "directions")  # in method/penalties.py
 SCORE_REDUCTIONS = ("mean", "sqrt")
@@ -260,7 +262,10 @@ class IncreLoraConfig:
     @classmethod
     def from_json(cls, text: str) -> IncreLoraConfig:
         """The inverse of `to_json`."""
-        return cls.from_dict(json.loads(text))
+        values = parsed_json(text, "the settings")
+        if not isinstance(values, dict):
+            raise ValueError(f"the settings are a {type(values).__name__}. Give one JSON object, setting: value.")
+        return cls.from_dict(values)
 
 
 PAPER: Mapping[str, Any] = MappingProxyType(
@@ -348,18 +353,14 @@ def _checked_names(setting: str, value: Any, *, may_be_pattern: bool) -> Any:
 
 
 def _read_rank_pattern(value: Any) -> Any:
-    """The ranks in a JSON file: a plain mapping, or any document with one under ``rank_pattern``."""
-    if not isinstance(value, str | os.PathLike) or not os.path.isfile(value):
+    """The ranks in a JSON file, or in a JSON text: a mapping, or any document with one under ``rank_pattern``."""
+    is_text = isinstance(value, str) and value.lstrip().startswith("{")  # as scripts pass on a mapping of theirs
+    if not is_text and not (isinstance(value, str | os.PathLike) and os.path.isfile(value)):
         raise ValueError(
             f"rank_pattern={str(value)!r} is not a file. Give a JSON file, or a mapping from layer name to rank."
         )
-    path = Path(value)
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(
-            f"rank_pattern={str(path)!r} is not JSON ({error}). Write one JSON object: layer name -> rank."
-        ) from error
+    text, where = (value, "rank_pattern") if is_text else (Path(value).read_bytes(), f"rank_pattern={str(value)!r}")
+    document = parsed_json(text, where, remedy="Write one JSON object: layer name -> rank.")
     return document.get("rank_pattern", document) if isinstance(document, dict) else document
 
 
@@ -380,17 +381,25 @@ def _checked_rank_pattern(pattern: Any) -> dict[str, int]:
 
 
 FLAG_PREFIX = "increlora_"
+NAME = re.compile(r"(?!all-linear$)[\w.-]*")  # of a module; anything else is a pattern or PEFT's word
 
 
 class _Flags:
     """What the generated `IncreLoraArguments` can do."""
 
     def to_config(self) -> IncreLoraConfig:
-        """The `IncreLoraConfig` that the flags describe; raises ValueError as that does."""
+        """The `IncreLoraConfig` that the flags describe; raises ValueError as that does.
+
+        One empty name is an empty list. One target that is no name, such as all-linear or a pattern, is itself.
+        """
         values = {name.removeprefix(FLAG_PREFIX): value for name, value in vars(self).items() if value is not None}
         preset = values.pop("preset", None)
         if preset is not None and preset not in PRESETS:
             raise ValueError(f"preset={preset!r} is unknown. Choose one of {', '.join(PRESETS)}, or leave it out.")
+        values = {name: [] if value == [""] else value for name, value in values.items()}
+        targets = values.get("target_modules")
+        if isinstance(targets, list) and len(targets) == 1 and not NAME.fullmatch(str(targets[0])):
+            values["target_modules"] = targets[0]
         if values.get("init_std", UNIT_STD) != UNIT_STD:
             with contextlib.suppress(ValueError):  # IncreLoraConfig names the value and what it may be
                 values["init_std"] = float(values["init_std"])

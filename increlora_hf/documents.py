@@ -18,6 +18,7 @@ SECRET_NAME = re.compile(
     re.IGNORECASE,
 )
 SECRET_VALUE = re.compile(TOKEN.pattern + r"|://[^/\s@]*:[^/\s@]+@")  # or a URL with a password
+SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")  # an escaped half of a character
 HISTORY_NAME = "increlora_history.json"  # beside an adapter: what `Growth.history` gives
 
 
@@ -36,6 +37,37 @@ def read_json_object(path: Path, *, strict: bool = True) -> dict[str, Any]:
 
 def _no_constant(name: str) -> None:
     raise ValueError(f"the constant {name}")
+
+
+def parsed_json(text: str | bytes, where: str, *, line: int | None = None, remedy: str = "Correct it.") -> Any:
+    """The value of a JSON text, or of one line of a file.
+
+    Raises:
+        ValueError: it names ``where`` and ``remedy``. The text is not JSON or not UTF-8, is nested too deeply, gives a
+            key twice, or holds what cannot be written again: a number of thousands of digits, half a character.
+    """
+    place = where if line is None else f"{where}, line {line}"
+    try:
+        text = text.decode("utf-8-sig") if isinstance(text, bytes) else text
+        value = json.loads(text, object_pairs_hook=_each_key_once)
+        if SURROGATE.search(text):
+            json.dumps(value, ensure_ascii=False).encode()
+        return value
+    except json.JSONDecodeError as error:
+        place, reason = f"{where}, line {line or error.lineno}, column {error.colno}", error.msg
+    except RecursionError:
+        reason = "it is nested too deeply"
+    except ValueError as error:
+        reason = str(error)
+    raise ValueError(f"{place}: not valid JSON ({reason}). {remedy}")
+
+
+def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key {max(keys, key=keys.count)!r} stands twice")
+    return found
 
 
 def check_format(path: Path, document: Mapping[str, Any], supported: int, oldest: int = 1) -> None:

@@ -14,7 +14,7 @@ import increlora_hf
 PACKAGE = Path(increlora_hf.__file__).parent
 # A place imports from places before it. Those of the last row import from all others, and from none of each other.
 ORDER = [
-    *["_version", "config", "errors", "documents", "distributed"],  # modules at the top level
+    *["_version", "errors", "documents", "config", "distributed"],  # modules at the top level
     *["method", "adapter", "growth", "files", "report", "hub", "trainer"],
 ]
 LAST = ["cli", "tasks", "sft", "sentence_transformers"]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import logging
 import os
 import re
 import shutil
@@ -114,6 +115,21 @@ def test_plan_says_why_activations_are_unknown(increlora: Run, tmp_path: Path) -
     assert "total without activations" in out
     assert "The activations are unknown: the\nmodel takes no token ids" in out
     assert max(map(len, out.splitlines())) <= WIDTH
+
+
+@pytest.mark.parametrize("size", [[100, 8], [10**9, 10**15]], ids=["more than positions", "beyond any tensor"])
+def test_plan_says_that_the_model_may_take_fewer_tokens(
+    increlora: Run, model: Path, size: list[int], caplog: pytest.LogCaptureFixture
+) -> None:
+    torchs = logging.getLogger("torch._subclasses.fake_tensor")
+    torchs.addHandler(caplog.handler)  # it does not propagate
+    try:
+        flags = ["--max_seq_length", size[0], "--batch_size", size[1]]
+        code, out, err = increlora("plan", model, "--max_steps", 200, *flags)
+    finally:
+        torchs.removeHandler(caplog.handler)
+    assert (code, err, caplog.text) == (DONE, "", "")
+    assert "model takes no token ids, or not as many" in out
 
 
 def test_plan_counts_steps_from_rows_epochs_and_batch_as_trainer_does(

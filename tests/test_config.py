@@ -47,6 +47,8 @@ from increlora_hf.method import penalties, scores
         ({"rank_pattern": {"query": -1}}, "'query'.*=-1"),
         ({"rank_pattern": {"query": 1.5}}, "1.5"),
         ({"rank_pattern": "no/such/file.json"}, "is not a file"),
+        ({"rank_pattern": '{"query": [}'}, "rank_pattern, line 1, column 12: not valid JSON"),
+        ({"rank_pattern": '{"query": -1}'}, r"rank_pattern\['query'\]=-1 is not a rank"),
         ({"rank_pattern": 5}, "rank_pattern='5' is not a file"),
         ({"rank_pattern": {3: 1}}, "contains 3"),
         ({"rank_pattern": {"query": True}}, "=True is not a rank"),
@@ -115,6 +117,12 @@ def test_unknown_setting_in_json_is_refused() -> None:
         IncreLoraConfig.from_dict({"r_average": 2})
 
 
+@pytest.mark.parametrize("text", ["[1]", "{", "[" * 100_000, '{"r_avg": 2, "r_avg": 3}'], ids=lambda text: text[:9])
+def test_a_text_that_holds_no_settings_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match=r"^the settings.* (Give one JSON object|Correct it)"):
+        IncreLoraConfig.from_json(text)
+
+
 def test_config_is_frozen_and_keyword_only() -> None:
     config = IncreLoraConfig()
     with pytest.raises(dataclasses.FrozenInstanceError):
@@ -167,6 +175,25 @@ def test_flags_parse_every_kind_of_value(tmp_path: Path) -> None:
     assert parse("--increlora_init_std=0.1").init_std == 0.1
 
 
+@pytest.mark.parametrize(
+    "flag, expected",
+    [
+        (["modules_to_save", ""], {"modules_to_save": []}),
+        (["target_modules", "all-linear"], {"target_modules": "all-linear"}),
+        (["target_modules", r".*\.(query|key)"], {"target_modules": r".*\.(query|key)"}),
+        (["target_modules", "layer-1.query"], {"target_modules": ["layer-1.query"]}),
+        (["rank_pattern", '{"x.query": 3}'], {"rank_pattern": {"x.query": 3}}),
+    ],
+    ids=["no modules", "PEFT's word", "a pattern", "one name", "a mapping"],
+)
+def test_flags_can_say_what_the_settings_can(flag: list[str], expected: dict[str, Any]) -> None:
+    assert parse(f"--increlora_{flag[0]}", flag[1]) == IncreLoraConfig(**expected)
+
+
+def test_names_of_targets_may_come_in_a_set_there_too() -> None:
+    assert IncreLoraArguments(increlora_target_modules={"query"}).to_config().target_modules == ["query"]
+
+
 def test_names_of_settings_and_of_functions_agree() -> None:
     assert tuple(scores.SCORES) == config.SCORES
     assert tuple(penalties.PENALTIES) == config.PENALTIES
@@ -206,7 +233,9 @@ def test_bad_flag_is_refused_as_the_setting_is() -> None:
         parse("--increlora_init_std=big")
 
 
-@pytest.mark.parametrize("text, message", [("{", "is not JSON"), ("[1]", "is not a mapping")])
+@pytest.mark.parametrize(
+    "text, message", [("{", r"ranks\.json', line 1, column 2: not valid JSON"), ("[1]", "is not a mapping")]
+)
 def test_rank_pattern_file_that_is_no_pattern_is_refused(text: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "ranks.json").write_text(text)
     with pytest.raises(ValueError, match=message):

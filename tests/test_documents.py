@@ -8,7 +8,7 @@ import pytest
 from hub_server import TOKEN
 
 from increlora_hf import AdapterFormatError
-from increlora_hf.documents import check_format, read_json_object, without_tokens, write_json
+from increlora_hf.documents import check_format, parsed_json, read_json_object, without_tokens, write_json
 
 
 def test_what_is_written_is_read_back(tmp_path: Path) -> None:
@@ -67,6 +67,30 @@ def test_what_is_no_json_object_is_refused_by_name(tmp_path: Path, text: bytes |
         path.write_bytes(text)
     with pytest.raises(AdapterFormatError, match=message):
         read_json_object(path)
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("[1,\n 2", r"here, line 2, column 3: not valid JSON \(Expecting ',' delimiter\)\. Correct it"),
+        ("[" * 100_000, r"here: not valid JSON \(it is nested too deeply\)"),
+        ('{"a": {"b": 1, "b": 2}}', r"here: not valid JSON \(the key 'b' stands twice\)"),
+        ("9" * 5000, r"here: not valid JSON \(Exceeds the limit"),
+        (r'["\ud800"]', r"here: not valid JSON \('utf-8' codec can't encode"),
+        (b'"\xff"', r"here: not valid JSON \('utf-8' codec can't decode"),
+    ],
+    ids=["broken", "too deep", "a key twice", "a long number", "half a character", "not UTF-8"],
+)
+def test_a_text_that_is_not_json_is_refused_with_the_place(text: str | bytes, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        parsed_json(text, "here")
+    with pytest.raises(ValueError, match=r"^here, line 7.* Look there\.$"):
+        parsed_json(text, "here", line=7, remedy="Look there.")
+
+
+def test_a_text_of_json_is_read_as_json_reads_it() -> None:
+    text = '{"a": ["\\ud83d\\ude00", "\\\\ud800", 1.5, null], "λ": {"a": 1}}'
+    assert parsed_json(text, "here") == parsed_json(b"\xef\xbb\xbf" + text.encode(), "here") == json.loads(text)
 
 
 def test_infinity_is_read_where_that_is_said(tmp_path: Path) -> None:

@@ -2,8 +2,11 @@
 
 import csv
 import json
+import shutil
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from datasets import ClassLabel, Dataset, Features, Value
 from glue_fixtures import sentence_pairs, write_csv, write_json_lines, write_parquet
@@ -109,8 +112,12 @@ def test_the_text_columns_are_found(columns, expected):
     [
         ({"text": ["a", "b"]}, r"here has no column 'label' \(columns: text\)"),
         ({"n": [1, 2], "label": [0, 1]}, r"here has no text column beside 'label' \(columns: n, label\)"),
+        ({"t": ["", " "], "label": [0, 1]}, r"here has no text column beside 'label'"),
+        ({"n": ["1", ""], "label": [0, 1]}, r"here has no text column beside 'label'"),
+        ({"t": ["a", "b"], "label": [[0], [1]]}, r"here: column 'label' is List\(Value\('int64'\)\)\. Give one of"),
+        ({"t": ["a", "b"], "label": [{"n": 0}] * 2}, r"here: column 'label' is {'n': Value\('int64'\)}"),
     ],
-    ids=["no label", "no text"],
+    ids=["no label", "no text", "blank text", "numbers and blanks", "lists as labels", "objects as labels"],
 )
 def test_rows_that_pose_no_task_are_refused(columns, message):
     with pytest.raises(ValueError, match=message):
@@ -156,10 +163,32 @@ def test_classes_are_numbered_as_a_model_that_knows_them_does(names, expected):
     assert "label" not in ordered["test"].column_names
 
 
-def test_an_empty_cell_of_text_is_refused_with_its_row():
-    rows = Dataset.from_dict({"sentence": ["a", "b", None], "label": [0, 1, 0]})
+@pytest.mark.parametrize("cell", [None, "", " \n"], ids=["null", "empty", "blank"])
+def test_an_empty_cell_of_text_is_refused_with_its_row(cell):
+    rows = Dataset.from_dict({"sentence": ["a", "b", cell], "label": [0, 1, 0]})
     with pytest.raises(ValueError, match="here, row 3: column 'sentence' has no value"):
         prepare_rows(rows, TASKS["cola"], "here")
+
+
+def test_one_text_of_a_pair_may_be_blank_as_in_glues_qqp():
+    pairs = {"question1": ["a", ""], "question2": ["", "b"], "label": [0, 1]}
+    assert prepare_rows(Dataset.from_dict(pairs), TASKS["qqp"], "here")[:] == pairs
+    for wrong, column in (("", "question1"), (None, "question2")):
+        rows = Dataset.from_dict({**pairs, "question2": ["", wrong]})
+        with pytest.raises(ValueError, match=f"here, row 2: column '{column}' has no value"):
+            prepare_rows(rows, TASKS["qqp"], "here")
+
+
+@pytest.mark.parametrize("kind", [pa.large_string(), pa.string_view()], ids=str)
+@pytest.mark.parametrize("labels", [["x", "y"], [0, 1]], ids=["names", "numbers"])
+def test_texts_and_labels_are_of_any_type_of_string(tmp_path, kind, labels):
+    def column(cells):
+        return pa.array(cells, kind) if isinstance(cells[0], str) else cells
+
+    pq.write_table(pa.table({"text": column(["a", "b"]), "label": column(labels)}), tmp_path / "train.parquet")
+    task, rows = load(folder_source(tmp_path, None, tmp_path), evaluate=False)
+    assert task.labels == tuple(map(str, labels))
+    assert rows["train"][:] == {"text": ["a", "b"], "label": [0, 1]}
 
 
 def test_columns_of_text_beyond_two_are_mentioned(caplog):
@@ -198,10 +227,24 @@ def test_rows_to_predict_lose_their_label():
         ("rte", ["entailment", "neutral"], r"row 2: the label 'neutral' is not one of"),
         ("rte", [0, None], r"row 2: the label None is not one of"),
         ("stsb", ["1.5", "high"], r"here, row 2: the label 'high' is not a number"),
+        ("stsb", ["1.5", "1_1"], r"row 2: the label '1_1' is not a number"),
+        ("stsb", ["1.5", " 3"], r"row 2: the label ' 3' is not a number"),
+        ("stsb", ["1.5", "٣"], r"row 2: the label '٣' is not a number"),
         ("stsb", [1.5, float("nan")], r"row 2: the label nan is not a number"),
         ("stsb", [1.5, None], r"row 2: the label None is not a number"),
     ],
-    ids=["number", "unlabelled", "name", "missing class", "text for a value", "not finite", "missing value"],
+    ids=[
+        "number",
+        "unlabelled",
+        "name",
+        "missing class",
+        "text for a value",
+        "underscore",
+        "blank",
+        "digit",
+        "not finite",
+        "missing value",
+    ],
 )
 def test_a_label_that_the_task_does_not_know_is_refused(task, labels, message):
     with pytest.raises(ValueError, match=message):
@@ -260,8 +303,9 @@ def test_a_csv_label_has_the_type_that_holds_all_its_cells(tmp_path, cells, expe
         (["1", "2"], ["1", "2"]),
         ([True, "x", 3], ["true", "x", "3"]),
         ([1, 10**20], ["1", "1" + "0" * 20]),
+        ([1.5, 10**400], ["1.5", "1" + "0" * 400]),
     ],
-    ids=["int", "float", "numbers as text", "mixed", "too long for an int"],
+    ids=["int", "float", "numbers as text", "mixed", "too long for an int", "too long for a float"],
 )
 def test_a_json_column_keeps_its_types_where_it_can(tmp_path, cells, expected):
     assert read_table(write_json_lines(tmp_path / "x.jsonl", {"c": cells}))["c"][:] == expected
@@ -320,8 +364,10 @@ def test_blank_lines_and_a_byte_order_mark_are_skipped(tmp_path):
         ("x.csv", b'text,label\n"a\nb",0\n"c,1\n', r"x\.csv, line 4: not valid CSV \(unexpected end of data\)"),
         ("x.csv", b"text,label\na,0\nb,\n", r"x\.csv, line 3: column 'label' has no value"),
         ("x.csv", b"text,label\na,0\n\xff,1\n", r"x\.csv, line 3: not UTF-8 text"),
-        ("x.json", b'{"a": 1}\n{"a": }\n', r"x\.json, line 2: not valid JSON \(Expecting value\)"),
-        ("x.json", b'[{"a": 1},\n {"a": }]\n', r"x\.json, line 2: not valid JSON \(Expecting value\)"),
+        ("x.json", b'{"a": 1}\n{"a": }\n', r"x\.json, line 2, column 7: not valid JSON \(Expecting value\)"),
+        ("x.json", b'[{"a": 1},\n {"a": }]\n', r"x\.json, line 2, column 8: not valid JSON \(Expecting value\)"),
+        ("x.json", b'{"a": 1}\n' + b"[" * 100_000, r"x\.json, line 2: not valid JSON \(it is nested too deeply\)"),
+        ("x.json", b'{"label": 1}\n{"label": [1]}\n', r"x\.json, line 2: column 'label' holds a list\. Give a text"),
         ("x.json", b'[{"a": 1}, 2]\n', r"x\.json, row 2: holds a int\. Give one object a line, or an array"),
         ("x.json", b'{"a": 1}\n{"b": 1}\n', r"x\.json, line 2: column 'a' is missing"),
         ("x.json", b'{"label": 1}\n\n{"label": null}\n', r"x\.json, line 3: column 'label' has no value"),
@@ -330,7 +376,8 @@ def test_blank_lines_and_a_byte_order_mark_are_skipped(tmp_path):
     ],
     ids=[
         "no header", "header only", "blank", "cells", "quote", "no label", "encoding", "broken JSON",
-        "broken array", "array of numbers", "missing key", "null", "one name twice", "format",
+        "broken array", "nested deeply", "label no value", "array of numbers", "missing key",
+        "null", "one name twice", "format",
     ],
 )  # fmt: skip
 def test_a_bad_file_is_refused_with_the_line(tmp_path, name, content, message):
@@ -396,6 +443,43 @@ def test_a_sub_folder_is_found_by_the_task_or_the_configuration(tmp_path):
     assert load(folder_source(tmp_path / "glue", "rte", tmp_path))[0] is TASKS["rte"]
     own = folder_source(tmp_path / "glue", None, tmp_path, dataset_config_name="rte")
     assert load(own)[0].labels == ("0", "1")
+
+
+def test_a_configuration_that_is_no_sub_folder_is_refused(tmp_path):
+    columns = sentence_pairs([0, 1])
+    write_parquet(write_parquet(tmp_path / "glue", train=columns) / "rte", train=columns)
+    source = folder_source(tmp_path / "glue", "rte", tmp_path, dataset_config_name="rtee")
+    with pytest.raises(ValueError, match=r"--dataset_config_name rtee: .*/glue has no such .* \(there is: rte\)"):
+        load(source, evaluate=False)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["train-00000-of-00003"],
+        ["train-00000-of-00002", "train-00002-of-00002"],
+        ["train-00000-of-00001", "train"],
+        ["train-00000-of-00001", "train-00000-of-00002", "train-00001-of-00002"],
+    ],
+    ids=["a third", "a number too high", "two spellings", "two sets"],
+)
+def test_a_split_that_is_not_whole_or_there_twice_is_refused(tmp_path, names):
+    folder = write_parquet(tmp_path / "rte", train=sentence_pairs([0, 1], rows=4))
+    for name in names:
+        shutil.copy(folder / "train-00000-of-00001.parquet", tmp_path / f"{name}.parquet")
+    with pytest.raises(ValueError, match=f"split 'train' is not whole, or is there twice: .* holds {names[0]}"):
+        load(folder_source(tmp_path, "rte", tmp_path), evaluate=False)
+
+
+def test_a_split_without_rows_is_refused_where_it_is_used(tmp_path):
+    folder = write_parquet(tmp_path / "rte", train=sentence_pairs([0, 1]), validation=sentence_pairs([0, 1], rows=0))
+    source = folder_source(folder, "rte", tmp_path)
+    assert len(load(source, evaluate=False)[1]["train"]) == 24
+    with pytest.raises(ValueError, match=r"split 'validation' of .*rte has no rows\. Give data with at least one"):
+        load(source)
+    (folder / "train-00000-of-00001.parquet").rename(folder / "train-00001-of-00002.parquet")
+    (folder / "validation-00000-of-00001.parquet").rename(folder / "train-00000-of-00002.parquet")
+    assert len(load(source, evaluate=False)[1]["train"]) == 24  # of two shards, the first without rows
 
 
 def test_files_replace_the_data_of_a_glue_task(tmp_path):
@@ -514,13 +598,26 @@ def test_a_task_of_the_table_may_read_other_columns(tmp_path):
         ({"label_column": "klass"}, r"x\.csv has no column 'klass' \(columns: id, source"),
         ({"text_columns": ["texts"]}, r"x\.csv has no column 'texts'"),
         ({"text_columns": ["id", "source", "text"]}, "id source text: a model reads one text or a pair"),
+        ({"text_columns": ["text", "text"]}, "--text_columns text text: they are the same"),
+        ({"text_columns": ["label"]}, "--text_columns label: 'label' is the label's own name"),
+        ({"text_columns": ["kind"], "label_column": "kind"}, "--text_columns kind: 'kind' is the label's own name"),
     ],
-    ids=["label", "text", "three texts"],
+    ids=["label", "text", "three texts", "one text twice", "the label", "another label"],
 )
 def test_columns_that_are_not_there_are_refused(tmp_path, options, message):
     path = write_csv(tmp_path / "x.csv", {**MANY_COLUMNS, "label": [0, 1]})
     with pytest.raises(ValueError, match=message):
         load_task(GlueSource(files={"train": str(path)}, **options), train=True, evaluate=False, predict=False)
+
+
+def test_a_text_column_of_lists_is_refused(tmp_path):
+    columns = {"words": [["red"], ["cat"]], "label": [0, 1]}
+    options = {"text_columns": ["words"]}
+    lines = GlueSource(files={"train": str(write_json_lines(tmp_path / "x.jsonl", columns))}, **options)
+    folder = folder_source(write_parquet(tmp_path / "folder", train=columns), None, tmp_path, **options)
+    for source, message in ((lines, "line 1: column 'words' holds a list"), (folder, "column 'words' is List")):
+        with pytest.raises(ValueError, match=message):
+            load(source, evaluate=False)
 
 
 @pytest.mark.parametrize("name", ["stsb", "mrpc"])

@@ -26,7 +26,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, TrainingArguments
 
-from increlora_hf import IncreLoraArguments
+from increlora_hf import IncreLoraArguments, IncreLoraConfig
 from increlora_hf.tasks.flags import ModelArguments, ScriptArguments, parse_flags
 from increlora_hf.tasks.help import OUR_WORDS, trainer_flags
 
@@ -133,6 +133,24 @@ def test_a_json_file_of_settings(model, out, tmp_path):
     config = tmp_path / "run.json"
     config.write_text(json.dumps(settings))
     assert run_glue.main([str(config)])["total_rank"] == 4
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"r_avg": 2.0},
+        {"modules_to_save": []},
+        {"target_modules": "all-linear"},
+        {"target_modules": ".*query"},
+        {"rank_pattern": {"layer": 2}},
+    ],
+    ids=str,
+)
+def test_a_json_file_means_what_the_settings_mean(tmp_path, settings):
+    path = tmp_path / "run.json"
+    path.write_text(json.dumps({f"increlora_{name}": value for name, value in settings.items()}))
+    flags = parse_flags(run_glue.DataArguments, [str(path), f"--output_dir={tmp_path}"], run_glue.PROG)
+    assert flags.config == IncreLoraConfig(**settings)
 
 
 def test_flags_after_a_json_file_win(model, out, tmp_path):
@@ -368,10 +386,16 @@ def test_a_folder_without_the_split_is_refused(refused, tmp_path):
         (["--do_predict"], {"prediction_loss_only": True}, "--prediction_loss_only True returns no outputs"),
         (["--do_eval"], {"eval_do_concat_batches": False}, "--eval_do_concat_batches False returns the outputs"),
         (["--do_eval"], {"max_eval_samples": 0}, "--max_eval_samples 0 leaves no rows"),
+        (["--do_train"], {"max_seq_length": -1}, "--max_seq_length -1 is not a number of tokens in [1, "),
+        (["--do_train"], {"gradient_accumulation_steps": 0}, "--gradient_accumulation_steps 0 leaves nothing"),
+        (["--do_eval"], {"per_device_eval_batch_size": 0}, "--per_device_eval_batch_size 0 leaves nothing"),
+        (["--do_train"], {"max_grad_norm": "nan"}, "--max_grad_norm nan is not a number"),
+        (["--do_train"], {"classifier_dropout": "nan"}, "--classifier_dropout nan is not a number"),
     ],
     ids=[
         "unknown task", "no data", "nothing to do", "no model", "IncreLoRA setting", "unknown flag", "not a number",
         "no such checkpoint", "no checkpoint", "rows left out", "no outputs", "outputs in pieces", "no rows",
+        "no tokens", "no batches", "no rows in a batch", "not a norm", "not a share",
     ],
 )  # fmt: skip
 def test_bad_flags_are_refused(refused, flags, settings, message):
@@ -381,6 +405,39 @@ def test_bad_flags_are_refused(refused, flags, settings, message):
 def test_rows_that_a_limit_leaves_with_one_label_are_refused(refused, tmp_path):
     path = write_csv(tmp_path / "sorted.csv", {"text": ["red cat"] * 40, "label": [0] * 20 + [1] * 20})
     assert "all 20 rows have the label '0'" in refused("--do_train", train_file=path, max_train_samples=20)
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"max_seq_length": 3}, "--max_seq_length 3 leaves no room for text: an input has 3 special tokens"),
+        ({"classifier_dropout": 1}, "--classifier_dropout 1.0 is not a share in [0, 1)"),
+        (
+            {"eval_strategy": "steps", "metric_for_best_model": "acuracy"},
+            "--metric_for_best_model acuracy is no metric of this task. Choose one of loss, accuracy.",
+        ),
+    ],
+    ids=["no room for text", "dropout", "metric"],
+)
+def test_settings_that_do_not_fit_the_task_are_refused(refused, tmp_path, settings, message):
+    path = csv_file(tmp_path)
+    assert message in refused("--do_train", train_file=path, validation_file=path, **settings)
+
+
+@pytest.mark.parametrize(
+    "place, message",
+    [
+        ("file", "/file is a file. Choose another folder."),
+        ("file/more/folders", "/file is a file. Choose another folder."),
+        ("a" * 300, "File name too long"),
+    ],
+    ids=["a file", "below a file", "a long name"],
+)
+def test_an_output_folder_that_cannot_be_is_refused(run, tmp_path, capsys, place, message):
+    (tmp_path / "file").write_text("text")
+    with pytest.raises(SystemExit):
+        run("--do_train", train_file=csv_file(tmp_path), output_dir=tmp_path / place)
+    assert message in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_dropout_before_a_classifier_that_has_none_is_refused(refused, tmp_path):
@@ -472,12 +529,14 @@ def test_an_adapter_is_no_base_model(refused, tmp_path):
 @pytest.mark.parametrize(
     "content, message",
     [
-        ('{\n"max_steps": 3,\n}', "run.json, line 3: not valid JSON"),
+        ('{\n"max_steps": 3,\n}', "run.json, line 3, column 1: not valid JSON"),
         ("[1]", "run.json holds a list. Write one JSON object"),
+        ("[" * 100_000, "run.json: not valid JSON (it is nested too deeply)"),
+        ('{"seed": 1, "seed": 2}', "run.json: not valid JSON (the key 'seed' stands twice)"),
         ('{"lerning_rate": 1}', "unknown settings: --lerning_rate=1"),
         (None, "run.json: there is no such settings file"),
     ],
-    ids=["broken", "array", "unknown setting", "missing"],
+    ids=["broken", "array", "too deep", "a key twice", "unknown setting", "missing"],
 )
 def test_a_bad_file_of_settings_is_refused(tmp_path, capsys, content, message):
     path = tmp_path / "run.json"

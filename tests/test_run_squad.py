@@ -269,7 +269,7 @@ def broken(number=3, **cells):
     "rows, message",
     [
         (broken(answers={"text": ["cat"], "answer_start": [99]}), "1 of 12 rows have an answer that is not in the"),
-        (broken(context=" "), "row 4 (id 'q3'): the context is empty"),
+        (broken(context=" "), "row 4 (id 'q3'): 'context' has no value"),
         (broken(id="q1"), "row 4 (id 'q1'): row 2 has the same id"),
         (broken(answers={"text": ["cat"], "answer_start": []}), "the answers have 1 texts and 0 values"),
         (broken(answers={"text": [], "answer_start": []}), "1 of 12 rows have no answer, first row 4 (id 'q3')"),
@@ -308,15 +308,23 @@ def test_a_bad_file_is_refused(refused, tmp_path, content, message):
         ([], {"doc_stride": 0}, "--doc_stride 0 is not between"),
         ([], {"n_best_size": 0}, "--n_best_size 0 allows no answer"),
         ([], {"max_answer_length": -1}, "--max_answer_length -1 allows no answer"),
+        ([], {"max_seq_length": 2**70}, "is not a number of tokens in [1, 2147483647]"),
         (["--do_eval"], {}, "--validation_file is missing: the run needs a validation set"),
         ([], {"dataset_name": "here"}, "cannot be used together"),
         ([], {"increlora_interval": 5, "increlora_top_h": 1}, "interval"),
     ],
-    ids=["long stride", "no stride", "no best", "no length", "no file", "data twice", "too few steps"],
+    ids=["long stride", "no stride", "no best", "no length", "no window", "no file", "data twice", "too few steps"],
 )  # fmt: skip
 def test_bad_settings_are_refused(refused, tmp_path, flags, settings, message):
     path = write_flat(tmp_path / "rows.json", questions())
     assert message in refused("--do_train", *flags, train_file=path, **settings)
+
+
+@pytest.mark.parametrize("flags, known", [([], "exact_match, f1"), ([V2], "exact, f1, total, HasAns_exact")])
+def test_a_best_metric_that_these_questions_do_not_have_is_refused(refused, tmp_path, flags, known):
+    flags = ["--do_train", *flags, "--eval_strategy=steps", "--metric_for_best_model=NoAns_f1"]
+    line = refused(*flags, **both(tmp_path, questions()))
+    assert f"--metric_for_best_model NoAns_f1 is no metric of this task. Choose one of loss, {known}" in line
 
 
 def test_a_decoder_is_refused(refused, tmp_path):

@@ -5,6 +5,8 @@ from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset
 from glue_fixtures import VOCABULARY, save_tokenizer
@@ -54,8 +56,9 @@ def test_questions_may_stand_in_one_list(tmp_path, layout):
     assert list(read_squad(tmp_path / "rows.json")) == rows
 
 
-def test_a_question_without_an_answer_needs_no_list(tmp_path):
-    row = {"id": "a", "context": "red cat", "question": "blue", "is_impossible": True}
+@pytest.mark.parametrize("answers", [{}, {"answers": None}, {"answers": []}], ids=["missing", "null", "empty"])
+def test_a_question_without_an_answer_needs_no_list(tmp_path, answers):
+    row = {"id": "a", "context": "red cat", "question": "blue", "is_impossible": True, **answers}
     (found,) = read_squad(write_flat(tmp_path / "rows.jsonl", [row]))
     assert found["answers"] == {"text": [], "answer_start": []}
 
@@ -78,7 +81,10 @@ FLAT = {"id": "a", "context": "red cat", "question": "red", "answers": {"text": 
         ("", r"rows.json contains no question. Give a file with at least one"),
         ('{"data": []}', r"rows.json contains no question"),
         ('{"data": [\n{"paragraphs": ]}', r"rows.json, line 2, column 16: not valid JSON"),
-        (json.dumps(FLAT) + '\n{"id": \n', r"rows.json, line 2: not valid JSON"),
+        (json.dumps(FLAT) + '\n{"id": \n', r"rows.json, line 2, column 8: not valid JSON"),
+        ("[" * 100_000, r"rows.json: not valid JSON \(it is nested too deeply\)"),
+        (json.dumps(FLAT) + "\n" + "[" * 100_000, r"rows.json, line 2: not valid JSON \(it is nested too deeply\)"),
+        (json.dumps({**FLAT, "id": "\ud800"}) + "\n{}", r"rows.json, line 1: not valid JSON \('utf-8' codec"),
         ("[1]", r"rows.json, data\[0\]: holds a int, not an object. Give SQuAD's own"),
         ('{"data": {}}', r"rows.json, data is a dict, not a list"),
         ('{"data": [{"title": "x"}]}', r"rows.json, data\[0\]: 'paragraphs' is missing \(there is: title\)"),
@@ -94,7 +100,8 @@ FLAT = {"id": "a", "context": "red cat", "question": "red", "answers": {"text": 
             r"line 1: 'answer_start' of the answers is \['0'\]. Give a list of int",
         ),
     ],
-    ids=["empty", "no articles", "broken", "broken line", "a list", "data no list", "no paragraphs", "no context",
+    ids=["empty", "no articles", "broken", "broken line", "deep", "deep line", "half a character",
+         "a list", "data no list", "no paragraphs", "no context",
          "no answers", "context no text", "column missing", "start no number"],
 )  # fmt: skip
 def test_a_bad_file_is_refused_with_the_place(tmp_path, content, message):
@@ -137,7 +144,8 @@ def changed(row=2, **cells):
 @pytest.mark.parametrize(
     "rows, message",
     [
-        (changed(context="  "), r"here, row 3 \(id 'q2'\): the context is empty"),
+        (changed(context="  "), r"here, row 3 \(id 'q2'\): 'context' has no value"),
+        (changed(question=" "), r"here, row 3 \(id 'q2'\): 'question' has no value"),
         (changed(context=None), r"here, row 3 \(id 'q2'\): 'context' has no value"),
         (changed(id="q0"), r"here, row 3 \(id 'q0'\): row 1 has the same id"),
         (
@@ -148,14 +156,13 @@ def changed(row=2, **cells):
             changed(answers={"text": [], "answer_start": []}),
             r"here: 1 of 4 rows have no answer, first row 3 \(id 'q2'\).*Give --version_2_with_negative",
         ),
-        (changed().select([]), r"here has no rows"),
         (changed().remove_columns("question"), r"here has no column 'question' \(columns: id, context, answers\)"),
         (
             changed().remove_columns("answers").add_column("answers", ["cat"] * 4),
             r"(?s)here: column 'answers' is Value\('string'\), not .*Convert it",
         ),
     ],
-    ids=["empty context", "no context", "id twice", "lists of two lengths", "no answer in 1.1", "no rows",
+    ids=["empty context", "empty question", "no context", "id twice", "lists of two lengths", "no answer in 1.1",
          "no question column", "answers no lists"],
 )  # fmt: skip
 def test_a_bad_row_is_refused(rows, message):
@@ -169,6 +176,14 @@ BAD_ANSWERS = {
     "before the context": {"text": ["s"], "answer_start": [-1]},
     "blank": {"text": [""], "answer_start": [0]},
 }
+
+
+def test_an_answer_at_a_place_beyond_any_text_is_a_bad_one(tmp_path):
+    rows = questions(4)
+    rows[2] = {**rows[2], "answers": {"text": ["cat"], "answer_start": [2**70]}}
+    found = read_squad(write_flat(tmp_path / "rows.jsonl", rows))
+    kept = prepare_questions(found, Rules(ignore_bad_answers=True), "here")
+    assert kept["id"][:] == ["q0", "q1", "q3"]
 
 
 def with_bad_answer(answer):
@@ -193,6 +208,23 @@ def test_dropping_every_row_is_refused():
     rows = with_bad_answer(BAD_ANSWERS["elsewhere"]).select([2])
     with pytest.raises(ValueError, match=r"here: 1 of 1 rows have .*, so none is left; first row 1"):
         prepare_questions(rows, Rules(ignore_bad_answers=True), "here")
+
+
+def test_strings_and_lists_may_be_large_ones(tmp_path):
+    table = dataset(questions()).data.table
+    text, answers = (
+        pa.large_string(),
+        pa.struct([("text", pa.large_list(pa.large_string())), ("answer_start", pa.large_list(pa.int64()))]),
+    )
+    pq.write_table(
+        table.cast(pa.schema({"id": text, "context": text, "question": text, "answers": answers})),
+        tmp_path / "train.parquet",
+    )
+    source = DataSource(
+        hub_dataset="none/none", dataset_name=str(tmp_path), hub_options={"cache_dir": str(tmp_path / "cache")}
+    )
+    found = load_squad(source, V1, train=True, evaluate=False, predict=False)
+    assert list(found["train"]) == questions()
 
 
 def test_a_folder_gives_the_splits_asked_for(tmp_path):

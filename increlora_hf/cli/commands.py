@@ -31,8 +31,8 @@ The memory is an estimate for one device. Give --max_seq_length to add the
 activations. The framework's own buffers come on top."""
 UNKNOWN = """\
 The memory is an estimate for one device. The activations are unknown: the
-model takes no token ids, or its forward pass needs values and not only shapes.
-The framework's own buffers come on top."""
+model takes no token ids, or not as many, or its forward pass needs values and
+not only shapes. The framework's own buffers come on top."""
 
 Document = dict[str, Any]
 Answer = tuple[Document, str]

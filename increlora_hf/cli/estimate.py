@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
@@ -139,7 +140,7 @@ def activations(
 
     A forward pass over tensors without storage counts them, with the weights of ``layers`` and ``heads`` trained: a
     trained weight keeps its layer's input, as the layer's A does. It runs in bfloat16; what it keeps in that dtype
-    is twice as large in float32. None where the model takes no token ids, or needs values.
+    is twice as large in float32. None where the model takes no token ids, or not as many, or needs values.
     """
     if getattr(model, "main_input_name", "input_ids") != "input_ids":
         return None
@@ -168,16 +169,20 @@ def activations(
                 kept[id(storage)] = storage, tensor.dtype == torch.bfloat16
             return tensor
 
-        ids = torch.zeros(batch_size, length, dtype=torch.long)
-        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        if getattr(model.config, "is_encoder_decoder", False):
-            inputs["decoder_input_ids"] = ids
+        fake_tensors = logging.getLogger("torch._subclasses.fake_tensor")
+        fake_tensors.disabled = True  # it would print the traceback of what is caught below
         try:
+            ids = torch.zeros(batch_size, length, dtype=torch.long)
+            inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+            if getattr(model.config, "is_encoder_decoder", False):
+                inputs["decoder_input_ids"] = ids
             with saved_tensors_hooks(keep, lambda tensor: tensor):
                 outputs = torch.func.functional_call(model, weights, kwargs=inputs)
                 outputs[0].float().log_softmax(-1)  # as a loss does
         except Exception:  # of the model's own code, which may ask for anything; the rest of the plan stands
             return None
+        finally:
+            fake_tensors.disabled = False
     sizes = [(storage.nbytes(), is_half) for storage, is_half in kept.values()]
     return {
         "float32": sum(size * (1 + is_half) for size, is_half in sizes),

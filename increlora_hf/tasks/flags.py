@@ -12,7 +12,8 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
-from ..config import IncreLoraArguments, IncreLoraConfig
+from ..config import FLAG_PREFIX, IncreLoraArguments, IncreLoraConfig
+from ..documents import parsed_json
 from .help import HELP, HELP_ALL, USAGE, Flag, first_flags, help_text, trainer_flags
 
 if TYPE_CHECKING:  # both take seconds to import
@@ -26,6 +27,7 @@ RENAMED = {  # flags of earlier versions of transformers
     "--no_cuda": "--use_cpu",
 }
 TUNERS = ("increlora", "lora", "adalora", "bitfit", "full", "head")
+LONGEST = 2**31 - 1  # tokens; no model reads as many
 REFUSED = 2  # exit code, as argparse's own
 
 
@@ -64,6 +66,13 @@ class ModelArguments:
         return os.path.isfile(os.path.join(self.model_name_or_path, ADAPTER_CONFIG))
 
 
+def require_numbers(settings: Any) -> None:
+    """Refuse NaN as the value of a flag: nothing compares with it, and it spreads to all it meets."""
+    for name, value in vars(settings).items():
+        if value != value:
+            raise ValueError(f"--{name} {value} is not a number. Give one, or leave it out.")
+
+
 @dataclass
 class RowArguments:
     """Where the rows come from, and how many of them are used; a script adds what its task needs."""
@@ -83,8 +92,11 @@ class RowArguments:
     max_predict_samples: int | None = flag(None, "Use only the first N rows of each set for prediction.")
 
     def __post_init__(self) -> None:
-        """Refuse limits that leave no rows."""
+        """Refuse limits that leave no rows or no tokens, and what is not a number."""
+        require_numbers(self)
         for name, limit in vars(self).items():
+            if name == "max_seq_length" and not 0 < limit <= LONGEST:
+                raise ValueError(f"--{name} {limit} is not a number of tokens in [1, {LONGEST}]. Give one.")
             if name.endswith("_samples") and limit is not None and limit < 1:
                 raise ValueError(
                     f"--{name} {limit} leaves no rows. Give a number above 0, or leave it out for all rows."
@@ -232,17 +244,17 @@ def _json_flags(path: Path) -> list[str]:
     """The settings of a JSON file as flags; null leaves a setting at its default, `comment` is for people."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: there is no such settings file. Check the path.")
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}, line {error.lineno}: not valid JSON ({error.msg}). Correct it.") from None
+    settings = parsed_json(path.read_bytes(), str(path))
     if not isinstance(settings, dict):
         raise ValueError(f"{path} holds a {type(settings).__name__}. Write one JSON object, setting: value.")
     settings.pop("comment", None)
     flags = []
     for name, value in settings.items():
         if isinstance(value, list):
-            flags += [f"--{name}", *map(str, value)]
+            none = [""] if name.startswith(FLAG_PREFIX) else []  # of names: see `IncreLoraArguments.to_config`
+            flags += [f"--{name}", *(map(str, value) if value else none)]
         elif value is not None:
+            if isinstance(value, float) and value.is_integer():
+                value = int(value)  # which a flag for a whole number takes, too
             flags.append(f"--{name}={value if isinstance(value, str) else json.dumps(value)}")
     return flags

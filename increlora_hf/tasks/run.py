@@ -4,7 +4,7 @@ import io
 import logging
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from transformers.integrations import get_available_reporting_integrations
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..errors import HubPushError
-from .flags import ADAPTER_CONFIG, Flags, ModelArguments, refuse
+from .flags import ADAPTER_CONFIG, Flags, ModelArguments, refuse, require_numbers
 from .models import how_to_load
 
 WEIGHTS = ("adapter_model.safetensors", "model.safetensors")
@@ -34,6 +34,7 @@ class Job:
         auto_model: the class that loads the model for the task.
         model_options: what that class needs to give a base model the task's head.
         card: what the model card says of the data.
+        metrics: the names of the metrics of an evaluation, beside the loss.
     """
 
     trainer: Any
@@ -42,6 +43,7 @@ class Job:
     auto_model: type
     model_options: Mapping[str, Any] = field(default_factory=dict)
     card: Mapping[str, Any]
+    metrics: Iterable[str]
 
     def sizes(self, split: str) -> dict[str, int]:
         """How much a split holds."""
@@ -57,7 +59,7 @@ def run_script(prog: str, flags: Flags, prepare: Callable[[Flags], Job]) -> dict
 
     Args:
         prog: the script's name.
-        prepare: builds the job; refuses what the user may have to correct with ValueError or FileNotFoundError.
+        prepare: builds the job; refuses what the user may have to correct with ValueError or OSError.
     """
     training = flags.training
     set_up_logging(training)
@@ -69,6 +71,7 @@ def run_script(prog: str, flags: Flags, prepare: Callable[[Flags], Job]) -> dict
         job = prepare(flags)
         job.trainer.add_callback(preparation)
         if training.do_train:
+            check_best_metric(job)
             metrics |= train_and_save(job, checkpoint)
     if training.do_eval:
         metrics |= evaluate(job)
@@ -96,6 +99,14 @@ def check_run(model: ModelArguments, training: TrainingArguments, tuner: str) ->
         raise ValueError(
             f"--report_to {' '.join(missing)}: that package is not installed. Install it, or give --report_to none."
         )
+    out = Path(str(training.output_dir))
+    file = next((place for place in (out, *out.parents) if os.path.isfile(place)), None)
+    if file:
+        raise ValueError(f"--output_dir {out}: {file} is a file. Choose another folder.")
+    for name in ("gradient_accumulation_steps", "per_device_train_batch_size", "per_device_eval_batch_size"):
+        if getattr(training, name) < 1:
+            raise ValueError(f"--{name} {getattr(training, name)} leaves nothing to compute. Give a number above 0.")
+    require_numbers(training)
     if not (training.do_train or training.do_eval or training.do_predict):
         raise ValueError("there is nothing to do. Give --do_train, --do_eval or --do_predict.")
     evaluates = training.do_eval or training.do_predict or training.eval_strategy != "no"
@@ -119,12 +130,24 @@ def check_run(model: ModelArguments, training: TrainingArguments, tuner: str) ->
             f"--model_name_or_path {model.model_name_or_path} is an adapter. Train from the base model that its "
             f"{ADAPTER_CONFIG} names."
         )
-    out = Path(str(training.output_dir))
     checkpoints = any(out.glob("checkpoint-*"))
     holds_weights = any((out / name).exists() for name in WEIGHTS)
     if checkpoint_to_resume(training) is None and (checkpoints or holds_weights):
         resume = "Continue that run with --resume_from_checkpoint true, or choose" if checkpoints else "Choose"
         raise ValueError(f"--output_dir {out} contains another run's weights. {resume} another --output_dir.")
+
+
+def check_best_metric(job: Job) -> None:
+    """Refuse a --metric_for_best_model that no evaluation during training will have."""
+    training = job.trainer.args
+    name = training.metric_for_best_model
+    if name is None or training.eval_strategy == "no":
+        return
+    known = ["loss", *job.metrics]
+    if name.removeprefix("eval_") not in known:
+        raise ValueError(
+            f"--metric_for_best_model {name} is no metric of this task. Choose one of {', '.join(known)}."
+        )
 
 
 def checkpoint_to_resume(training: TrainingArguments) -> str | bool | None:
@@ -200,7 +223,7 @@ class Preparation(TrainerCallback):
     def __init__(self, prog: str, output_dir: str | None) -> None:
         self.prog = prog
         out = Path(str(output_dir))
-        self.new_folders = [folder for folder in (out, *out.parents) if not folder.exists()]
+        self.new_folders = [folder for folder in (out, *out.parents) if not os.path.exists(folder)]
         self.is_over = False
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
@@ -211,10 +234,10 @@ class Preparation(TrainerCallback):
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
-        if self.is_over or not isinstance(error, ValueError | FileNotFoundError | ImportError):
+        if self.is_over or not isinstance(error, ValueError | OSError | ImportError):
             return
         for folder in self.new_folders:
-            if folder.is_dir() and not any(folder.iterdir()):
+            if os.path.isdir(folder) and not any(folder.iterdir()):
                 folder.rmdir()
         refuse(self.prog, error)
 

@@ -6,11 +6,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 from datasets import Dataset, load_dataset
 from datasets.exceptions import DatasetsError
 
 READ_ROWS = 1000  # as many as `datasets` writes at a time
-SHARD = re.compile(r"-\d{5}-of-\d{5}$")
+SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,8 +68,10 @@ def read_splits(
 
 
 def require_split(splits: Mapping[str, Dataset], name: str, source: DataSource) -> Dataset:
-    """That split, or an error that says where it should have been."""
+    """That split, with at least one row, or an error that says where it should have been."""
     if name in splits:
+        if not len(splits[name]):
+            raise ValueError(f"{source.where(name)} has no rows. Give data with at least one row.")
         return splits[name]
     if source.files:
         raise ValueError(f"--{name}_file is missing: the run needs a {name} set. Add it.")
@@ -95,25 +98,50 @@ def each_row(rows: Dataset) -> Iterator[dict[str, Any]]:
 def _read_folder(source: DataSource, config: str | None) -> dict[str, Dataset]:
     """Splits by file name, `SPLIT.parquet` or its numbered shards, in the folder or in its sub-folder `config`.
 
+    Where the user names the sub-folder, in that alone.
+
     `datasets` would guess the splits from words in the names, and merge validation_matched with
     validation_mismatched into one.
     """
     root = Path(source.name)
     inside = root / (config or "data")
-    places = (inside, root) if source.dataset_config_name else (root, inside)
+    places = (inside,) if source.dataset_config_name else (root, inside)
     files = next((found for place in places if (found := sorted(place.glob("*.parquet")))), [])
+    if not files and source.dataset_config_name:
+        others = ", ".join(sorted({file.parent.name for file in root.glob("*/*.parquet")})) or "none"
+        raise ValueError(
+            f"--dataset_config_name {config}: {root} has no such sub-folder of parquet files (there is: {others}). "
+            "Name one, or leave it out."
+        )
     if not files:
         raise ValueError(f"--dataset_name {root} is a folder without parquet files. Name the folder that has them.")
-    shards: dict[str, list[str]] = {}
+    splits: dict[str, list[Path]] = {}
     for file in files:
-        shards.setdefault(SHARD.sub("", file.stem), []).append(str(file))
-    return {split: _read_parquet(paths, source) for split, paths in shards.items()}
+        match = SHARD.fullmatch(file.stem)
+        splits.setdefault(match[1] if match else file.stem, []).append(file)
+    for split, found in splits.items():
+        _require_whole(split, found)
+    return {split: _read_parquet([str(file) for file in found], source) for split, found in splits.items()}
+
+
+def _require_whole(split: str, files: list[Path]) -> None:
+    """Refuse a split of which shards are missing, or that is there twice."""
+    count = len(files)
+    if [file.stem for file in files] in ([split], [f"{split}-{i:05}-of-{count:05}" for i in range(count)]):
+        return
+    raise ValueError(
+        f"split {split!r} is not whole, or is there twice: {files[0].parent} holds "
+        f"{', '.join(file.name for file in files)}. Keep one file, or all shards of one set."
+    )
 
 
 def _read_parquet(paths: list[str], source: DataSource) -> Dataset:
     cache_dir = source.hub_options.get("cache_dir")
     try:
-        return load_dataset("parquet", data_files=paths, split="train", cache_dir=cache_dir)
+        full = [path for path in paths if pq.read_metadata(path).num_rows]  # load_dataset fails on the others
+        if not full:
+            return Dataset(pq.read_table(paths[0]))
+        return load_dataset("parquet", data_files=full, split="train", cache_dir=cache_dir)
     except (DatasetsError, OSError, ValueError) as error:
         raise ValueError(f"{', '.join(paths)} cannot be read as parquet ({error}). Replace the file.") from error
 

@@ -10,7 +10,10 @@ from typing import Any
 
 from datasets import Dataset
 
+from ..documents import parsed_json
+
 LABEL = "label"
+LAYOUTS = "Give one object a line, or an array of objects."
 
 WHOLE = re.compile(r"0|-?[1-9][0-9]*")  # one spelling a number: 007, +7, 1_0 and " 7" are names of something
 DECIMAL = re.compile(
@@ -21,10 +24,16 @@ Row = tuple[str, dict[str, Any]]  # where the row is: "line 3", "row 3"; its cel
 
 
 def read_table(
-    path: str | Path, *, label: str = LABEL, is_typed: bool = True, ignore: Collection[str] = ()
+    path: str | Path,
+    *,
+    label: str = LABEL,
+    texts: Collection[str] = (),
+    is_typed: bool = True,
+    ignore: Collection[str] = (),
 ) -> Dataset:
     """The rows of a .csv, .json or .jsonl file, without the columns in `ignore` and those that hold lists or objects.
 
+    Those are refused as `label` or `texts`.
     Cells of a CSV file stay as they are spelled, but for the label of a file that is typed: that is int, float or
     str, whichever holds all values. JSON says itself what is a number. Blank lines are skipped.
     """
@@ -35,7 +44,7 @@ def read_table(
     if not rows:
         raise ValueError(f"{path} has no rows. Give a file with at least one row of data.")
     for place, row in rows:
-        _check_cells(f"{path}, {place}", row, rows[0][1], label)
+        _check_cells(f"{path}, {place}", row, rows[0][1], label, texts)
     columns = {name: [row[name] for _, row in rows] for name in rows[0][1]}
     if path.suffix == ".csv":
         return Dataset.from_dict(
@@ -98,38 +107,35 @@ def _csv_row(path: Path, line: int, header: list[str], cells: list[str]) -> dict
 def json_rows(path: Path, text: str) -> Iterator[Row]:
     """The objects of a JSON array, or one JSON object a line."""
     if text.lstrip().startswith("["):
-        for number, row in enumerate(_parsed(path, text), start=1):
+        for number, row in enumerate(parsed_json(text, str(path), remedy=LAYOUTS), start=1):
             yield f"row {number}", _object(row, f"{path}, row {number}")
         return
     for line, content in enumerate(text.split("\n"), start=1):
         if content.strip():
-            yield f"line {line}", _object(_parsed(path, content, line), f"{path}, line {line}")
-
-
-def _parsed(path: Path, text: str, line: int | None = None) -> Any:
-    """The value of a whole file, or of one of its lines."""
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(
-            f"{path}, line {line or error.lineno}: not valid JSON ({error.msg}). Give one object a line, or an array "
-            "of objects."
-        ) from None
+            row = parsed_json(content, str(path), line=line, remedy=LAYOUTS)
+            yield f"line {line}", _object(row, f"{path}, line {line}")
 
 
 def _object(value: Any, place: str) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise ValueError(f"{place}: holds a {type(value).__name__}. Give one object a line, or an array of objects.")
+        raise ValueError(f"{place}: holds a {type(value).__name__}. {LAYOUTS}")
     return value
 
 
-def _check_cells(place: str, row: Mapping[str, Any], first: Mapping[str, Any], label: str) -> None:
-    """Every row has the first row's columns, and a label."""
+def _check_cells(
+    place: str, row: Mapping[str, Any], first: Mapping[str, Any], label: str, texts: Collection[str]
+) -> None:
+    """Every row has the first row's columns, and a label; neither that nor a text is a list or an object."""
     for name in first:
         if name not in row:
             raise ValueError(f"{place}: column {name!r} is missing, but the first row has it. Add it.")
         if name == label and row[name] in (None, ""):
             raise ValueError(f"{place}: column {name!r} has no value. Fill it in or remove the row.")
+        if name in (label, *texts) and _nested([row[name]]):
+            kind = type(row[name]).__name__
+            raise ValueError(
+                f"{place}: column {name!r} holds a {kind}. Give a text or a number, or name other columns."
+            )
 
 
 def _fit(numbers: list[int]) -> bool:
@@ -148,9 +154,10 @@ def as_numbers(cells: list[str]) -> list[int] | list[float] | list[str]:
 def _json_column(cells: list[Any]) -> list[Any]:
     """JSON says itself what is a number; mixed numbers are floats, any other mixture is text; null is no value."""
     kinds = {type(cell) for cell in cells} - {type(None)}
-    if kinds == {str} or (kinds == {int} and _fit([cell for cell in cells if cell is not None])):
+    fit = kinds <= {int, float} and _fit([cell for cell in cells if isinstance(cell, int)])
+    if kinds == {str} or (kinds == {int} and fit):
         return cells
-    convert: Callable[[Any], Any] = float if float in kinds and kinds <= {int, float} else _as_text
+    convert: Callable[[Any], Any] = float if float in kinds and fit else _as_text
     return [None if cell is None else convert(cell) for cell in cells]
 
 

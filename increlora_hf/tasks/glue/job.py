@@ -79,6 +79,7 @@ def prepare(flags: Flags) -> GlueJob:
         auto_model=AutoModelForSequenceClassification,
         model_options={"num_labels": task.num_labels},
         card=card(task, source),
+        metrics=(*task.metrics, *(["combined_score"] if len(task.metrics) > 1 else [])),
     )
 
 
@@ -91,6 +92,8 @@ def set_head(config: PreTrainedConfig, task: TextTask, dropout: float | None) ->
         config.label2id = {name: i for i, name in enumerate(task.labels)}
     if dropout is None:
         return
+    if not 0 <= dropout < 1:
+        raise ValueError(f"--classifier_dropout {dropout} is not a share in [0, 1). Give one, or leave it out.")
     names = [name for name in DROPOUTS if hasattr(config, name)]
     if not names:
         raise ValueError(
@@ -103,6 +106,12 @@ def set_head(config: PreTrainedConfig, task: TextTask, dropout: float | None) ->
 def encode(rows: Dataset, tokenizer: Any, task: TextTask, data: Any) -> Dataset:
     """The rows as token ids, with their label where they have one."""
     max_length = min(data.max_seq_length, tokenizer.model_max_length)
+    special = tokenizer.num_special_tokens_to_add(len(task.columns) > 1)
+    if max_length <= special:
+        raise ValueError(
+            f"--max_seq_length {data.max_seq_length} leaves no room for text: an input has {special} special tokens. "
+            "Raise it."
+        )
     padding = "max_length" if data.pad_to_max_length else False
 
     def tokenize(batch: dict[str, list[str]]) -> Any:

@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Sequence
 
-from datasets import ClassLabel, Dataset
+from datasets import ClassLabel, Dataset, Value
 
 from ..source import require_columns
 from ..tables import LABEL, as_numbers
@@ -11,6 +11,7 @@ from .tasks import ACCURACY, CORRELATIONS, SENTENCES, TextTask
 
 CLASSIFICATION, REGRESSION = "classification", "regression"  # names of such tasks
 ROW_NUMBERS = ("idx", "id")  # columns that are no text even where they hold strings
+STRINGS = ("string", "large_string", "string_view")  # one type to us; pandas writes the second
 
 logger = logging.getLogger(__name__)
 
@@ -21,7 +22,7 @@ def detect_task(rows: Dataset, where: str, columns: Sequence[str] = ()) -> TextT
     Args:
         columns: the text columns, where they are given.
     """
-    require_columns(rows, (*columns, LABEL), where)
+    require_plain(rows, (*columns, LABEL), where)
     columns = tuple(columns) or _text_columns(rows)
     if not columns:
         names = ", ".join(rows.column_names)
@@ -33,13 +34,29 @@ def detect_task(rows: Dataset, where: str, columns: Sequence[str] = ()) -> TextT
     return TextTask(name=CLASSIFICATION, columns=columns, labels=tuple(map(str, labels)), metrics=ACCURACY)
 
 
+def require_plain(rows: Dataset, columns: Sequence[str], where: str) -> None:
+    """Refuse rows that lack one of the columns, or hold lists or objects in it."""
+    require_columns(rows, columns, where)
+    for column in columns:
+        if not isinstance(rows.features[column], Value | ClassLabel):
+            raise ValueError(
+                f"{where}: column {column!r} is {rows.features[column]}. Give one of texts or numbers, or name other "
+                "columns."
+            )
+
+
+def is_blank(text: str | None) -> bool:
+    """Whether a cell holds nothing to read."""
+    return text is None or not text.strip()
+
+
 def _text_columns(rows: Dataset) -> tuple[str, ...]:
     """sentence1 and sentence2 where both are there, else the first one or two columns of strings."""
     texts = tuple(
         name
         for name, feature in rows.features.items()
-        if name != LABEL and name.lower() not in ROW_NUMBERS and getattr(feature, "dtype", None) == "string"
-        if isinstance(as_numbers([cell for cell in rows[name][:] if cell is not None] or [""])[0], str)
+        if name != LABEL and name.lower() not in ROW_NUMBERS and getattr(feature, "dtype", None) in STRINGS
+        if (cells := [cell for cell in rows[name][:] if not is_blank(cell)]) and isinstance(as_numbers(cells)[0], str)
     )
     if set(SENTENCES) <= set(texts):
         return SENTENCES

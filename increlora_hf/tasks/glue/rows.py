@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 from datasets import ClassLabel, Dataset, Value
 
 from ..source import DataSource, read_splits, require_columns, require_split
-from ..tables import LABEL, read_table
-from .own import detect_task
+from ..tables import DECIMAL, LABEL, read_table
+from .own import detect_task, is_blank, require_plain
 from .tasks import GLUE, TextTask, glue_task
 
 SHOWN_CLASSES = 10  # in the line that says what is trained on
@@ -36,6 +36,12 @@ class GlueSource(DataSource):
             raise ValueError(
                 f"--text_columns {' '.join(self.text_columns)}: a model reads one text or a pair. Give one or two."
             )
+        twice = [name for name in self.text_columns if name in (LABEL, self.label_column)]
+        if twice or len(set(self.text_columns)) < len(self.text_columns):
+            reason = f"{twice[0]!r} is the label's own name" if twice else "they are the same"
+            raise ValueError(
+                f"--text_columns {' '.join(self.text_columns)}: {reason}. Name other columns of the data."
+            )
         if self.task:
             object.__setattr__(self, "hub_dataset", self.task.data.name)
         super().__post_init__()
@@ -51,9 +57,11 @@ def load_task(
 ) -> tuple[TextTask, dict[str, Dataset]]:
     """The task that `source` poses, and the splits asked for; those to predict have no `label`."""
     task, label = source.task, source.label_column
+    texts = source.text_columns or (task.columns if task else ())
 
     def read_file(path: str, split: str) -> Dataset:
-        return read_table(path, label=label, is_typed=split == "train", ignore=(label,) if split == "test" else ())
+        ignore = (label,) if split == "test" else ()
+        return read_table(path, label=label, texts=texts, is_typed=split == "train", ignore=ignore)
 
     found = read_splits(source, read_file, (task.data.config or task.name) if task else None)
     splits = {name: _with_label(rows, source, name) for name, rows in found.items()}
@@ -86,14 +94,15 @@ def _with_label(rows: Dataset, source: GlueSource, split: str) -> Dataset:
 
 def prepare_rows(rows: Dataset, task: TextTask, where: str, *, labelled: bool = True) -> Dataset:
     """The task's text columns, and where `labelled` a numeric `label`: the class number, or the value to predict."""
-    require_columns(rows, (*task.columns, LABEL) if labelled else task.columns, where)
+    require_plain(rows, (*task.columns, LABEL) if labelled else task.columns, where)
     prepared = rows.select_columns(list(task.columns))
     for column in task.columns:
         if rows.features[column] != Value("string"):
             prepared = prepared.cast_column(column, Value("string"))
-        empty = prepared.data.column(column).null_count and prepared[column][:].index(None) + 1
-        if empty:
-            raise ValueError(f"{where}, row {empty}: column {column!r} has no value. Fill it in or remove the row.")
+    for number, texts in enumerate(zip(*(prepared[column][:] for column in task.columns), strict=True), 1):
+        if None in texts or all(map(is_blank, texts)):  # one text of a pair may be blank: two in GLUE's qqp are
+            column = task.columns[texts.index(None) if None in texts else 0]
+            raise ValueError(f"{where}, row {number}: column {column!r} has no value. Fill it in or remove the row.")
     if not labelled:
         return prepared
     numbers = [
@@ -132,10 +141,8 @@ def _label_number(label: object, task: TextTask, where: str) -> int | float:
 
 
 def _finite(label: object, where: str) -> float:
-    try:
-        value = float(str(label))
-    except ValueError:
-        value = math.nan
+    spelled = str(label)
+    value = float(spelled) if DECIMAL.fullmatch(spelled) else math.nan
     if not math.isfinite(value):
         raise ValueError(f"{where}: the label {label!r} is not a number, and a regression needs numbers. Correct it.")
     return value

@@ -7,12 +7,15 @@ from typing import Any
 
 from datasets import Dataset, Features, List, Value
 
+from ...documents import parsed_json
 from ..tables import json_rows, read_text
 
 SUFFIXES = (".json", ".jsonl")
 TEXTS = Features({name: Value("string") for name in ("id", "context", "question")})
 ANSWERS = {"text": List(Value("string")), "answer_start": List(Value("int32"))}
 QUESTIONS = Features({**TEXTS, "answers": ANSWERS})
+
+END = 2**31 - 1  # what "answer_start" can hold, and no text is as long
 
 Row = dict[str, Any]
 
@@ -39,7 +42,7 @@ def _is_flat(text: str) -> bool:
     first = next((line for line in text.split("\n") if line.strip()), "")
     try:
         row = json.loads(first)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):  # `_nested` says what is wrong
         return False
     return isinstance(row, dict) and "data" not in row
 
@@ -52,12 +55,7 @@ def _nested(path: Path, text: str) -> Iterator[tuple[str, Any]]:
     """Every question with its paragraph's context, and where in the file it is."""
     if not text.strip():
         return
-    try:
-        root = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(
-            f"{path}, line {error.lineno}, column {error.colno}: not valid JSON ({error.msg}). Correct it."
-        ) from None
+    root = parsed_json(text, str(path))
     if isinstance(root, list):
         root = {"data": root}
     for article_place, article in _items(root, "data", f"{path}, "):
@@ -94,7 +92,7 @@ def _member(value: Any, name: str, place: str) -> Any:
 
 def _row(value: Any, place: str, features: Mapping[str, Any]) -> Row:
     if _object(value, place).get("is_impossible") is True:
-        value = {"answers": {name: [] for name in ANSWERS}, **value}
+        value = {**value, "answers": value.get("answers") or {name: [] for name in ANSWERS}}
     row = {name: _member(value, name, place) for name in features}
     for name in TEXTS:
         if name == "id" and isinstance(row[name], int):
@@ -114,4 +112,4 @@ def _columns(answers: Any, place: str) -> dict[str, list[Any]]:
     for (name, values), kind in zip(columns.items(), (str, int), strict=True):
         if not isinstance(values, list) or not all(type(value) is kind for value in values):
             raise ValueError(f"{place}: {name!r} of the answers is {values!r}. Give a list of {kind.__name__}.")
-    return columns
+    return {**columns, "answer_start": [max(-END, min(start, END)) for start in columns["answer_start"]]}

@@ -1,6 +1,6 @@
 """From the settings of run_squad.py to a run: questions, windows, model, tokenizer and trainer."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from ..run import Job
 from ..source import DataSource
 from ..tuners import make_trainer
 from .encoders import require_span_encoder
-from .metric import SquadMetric
+from .metric import SquadMetric, squad_scores, squad_v2_scores
 from .questions import HUB_DATASETS, Rules, load_squad
 from .spans import SpanSettings, answers, write_answers
 from .trainer import QuestionAnsweringTrainer
@@ -65,6 +65,13 @@ class Answering:
                 for name, answer in zip(questions["id"], questions["answers"], strict=True)
             ]
         return EvalPrediction(predictions=rows, label_ids=golds)  # type: ignore[arg-type]
+
+    def names(self, questions: Dataset) -> Iterator[str]:
+        """The names of the metrics that these questions have. They are found out where somebody asks."""
+        golds = {name: answer["text"] for name, answer in zip(questions["id"], questions["answers"], strict=True)}
+        texts, odds = dict.fromkeys(golds, ""), dict.fromkeys(golds, 0.0)
+        version_2 = self.settings.version_2_with_negative
+        yield from squad_v2_scores(texts, golds, odds, 1.0) if version_2 else squad_scores(texts, golds)
 
     def metrics(self, result: EvalPrediction) -> dict[str, float]:
         """What `Trainer.evaluate` calls."""
@@ -120,4 +127,5 @@ def prepare(flags: Flags) -> SquadJob:
         rows=windows,
         auto_model=AutoModelForQuestionAnswering,
         card={"tasks": "question-answering", "dataset_tags": source.hub_id},
+        metrics=answering.names(questions["validation"]) if "validation" in questions else (),
     )
