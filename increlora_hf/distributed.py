@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -131,11 +132,12 @@ def require_equal(facts: Mapping[str, Any], remedy: str, *, show_values: bool = 
     """Raise ValueError, on all processes alike, where they do not hold the same facts.
 
     Args:
-        facts: name -> a value that JSON can hold. Their hashes are compared, and only where those differ, they travel.
+        facts: name -> a value that JSON can hold, or whose `str` says what it is, such as a dtype or a function. Their
+            hashes are compared, and only where those differ, they travel.
         remedy: what to do, a sentence.
         show_values: name the values in the message, not the ranks alone.
     """
-    text = json.dumps(facts, default=str)
+    text = json.dumps(facts, default=_text)
     if len(set(all_gather_objects(hashlib.sha256(text.encode()).hexdigest()))) == 1:
         return
     found: list[dict[str, Any]] = [json.loads(text) for text in all_gather_objects(text)]
@@ -148,6 +150,13 @@ def require_equal(facts: Mapping[str, Any], remedy: str, *, show_values: bool = 
             if not show_values:
                 each = " is unlike ".join(map(_ranks, ranks.values()))
             raise ValueError(f"The processes of this run differ in {name}: {each}. {remedy}")
+
+
+def _text(value: Any) -> Any:
+    """What JSON cannot hold, alike in all processes: without addresses in memory, and sets in order."""
+    if isinstance(value, set | frozenset):
+        return sorted(map(_text, value))
+    return re.sub(r" at 0x[0-9a-fA-F]+", "", str(value))
 
 
 def _ranks(ranks: Sequence[int]) -> str:

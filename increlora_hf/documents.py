@@ -12,6 +12,12 @@ from typing import Any
 from .errors import AdapterFormatError
 
 TOKEN = re.compile(r"hf_[A-Za-z0-9]{30,}")
+SECRET_NAME = re.compile(
+    r"(token|password|passwd|passphrase|credential|authorization|cookie|(^|_)auth|(api|access|private)[-_ ]?key)s?$"
+    r"|secret",
+    re.IGNORECASE,
+)
+SECRET_VALUE = re.compile(TOKEN.pattern + r"|://[^/\s@]*:[^/\s@]+@")  # or a URL with a password
 SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")  # an escaped half of a character
 HISTORY_NAME = "increlora_history.json"  # beside an adapter: what `Growth.history` gives
 
@@ -101,12 +107,16 @@ def sync(path: Path) -> None:
 
 
 def without_tokens(value: Any, name: str = "") -> Any:
-    """A copy of nested plain values in which tokens are masked; they are found by their key or by their form."""
+    """A copy of nested plain values in which secrets are masked; they are found by their key or by their form.
+
+    What JSON cannot hold is looked at as `str` would write it.
+    """
     if isinstance(value, Mapping):
         return {str(key): without_tokens(inner, str(key)) for key, inner in value.items()}
     if isinstance(value, list | tuple):
         return [without_tokens(inner, name) for inner in value]
-    secret = name == "token" or name.endswith("_token")
-    if isinstance(value, str) and (secret or TOKEN.search(value)):
+    if value is None or isinstance(value, int | float):
+        return value
+    if SECRET_NAME.search(name) or SECRET_VALUE.search(str(value)):
         return f"<{name.upper()}>"
     return value

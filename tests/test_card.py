@@ -1,5 +1,6 @@
 """The model card: metadata that the Hub takes, a snippet that runs, and the run's own numbers."""
 
+import re
 from dataclasses import replace
 from email.message import Message
 from typing import Any
@@ -127,6 +128,17 @@ def test_texts_of_a_strange_base_have_no_effect_in_the_card():
     text = card_text(replace(SUMMARY, labels={0: "a", 1: "b\n\n# Buy `this`", 2: "<script>x</script>"}))
     assert "2 = &lt;script&gt;x&lt;/script&gt;" in text
     assert "1 = b \\# Buy \\`this\\`" in text
+    markdown = pytest.importorskip("markdown_it").MarkdownIt("commonmark").enable("table")
+    evil = "x`</p>\n\n# Pwned | <b>[a](b)</b> https://evil.example www.evil.example"
+    fields = {"metrics": {f"{evil}_": 1.0}, "hyperparameters": {evil: evil}, "labels": {0: evil, 1: "LABEL_1"}}
+    text = card_text(replace(SUMMARY, base=f"/bases/{evil}", **fields), dataset_name=evil, model_name=evil)
+    shown = markdown.render(re.sub(r"```.*?```", "", text.split("---\n", 2)[2], flags=re.DOTALL))
+    assert "LABEL_1" in shown
+    assert not re.search(r"<h1>Pwned|<b>|<a href=.b|href=.https?://(?!arxiv)", shown)
+    assert shown.count("<h1>") == 1
+    outside_code = re.sub(r"<code>.*?</code>", "", shown)
+    assert "evil.example" not in outside_code
+    assert all(row.count("|") == 3 for row in text.splitlines() if row.startswith("| "))
     strange = replace(SUMMARY, repository='user/"quoted"')
     compile(card_text(strange).split("```python\n")[1].split("```")[0], "card", "exec")
 

@@ -5,9 +5,10 @@ import os
 from pathlib import Path
 
 import pytest
+from hub_server import TOKEN
 
 from increlora_hf import AdapterFormatError
-from increlora_hf.documents import check_format, parsed_json, read_json_object, write_json
+from increlora_hf.documents import check_format, parsed_json, read_json_object, without_tokens, write_json
 
 
 def test_what_is_written_is_read_back(tmp_path: Path) -> None:
@@ -102,3 +103,27 @@ def test_a_format_of_later_versions_or_none_is_refused(tmp_path: Path, version: 
     check_format(tmp_path, {"format_version": 2}, supported=2)
     with pytest.raises(AdapterFormatError, match="format_version: expected 1 to 2, found"):
         check_format(tmp_path, {"format_version": version}, supported=2)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["token", "HF_TOKEN", "api_key", "X-API-Key", "apiKey", "password", "Authorization", "auth", "client_secret"],
+)
+def test_what_a_secret_name_holds_is_masked(name: str) -> None:
+    for value in ("abc", ["abc"], ("abc",), {"abc"}, b"abc"):
+        assert "abc" not in json.dumps(without_tokens({"outer": {name: value}}), default=str)
+
+
+@pytest.mark.parametrize("value", [TOKEN, [TOKEN], {TOKEN}, TOKEN.encode(), Path(TOKEN), "https://user:pw@host/x"])
+def test_a_value_of_the_form_of_a_secret_is_masked(value: object) -> None:
+    text = json.dumps(without_tokens({"proxies": {"https": value}}), default=str)
+    assert text == '{"proxies": {"https": ' + ('["<HTTPS>"]}}' if isinstance(value, list) else '"<HTTPS>"}}')
+
+
+def test_other_values_are_as_they_were() -> None:
+    plain = {"max_new_tokens": 20, "tokenizer": "a", "num_tokens_seen": "no", "author": "b", "url": "https://host/a@b"}
+    assert without_tokens({**plain, "token": None, "average_tokens": True}) == {
+        **plain,
+        "token": None,
+        "average_tokens": True,
+    }

@@ -112,6 +112,18 @@ def test_other_scales_are_folded_without_rounding_to_low_precision(tmp_path: Pat
         torch.testing.assert_close(plainly, expected, rtol=1e-6, atol=1e-6)
 
 
+def test_an_adapter_in_float4_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "b").mkdir()
+    unequal(PER_RANK).save_pretrained(tmp_path / "a")
+    path = tmp_path / "a" / "adapter_model.safetensors"
+    tensors = load_file(path)
+    tensors |= {key: tensors[key].byte().view(torch.float4_e2m1fn_x2) for key in tensors if "lora_A" in key}
+    save_file(tensors, path)
+    with pytest.raises(AdapterFormatError, match=r"expected floats of 8, 16, 32 or 64 bits, found torch.float4"):
+        write_uniform(read_adapter(tmp_path / "a"), tmp_path / "b")
+    assert not any((tmp_path / "b").iterdir())
+
+
 def test_an_adapter_of_scale_zero_stays_one(tmp_path: Path) -> None:
     (tmp_path / "b").mkdir()
     write_uniform(read_adapter(plain_lora(tmp_path / "a", lora_alpha=0)), tmp_path / "b")

@@ -1,18 +1,24 @@
 """Pushing: what arrives on the Hub, what never does, and trainings that outlive a Hub that fails."""
 
+import gzip
 import io
 import json
 import logging
 import os
 import pickle
+import re
 import subprocess
 import sys
+import tarfile
+from fnmatch import fnmatchcase
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+import transformers
 from conftest import arguments, tiny_bert, token_rows
 from glue_fixtures import WORDS, csv_file, save_tiny_model
 from hub_server import TOKEN
@@ -20,7 +26,15 @@ from safetensors.torch import load, load_file, save_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from increlora_hf import HubPushError, IncreLoraConfig, IncreLoraTrainer
-from increlora_hf.hub.upload import ATTEMPTS, LONGEST_WAIT, create_repository, is_pickle, push_error, push_folder
+from increlora_hf.hub.upload import (
+    ATTEMPTS,
+    LONGEST_WAIT,
+    UPLOADED,
+    create_repository,
+    is_pickle,
+    push_error,
+    push_folder,
+)
 from increlora_hf.tasks.flags import ModelArguments
 from increlora_hf.tasks.run import check_run
 
@@ -148,15 +162,17 @@ def test_token_is_in_no_file_log_or_upload(hub, tmp_path, caplog):
 
 
 def test_arguments_are_written_whatever_they_hold_and_every_token_is_masked(tmp_path):
+    kept = {"token": "secret", "other": [TOKEN], "dtype": torch.float32, "set": {TOKEN}}
     settings = arguments(tmp_path, hub_token="secret", resume_from_checkpoint=Path("x"))
-    settings.model_init_kwargs = {"token": "secret", "other": [TOKEN], "dtype": torch.float32}
+    settings.gradient_checkpointing_kwargs = kept  # any argument that takes a mapping
     run = IncreLoraTrainer(tiny_bert(), settings, train_dataset=token_rows(), increlora_config=CONFIG)
     run.save_model()
     text = (tmp_path / "training_args.json").read_text()
     assert "secret" not in text
     assert TOKEN not in text
-    found = json.loads(text.replace("torch.float32", "float32"))
+    found = json.loads(text)
     assert found["resume_from_checkpoint"] == "x"
+    assert found["gradient_checkpointing_kwargs"]["dtype"] in ("float32", "torch.float32")
 
 
 def test_models_own_push_sends_the_adapter_and_its_history(hub, tmp_path):
@@ -175,7 +191,32 @@ def test_pushes_to_a_branch_that_is_created(hub, tmp_path):
     assert hub.files("user/a") == {}
 
 
+class Ordered:
+    """A pickle of it calls a function."""
+
+    def __reduce__(self) -> Any:
+        return print, ("called",)
+
+
+def array_of_objects() -> bytes:
+    stream = io.BytesIO()
+    np.save(stream, np.array([print], dtype=object), allow_pickle=True)
+    return stream.getvalue()
+
+
+def archive() -> bytes:
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w") as tar:
+        tar.addfile(tarfile.TarInfo("weights.pkl"))
+    return stream.getvalue()
+
+
 STRANGE_PICKLES = {
+    **{f"cut off, protocol {n}": lambda n=n: pickle.dumps(Ordered(), protocol=n)[:-1] for n in range(6)},
+    "object .npy": array_of_objects,
+    "gzip": lambda: gzip.compress(pickle.dumps(print)),
+    "tar": archive,
+    "safetensors too": lambda: b"V" + bytes(7) + b"{}".ljust(85) + b"\n0" + pickle.dumps(Ordered(), protocol=0),
     "protocol 0": lambda: pickle.dumps(print, protocol=0),
     "protocol 1": lambda: pickle.dumps([1, print], protocol=1),
     "protocol 4": lambda: pickle.dumps({"a": print}, protocol=4),
@@ -193,15 +234,33 @@ def saved(value: Any, **options: Any) -> bytes:
 @pytest.mark.parametrize("kind", STRANGE_PICKLES)
 def test_a_pickle_under_an_innocent_name_stays(hub, tmp_path, kind):
     (tmp_path / "README.md").write_text("hello")
-    for name in ("vocab.txt", "adapter_model.safetensors", "config.json"):
+    for name in ("vocab.txt", "tokenizer.model", "config.json"):
         (tmp_path / name).write_bytes(STRANGE_PICKLES[kind]())
+    if kind != "safetensors too":
+        (tmp_path / "adapter_model.safetensors").write_bytes(STRANGE_PICKLES[kind]())
     push_folder(tmp_path, "user/a")
     assert set(hub.files("user/a")) == {"README.md"}
 
 
 def test_only_what_people_load_or_read_is_uploaded(hub, tmp_path, caplog):
-    private = (".env", "runs/now/events.out.tfevents.1", "weights.pkl.gz", "data.npy", "train.csv", "secrets.json")
-    public = ("README.md", "tokenizer.json", "vocab.txt", "rank_map.png", "1_Pooling/config.json", "all_results.json")
+    private = (
+        *(".env", "runs/now/events.out.tfevents.1", "weights.pkl.gz", "data.npy", "train.csv", "secrets.json"),
+        *("vocab.npy", "tokenizer.pkl.gz", "tokenizer.tar", "tokenizer.pkl", "LICENSE.key", "tokenizer.env"),
+        *(
+            "tokenizer_hf_token",
+            "my_vocab_secrets.yaml",
+            "private_sentences.json",
+            "data/config.json",
+            "special.model",
+        ),
+        *("venv/lib/LICENSE", "wandb/run/files/media/images/x.png", "data/1_Pooling/config.json"),
+    )
+    public = (
+        *("README.md", "tokenizer.json", "vocab.txt", "rank_map.png", "1_Pooling/config.json", "all_results.json"),
+        *("LICENSE", "qformer_tokenizer/tokenizer_config.json", "qformer_tokenizer/vocab.txt", "chat_template.jinja"),
+        *("additional_chat_templates/tools.jinja", "ref/adapter_config.json", "ref/adapter_model.safetensors"),
+        *("sentence_bert_config.json", "2_Router/query_0_Dense/config.json", "qwen.tiktoken"),
+    )
     for name in (*private, *public, ".git/config.json"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(".\n")
@@ -211,11 +270,35 @@ def test_only_what_people_load_or_read_is_uploaded(hub, tmp_path, caplog):
     assert all(name in caplog.text for name in private)
 
 
+def test_a_file_of_every_tokenizer_of_transformers_is_uploaded():
+    names = set()
+    for path in Path(transformers.models.__file__).parent.glob("*/tokenization_*.py"):
+        table = re.search(r"VOCAB_FILES_NAMES = \{([^}]*)\}", path.read_text(encoding="utf-8"))
+        names |= set(re.findall(r': "([^"]+)"', table[1])) if table else set()
+    assert len(names) > 20
+    assert not [name for name in names if not any(fnmatchcase(name, pattern) for pattern in UPLOADED)]
+
+
+@pytest.mark.parametrize("name", ["README.md", "LICENSE", "training_args.json", "1_Dense/config.json"])
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_text_that_holds_a_token_is_refused_by_file_and_line(hub, tmp_path, name, whole):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text(f"first\nlogin {TOKEN} \n")
+    with pytest.raises(
+        HubPushError, match=rf"line 2 of {tmp_path / name} holds an access token .*Take it out"
+    ) as error:
+        push_folder(tmp_path, "user/a", whole=whole)
+    assert TOKEN not in str(error.value)
+    assert not hub.requests
+
+
 def test_texts_that_look_like_the_start_of_a_pickle_are_uploaded(hub, tmp_path):
     texts = {
         "predict_results_mnli.txt": "index\tprediction\n0\t1\n",
         "vocab.txt": "cat\ndog\n",
         "merges.txt": "i n\nt h\n",
+        "dict.txt": "cat\ndog\nbird\nRat\n(a)\n",
+        "README.md": "c\na\nRead me\n",
     }
     for name, text in texts.items():
         (tmp_path / name).write_text(text)
@@ -400,6 +483,25 @@ def test_signatures_of_upload_addresses_are_not_shown():
     error = push_error("Pushing", RuntimeError("Server error for url 'https://s/x?X-Amz-Signature=abc'"), None, "a")
     assert "https://s/x'" in str(error)
     assert "abc" not in str(error)
+
+
+@pytest.mark.parametrize(
+    "error, remedy",
+    [
+        (PermissionError("no"), "This machine refused it"),
+        (OSError(28, "No space left on device"), "the space on the disk"),
+        (UnicodeEncodeError("utf-8", "\udcff", 0, 1, "surrogates not allowed"), "Rename the file"),
+        (ValueError("Invalid metadata in README.md."), "Correct the metadata"),
+        (RuntimeError("Error while uploading"), "The Hub did not answer"),
+        (ConnectionResetError(104, "Connection reset by peer"), "The Hub did not answer"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",
+)
+def test_the_remedy_is_for_what_failed(error, remedy):
+    assert remedy in str(push_error("Pushing", error, None, "a"))
+    wrapped = RuntimeError("Error while uploading 'README.md' to the Hub.")
+    wrapped.__cause__ = error
+    assert remedy in str(push_error("Pushing", wrapped, None, "a"))
 
 
 @pytest.mark.parametrize("tuner, train", [("lora", True), ("increlora", False)])

@@ -81,6 +81,11 @@ def removed(name: str) -> Mutation:
     return lambda folder: (folder / name).unlink()
 
 
+def float4(key: str) -> Callable[[dict[str, Tensor]], None]:
+    """Floats of 4 bits in the shape that is expected: torch packs two into one byte, and converts none."""
+    return lambda held: held.update({key: held[key].byte().view(torch.float4_e2m1fn_x2)})
+
+
 def put(key: str, value: Any) -> Callable[[dict[str, Any]], None]:
     return lambda held: held.update({key: value})
 
@@ -123,6 +128,10 @@ def linked_outside(folder: Path) -> None:
 
 LAYER = "^bert\\.encoder\\.layer\\.1\\.output\\.dense"
 ADAPTER_MUTATIONS: dict[str, tuple[Mutation, str]] = {
+    "tensor-float4": (
+        tensors(float4(QUERY + "A.weight")),
+        "expected floats of 8, 16, 32 or 64 bits, found torch.float4",
+    ),
     "missing-key": (
         tensors(lambda held: held.pop(QUERY + "A.weight")),
         "lora_A.weight: expected a tensor, found noth",
@@ -369,6 +378,8 @@ CHECKPOINT_MUTATIONS: dict[str, tuple[Mutation, str]] = {
         raw(lambda held: held.update({first_lam(held): torch.ones(1, dtype=torch.float8_e4m3fn)})),
         "expected torch.float32, found torch.float8_e4m3fn",
     ),
+    "tensor-float4": (raw(lambda held: float4(first_lam(held))(held)), "expected floats of 8, 16, 32 or 64 bits"),
+    "schedule-type": (state(put("schedule", 5)), "schedule: expected an object or null, found 5"),
     "tensor-nan": (raw(lambda held: held[first_lam(held)].fill_(float("nan"))), "expected finite values"),
 }
 

@@ -5,6 +5,7 @@ import re
 import signal
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -34,6 +35,7 @@ from transformers.training_args import ParallelMode
 
 from increlora_hf import AdapterFormatError, IncreLoraConfig, IncreLoraTrainer
 from increlora_hf.distributed import (
+    _text,
     average,
     average_gradients,
     broadcast_object,
@@ -617,3 +619,21 @@ def test_refused_at_construction(tmp_path: Path) -> None:
         IncreLoraTrainer(tiny_bert(), arguments(tmp_path, auto_find_batch_size=True))
     with pytest.raises(ValueError, match="Tensor"):
         refuse_other_parallelism(Pretended(), SimpleNamespace(tp_size=2))
+
+
+def make_function(value: int) -> Any:
+    def chosen() -> int:
+        return value
+
+    return chosen
+
+
+def test_values_are_compared_without_addresses_in_memory() -> None:
+    for make in (make_function, lambda value: partial(make_function(value), 1), lambda value: torch.Generator()):
+        first, second = make(1), make(2)
+        assert str(first) != str(second)
+        assert _text(first) == _text(second)
+    assert _text({"b", "a"}) == ["a", "b"]
+    for first, second in ((torch.float16, torch.bfloat16), (Path("a"), Path("b")), (make_function, partial)):
+        assert _text(first) != _text(second)
+    assert _text(torch.device("cpu")) == "cpu"

@@ -1,5 +1,6 @@
 """A run that is interrupted anywhere and resumed ends with the same bits."""
 
+import json
 import random
 import shutil
 import time
@@ -12,10 +13,18 @@ import numpy as np
 import pytest
 import torch
 from conftest import arguments, tiny_bert, token_rows
-from transformers import EarlyStoppingCallback, TrainerCallback
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
 
 from increlora_hf import AdapterFormatError, IncreLoraConfig, IncreLoraTrainer, load_adapter
-from increlora_hf.files.checkpoints import GROWTH_FILES, rotate, write_manifest
+from increlora_hf.files.checkpoints import (
+    GROWTH_FILES,
+    MANIFEST_NAME,
+    refuse_files_in_the_way,
+    resolve_checkpoint,
+    rotate,
+    write_manifest,
+)
+from increlora_hf.files.run_state import STATE_JSON
 from increlora_hf.trainer.resuming import has_ended
 
 STEPS = 24
@@ -328,7 +337,7 @@ def test_named_checkpoint_that_is_not_there_is_told_from_those_that_are(run: Pat
 
 
 def test_nothing_to_resume_is_an_error_with_the_reasons(run: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"No valid checkpoint found.*there is no checkpoint-N folder"):
+    with pytest.raises(ValueError, match=r"No valid checkpoint found.*There is no checkpoint-N folder"):
         make(tmp_path / "empty").train(resume_from_checkpoint=True)
     for step in (6, 12, 18):
         (run / f"checkpoint-{step}" / "increlora_state.json").unlink()
@@ -338,8 +347,52 @@ def test_nothing_to_resume_is_an_error_with_the_reasons(run: Path, tmp_path: Pat
 
 def test_checkpoint_without_optimizer_is_refused(tmp_path: Path) -> None:
     make(tmp_path, save_at={6}, save_only_model=True).train()
-    with pytest.raises(ValueError, match=r"has no optimizer.pt \(save_only_model\)"):
+    for wanted in (True, str(tmp_path / "checkpoint-6")):
+        with pytest.raises(ValueError, match=r"has no optimizer.pt \(save_only_model\)"):
+            make(tmp_path).train(resume_from_checkpoint=wanted)
+
+
+@pytest.mark.parametrize("how", ["no-optimizer", "unlisted", "plain"])
+def test_a_newer_checkpoint_that_cannot_be_resumed_is_skipped(
+    how: str, run: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = run / "checkpoint-18"
+    manifest = json.loads((folder / MANIFEST_NAME).read_text())
+    if how == "no-optimizer":
+        (folder / "optimizer.pt").unlink()
+    elif how == "unlisted":
+        (folder / "optimizer.pt").write_bytes((folder / "optimizer.pt").read_bytes()[:1000])
+    else:
+        for path in folder.glob("increlora_*"):
+            path.unlink()
+    if how != "plain":
+        del manifest["files"]["optimizer.pt"]
+        (folder / MANIFEST_NAME).write_text(json.dumps(manifest))
+    reason = {"unlisted": "expected optimizer.pt among them", "plain": "another Trainer class wrote it"}
+    with pytest.raises(ValueError, match=reason.get(how, "has no optimizer.pt")):
+        resolve_checkpoint(str(folder), str(run))
+    assert resolve_checkpoint(True, str(run)) == run / "checkpoint-12"
+    assert f"skipped the checkpoint checkpoint-18: {folder}" in caplog.text
+
+
+def test_checkpoints_of_another_trainer_are_told_apart_with_a_remedy(tmp_path: Path) -> None:
+    settings = arguments(tmp_path, max_steps=2, save_strategy="steps", save_steps=1)
+    Trainer(tiny_bert(), settings, train_dataset=token_rows()).train()
+    message = (
+        r"checkpoint-2 has no increlora_state.json: another .* To start a new run, leave resume_from_checkpoint out"
+    )
+    with pytest.raises(ValueError, match=message):
         make(tmp_path).train(resume_from_checkpoint=True)
+
+
+def test_a_file_named_like_a_checkpoint_is_refused_before_the_first_step(tmp_path: Path) -> None:
+    (tmp_path / "checkpoint-99").write_text("after the last step")
+    refuse_files_in_the_way(tmp_path, STEPS)
+    (tmp_path / "checkpoint-4").write_text("notes")
+    trainer = make(tmp_path, save_strategy="steps", save_steps=4)
+    with pytest.raises(ValueError, match=r"checkpoint-4 is a file, .* Move it, or choose another output_dir"):
+        trainer.train()
+    assert trainer.state.global_step == 0
 
 
 @pytest.mark.parametrize(
@@ -358,8 +411,23 @@ def test_checkpoint_without_optimizer_is_refused(tmp_path: Path) -> None:
         ),
         (CONFIG, {"max_steps": 40}, r"total_steps: 24 → 40"),
         (CONFIG, {"seed": 5}, r"seed: 42 → 5"),
+        (CONFIG, {"learning_rate": 1e-3}, r"\): schedule learning_rate: 0.01 → 0.001\. Use"),
+        (CONFIG, {"lr_scheduler_type": "cosine"}, r"schedule name: 'linear' → 'cosine'\. Use"),
+        (CONFIG, {"warmup_steps": 2}, r"schedule warmup_steps: 3 → 2\. Use"),
+        (
+            CONFIG,
+            {"lr_scheduler_type": "cosine_with_restarts", "lr_scheduler_kwargs": {"num_cycles": 2}},
+            r"schedule kwargs: {} → {'num_cycles': 2}\. Use",
+        ),
+        (CONFIG, {"optim": "sgd"}, r"optimizer class: 'AdamW' → 'SGD'"),
+        (CONFIG, {"optim": "adafactor"}, r"optimizer class: 'AdamW' → 'Adafactor'"),
+        (CONFIG, {"adam_beta1": 0.8}, r"optimizer betas: \[0.9, 0.999\] → \[0.8, 0.999\]\. Use"),
+        (CONFIG, {"weight_decay": 0.1}, r"optimizer weight_decay: 0.01 → 0.1\. Use"),
     ],
-    ids=["budget", "two-settings", "targets", "length", "seed"],
+    ids=[
+        *("budget", "two-settings", "targets", "length", "seed", "rate", "curve", "warm-up", "curve-settings"),
+        *("sgd", "adafactor", "betas", "decay"),
+    ],
 )
 def test_other_settings_are_refused_with_both_values(
     config: IncreLoraConfig, settings: dict[str, Any], message: str, run: Path
@@ -370,8 +438,14 @@ def test_other_settings_are_refused_with_both_values(
     assert trainer.state.global_step <= 18
 
 
-def test_logging_may_change(run: Path) -> None:
-    make(run, logging_steps=3, save_at={20}).train(resume_from_checkpoint=True)
+@pytest.mark.parametrize("older", [False, True], ids=["", "state-of-an-earlier-version"])
+def test_what_growth_does_not_follow_may_change(older: bool, run: Path) -> None:
+    if older:
+        path = run / "checkpoint-18" / STATE_JSON
+        state = json.loads(path.read_text())
+        path.write_text(json.dumps({name: state[name] for name in state if name not in ("schedule", "optimizer")}))
+        write_manifest(run / "checkpoint-18")
+    make(run, logging_steps=3, save_at={20}, optim="adamw_torch").train(resume_from_checkpoint=True)
 
 
 # ---- The best checkpoint ------------------------------------------------------------------------------------------

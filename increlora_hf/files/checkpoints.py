@@ -19,10 +19,10 @@ from .run_state import STATE_JSON, STATE_TENSORS, read_state
 
 MANIFEST_NAME = "increlora_manifest.json"
 MANIFEST_FORMAT = 1
-OPTIMIZER_NAME = "optimizer.pt"  # as transformers names it
+OPTIMIZER_NAME, TRAINER_STATE = "optimizer.pt", "trainer_state.json"  # as transformers names them
 GROWTH_FILES = (STATE_JSON, STATE_TENSORS)
 RESUMED = re.compile(  # the files that a training continues from, as transformers names them; others may change
-    "|".join(map(re.escape, (*GROWTH_FILES, OPTIMIZER_NAME, "scheduler.pt", "scaler.pt", "trainer_state.json")))
+    "|".join(map(re.escape, (*GROWTH_FILES, OPTIMIZER_NAME, "scheduler.pt", "scaler.pt", TRAINER_STATE)))
     + r"|rng_state(_\d+)?\.pth"
 )
 CHUNK = 1 << 20  # bytes hashed at a time
@@ -71,7 +71,8 @@ def check_manifest(folder: Path, *, names: Sequence[str] | None = None, hashes: 
     files = document.get("files")
     if not isinstance(files, dict):
         raise AdapterFormatError(path, "files", "an object of file names", repr(files)[:80])
-    for name in GROWTH_FILES:
+    present = [] if names else sorted(other.name for other in folder.iterdir() if RESUMED.fullmatch(other.name))
+    for name in (*GROWTH_FILES, *present):
         if name not in files:
             raise AdapterFormatError(path, "files", f"{name} among them", "a manifest without it")
     for name in names or filter(RESUMED.fullmatch, files):
@@ -112,6 +113,17 @@ def _written(folder: Path) -> int:
     return written if isinstance(written, int) else folder.stat().st_mtime_ns
 
 
+def refuse_files_in_the_way(output_dir: str | Path, last_step: int) -> None:
+    """Raise ValueError for a file with the name of a checkpoint that the run may write."""
+    for path in Path(output_dir).glob("checkpoint-*"):
+        match = re.fullmatch(r"checkpoint-(\d+)", path.name)
+        if match and int(match[1]) <= last_step and path.is_file() and not path.is_symlink():
+            raise ValueError(
+                f"{path} is a file, but the run writes its checkpoints to folders of such names. Move it, or choose "
+                "another output_dir."
+            )
+
+
 @contextmanager
 def new_checkpoint(folder: Path) -> Iterator[None]:
     """Complete the checkpoint that is written inside this context, or delete it where that fails."""
@@ -142,20 +154,34 @@ def resolve_checkpoint(wanted: str | Path | bool, output_dir: str) -> Path:
     if wanted is True:
         folder, skipped = newest_complete(output_dir)
         for name, reason in skipped.items():
-            logger.warning("IncreLoRA: skipped the checkpoint %s. It is not complete: %s", name, reason)
+            logger.warning("IncreLoRA: skipped the checkpoint %s: %s", name, reason)
         if folder is None:
-            reasons = "; ".join(skipped.values()) or "there is no checkpoint-N folder"
-            raise ValueError(f"No valid checkpoint found in output directory ({output_dir}): {reasons}.")
+            reasons = " ".join(skipped.values()) or "There is no checkpoint-N folder."
+            raise ValueError(
+                f"No valid checkpoint found in output directory ({output_dir}). {reasons} To start a new run, leave "
+                "resume_from_checkpoint out."
+            )
     else:
         folder = Path(str(wanted))
         _require_checkpoint(folder)
-        check_manifest(folder)
+        _require_resumable(folder)
+    return folder
+
+
+def _require_resumable(folder: Path) -> None:
+    """Raise ValueError, or AdapterFormatError where it is damaged, for a checkpoint that training cannot resume."""
+    missing = not any((folder / name).exists() for name in (MANIFEST_NAME, *GROWTH_FILES))
+    if missing and (folder / TRAINER_STATE).is_file():
+        raise ValueError(
+            f"{folder} has no {STATE_JSON}: another Trainer class wrote it, or its saving was cut off. Resume it with "
+            "the Trainer that wrote it, or attach its adapter to start a new run."
+        )
+    check_manifest(folder)
     if not (folder / OPTIMIZER_NAME).is_file():
         raise ValueError(
             f"{folder} has no {OPTIMIZER_NAME} (save_only_model), so training cannot resume from it exactly. "
             "Resume from a checkpoint with optimizer state, or attach this adapter to start a new run."
         )
-    return folder
 
 
 def _require_checkpoint(folder: Path) -> None:
@@ -175,13 +201,13 @@ def _require_checkpoint(folder: Path) -> None:
 
 
 def newest_complete(output_dir: str | Path) -> tuple[Path | None, dict[str, str]]:
-    """The newest complete checkpoint of finite values, and for each newer one the reason why it was skipped."""
+    """The newest checkpoint to resume, of finite values, and for each newer one the reason why it was skipped."""
     skipped: dict[str, str] = {}
     for folder in checkpoints(output_dir):
         try:
-            check_manifest(folder)
+            _require_resumable(folder)
             check_finite(folder / STATE_TENSORS, read_state(folder)["tensors"])
-        except AdapterFormatError as error:
+        except ValueError as error:
             skipped[folder.name] = str(error)
         else:
             return folder, skipped

@@ -45,9 +45,10 @@ def read_state(folder: Path) -> dict[str, Any]:
     except (TypeError, ValueError) as error:
         raise AdapterFormatError(path, "config", "IncreLoRA's settings", str(error)) from None
     initial = _ranks(path, document, "initial_ranks")
-    plan = document.get("plan")
-    if plan is not None and not isinstance(plan, dict):
-        raise AdapterFormatError(path, "plan", "an object or null", repr(plan)[:80])
+    begun = {key: document.get(key) for key in ("plan", "schedule", "optimizer")}
+    for key, value in begun.items():
+        if value is not None and not isinstance(value, dict):
+            raise AdapterFormatError(path, key, "an object or null", repr(value)[:80])
     rounds = _typed(path, document, "rounds", list)
     for index, record in enumerate(rounds):
         _check_round(path, index, record, initial)
@@ -59,7 +60,7 @@ def read_state(folder: Path) -> dict[str, Any]:
         "loss_divides": loss_divides,
         "tensors": read_tensors(folder / STATE_TENSORS),
         "config": config.to_dict(),
-        "plan": plan,
+        **begun,
         "initial_ranks": initial,
         "run_start_rank": _count(path, document, "run_start_rank"),
         "run_peak_rank": _count(path, document, "run_peak_rank"),

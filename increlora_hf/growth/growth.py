@@ -64,6 +64,7 @@ class Growth:
             components.
         schedule: name and values of the learning-rate schedule, as `restart_curves` takes them. None until the length
             of the run is known.
+        optimizer: class and numbers of the optimizer, from its start. None until a run has it.
         tracker: Ī and U of all layers.
         model: the model that grows.
         trained: the module with everything that training changes. This is the model, unless the Trainer also trains
@@ -76,6 +77,7 @@ class Growth:
         self.layers: dict[str, AdaptedLayer] = adapted_layers(model)
         self.plan: Plan | None = None
         self.schedule: dict[str, Any] | None = None
+        self.optimizer: dict[str, Any] | None = None
         self.rounds: list[Round] = []
         self.rounds_before_optimizer = 0
         self.tracker = ImportanceTracker(len(self.layers), config.beta1, config.beta2)
@@ -271,6 +273,8 @@ class Growth:
         return {
             "config": self.config.to_dict(),
             "plan": None if self.plan is None else self.plan.to_dict(),
+            "schedule": self.schedule,
+            "optimizer": self.optimizer,
             "initial_ranks": self.initial_ranks,
             "run_start_rank": self.run_start_rank,
             "run_peak_rank": self.run_peak_rank,
@@ -345,11 +349,18 @@ class Growth:
         _refuse_differences(source, differences)
 
     def require_same_plan(self, state: Mapping[str, Any], source: str) -> None:
-        """Raise ValueError likewise where the schedule of rounds differs."""
-        ours, theirs = (None if self.plan is None else asdict(self.plan)), state["plan"]
-        if ours is not None and theirs is not None:
-            names = [name for name in ours if ours[name] != theirs.get(name)]
-            _refuse_differences(source, [f"{name}: {theirs.get(name)!r} → {ours[name]!r}" for name in names])
+        """Raise ValueError likewise where the rounds, the learning rates or the optimizer differ.
+
+        States of earlier versions hold the rounds alone.
+        """
+        plan = None if self.plan is None else asdict(self.plan)
+        differences: dict[str, str] = {}
+        for of, ours in {"": plan, "schedule ": self.schedule, "optimizer ": self.optimizer}.items():
+            theirs = state.get(of.strip() or "plan") or {}
+            for name, now in (ours or {}).items():
+                if name in theirs and theirs[name] != now:
+                    differences.setdefault(name, f"{of}{name}: {theirs[name]!r} → {now!r}")
+        _refuse_differences(source, list(differences.values()))
 
 
 def _refuse_differences(source: str, differences: list[str]) -> None:

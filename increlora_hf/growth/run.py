@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -118,6 +119,7 @@ class GrowthRun:
             "learning_rate": _learning_rate(self.optimizer),
             "kwargs": json.loads(json.dumps(dict(schedule_kwargs or {}), default=float)),  # it will be saved
         }
+        self.growth.optimizer = _settings(self.optimizer)
         self.lr_scheduler = RestartWarmupLR(optimizer, restart_curves(**self.growth.schedule))
         self.start_at(0)
         if state is not None:
@@ -381,6 +383,23 @@ def _require_attached(model: nn.Module) -> None:
 
 def _learning_rate(optimizer: Optimizer) -> float:
     return float(optimizer.defaults.get("lr", optimizer.param_groups[0]["lr"]))
+
+
+def _settings(optimizer: Optimizer) -> dict[str, Any]:
+    """The class of an optimizer and the numbers that it was made with, beside its learning rate.
+
+    Flags, such as ``fused``, may change in a resumed run.
+    """
+    given = dict(optimizer.defaults)
+    if "weight_decay" in given:  # some groups have none
+        given["weight_decay"] = max(group["weight_decay"] for group in optimizer.param_groups)
+    numbers = {name: list(value) if isinstance(value, tuple) else value for name, value in given.items()}
+    return {"class": type(optimizer).__name__, **{k: v for k, v in numbers.items() if k != "lr" and _is_plain(v)}}
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a value is a finite number, or a list of such."""
+    return all(type(v) in (int, float) and math.isfinite(v) for v in (value if isinstance(value, list) else [value]))
 
 
 def unwrapped(optimizer: Optimizer) -> Optimizer:

@@ -30,6 +30,7 @@ PIPELINES = {  # PEFT's task type -> the Hub's
     "SEQ_2_SEQ_LM": "text2text-generation",
 }
 NAMELESS_DATA = "the evaluation data"
+LINK = re.compile(r"://|www\.|@|mailto:", re.IGNORECASE)  # what a page may turn into a link
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +93,7 @@ def card_text(
         eval_results=_results(run, pipeline, data, dataset_id, dataset_config) or None,
     )
     parts = [
-        f"# {title}",
+        f"# {_plain(title)}",
         _summary(run, base),
         "## Use",
         _use(run, base),
@@ -136,7 +137,7 @@ def _results(
 
 
 def _summary(run: RunSummary, base: str) -> str:
-    shown = f"`{Path(base).name}`, a local folder" if base else "a model without a name"
+    shown = f"{_code(Path(base).name)}, a local folder" if base else "a model without a name"
     if is_hub_id(base):
         shown = f"[{base}](https://huggingface.co/{base})"
     history = run.history
@@ -178,15 +179,26 @@ def _label_names(run: RunSummary) -> str:
 
 
 def _plain(text: object) -> str:
-    """The text of somebody else's configuration in one line, without the effect of Markdown and HTML in it."""
-    return re.sub(r"([\\`*_\[\]#|~])", r"\\\1", html.escape(" ".join(str(text).split()), quote=False))
+    """The text of somebody else's configuration in one line, without the effect of Markdown, HTML and links in it.
+
+    An underscore within a word has none.
+    """
+    line = " ".join(str(text).split())
+    if LINK.search(line):
+        return _code(line)
+    return re.sub(r"[\\`*\[\]#|~]|(?<!\w)_|_(?!\w)", r"\\\g<0>", html.escape(line, quote=False))
+
+
+def _code(text: object) -> str:
+    """The text in one line as code; it holds no mark that would end the code or the cell of a table."""
+    return f"`{' '.join(str(text).split()).replace('`', chr(39)).replace('|', '¦')}`"
 
 
 def _scores(run: RunSummary, data: str) -> str:
     if not run.metrics:
         return "Nothing was evaluated."
-    rows = [f"| {name} | {value:.4f} |" for name, value in run.metrics.items()]
-    return "\n".join([f"On {data}, at step {run.step:,}:", "", "| metric | value |", "|---|---|", *rows])
+    rows = [f"| {_plain(name)} | {value:.4f} |" for name, value in run.metrics.items()]
+    return "\n".join([f"On {_plain(data)}, at step {run.step:,}:", "", "| metric | value |", "|---|---|", *rows])
 
 
 def _ranks(run: RunSummary) -> str:
@@ -211,7 +223,7 @@ def _settings(run: RunSummary) -> str:
     if shown.get("target_modules") == list(run.history["rank_pattern"]):
         shown["target_modules"] = "as above"
     rows = {**{f"increlora {name}": value for name, value in shown.items()}, **run.hyperparameters}
-    lines = [f"| {name} | {_whole(value)} |" for name, value in rows.items()]
+    lines = [f"| {_plain(name)} | {_plain(_whole(value))} |" for name, value in rows.items()]
     return "\n".join(["| setting | value |", "|---|---|", *lines])
 
 

@@ -7,36 +7,49 @@ import logging
 import pickletools
 import re
 import shlex
+import socket
 import time
 import zipfile
 from collections.abc import Callable, Iterable, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, TypeVar
+from pickletools import StackObject, markobject
+from typing import IO, Any, TypeVar
 
 from huggingface_hub import CommitInfo, HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
+from ..documents import TOKEN
 from ..errors import HubPushError
 from ..files.saved_adapter import is_in_hub_cache
 
 UPLOADED = (  # by file name: what people load or read; anything else stays, such as .env, logs and pickles
-    *("README.md", "LICENSE*", "*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json"),
-    *("adapter_config.json", "increlora_history.json", "training_args.json", "*_results.json", "*predictions.json"),
-    *("*null_odds.json", "predict_results_*.txt", "*.png", "*.gif", "*.svg"),
-    *(
-        "tokenizer*",
-        "special_tokens_map.json",
-        "added_tokens.json",
-        "*vocab*",
-        "merges.txt",
-        "bpe.codes",
-        "*.tiktoken",
-    ),
-    *("sp*.model", "sentencepiece*.model", "*.spm", "normalizer.json", "emoji.json", "chat_template.*"),
-    *("*processor_config.json", "modules.json", "*sentence*.json", "router_config.json", "lstm_config.json"),
+    *("README.md", "LICENSE", "LICENSE.md", "LICENSE.txt", "*.safetensors", "*.safetensors.index.json", "config.json"),
+    *("generation_config.json", "adapter_config.json", "increlora_history.json", "training_args.json"),
+    *("*_results.json", "*predictions.json", "*null_odds.json", "predict_results_*.txt", "*.png", "*.gif", "*.svg"),
+    # of transformers' tokenizers and processors
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.json"),
+    *("*.jinja", "vocab.txt", "vocab.json", "vocab.bpe", "vocab-src.json", "vocab-tgt.json", "target_vocab.json"),
+    *("entity_vocab.json", "encoder.json", "merges.txt", "bpe.codes", "dict.txt", "byte_maps.json", "word_shape.json"),
+    *("word_pronunciation.json", "normalizer.json", "emoji.json", "prophetnet.tokenizer", "tekken.json", "*.tiktoken"),
+    *("tokenizer.model", "tokenizer.model.v[0-9]", "tiktoken.model", "spiece.model", "spm.model", "spm_char.model"),
+    *("sentencepiece.model", "sentencepiece.bpe.model", "source.spm", "target.spm", "audio_tokenizer_config.json"),
+    *("preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json"),
+    # of sentence-transformers' modules
+    *("modules.json", "config_sentence_transformers.json", "sentence_*_config.json", "router_config.json"),
+    *("lstm_config.json", "cnn_config.json", "wordembedding_config.json", "whitespacetokenizer_config.json"),
+    "phrasetokenizer_config.json",
 )
-PICKLED_CALLS = frozenset({"GLOBAL", "STACK_GLOBAL", "INST"})  # a pickle that names no function is harmless
+FOLDERS = re.compile(r"(\w+_)?\d+_[A-Z]\w*|additional_chat_templates")  # as these libraries name theirs
+FOLDERS_WITH = (
+    "adapter_config.json",
+    "tokenizer_config.json",
+)  # PEFT's second adapter, a processor's second tokenizer
+WEIGHTS_AND_PICTURES = (".safetensors", ".pt", ".pth", ".bin", ".png", ".gif")  # not searched for tokens
+PACKED = (b"\x93NUMPY", b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"7z\xbc\xaf")  # first bytes of .npy, .gz, .bz2, .xz, .7z
+TAR_MARK = slice(257, 262)
+PICKLED_NAMES = frozenset({"GLOBAL", "STACK_GLOBAL", "INST", "EXT1", "EXT2", "EXT4"})  # without one it is harmless
+PICKLED_CALLS = frozenset({"REDUCE", "BUILD", "NEWOBJ", "NEWOBJ_EX", "OBJ", "INST"})
 BUSY = frozenset({429, 500, 502, 503, 504})
 ATTEMPTS = 4
 FIRST_WAIT, LONGEST_WAIT = 1.0, 60.0  # seconds; the wait doubles, unless the Hub sends Retry-After
@@ -52,26 +65,55 @@ _UNREACHABLE = "The Hub did not answer as it should. Check the connection and ht
 
 T = TypeVar("T")
 
+
+class _TokenFound(ValueError):
+    """A text to upload holds an access token."""
+
+
 logger = logging.getLogger(__name__)
 
 
 def is_pickle(path: Path) -> bool:
-    """Whether a file is an archive, such as torch.save writes, or begins with whole pickles that name a function.
+    """Whether a file is an archive, such as torch.save writes, or begins with pickles that name or call a function.
 
-    Loading it could run code, whatever the protocol.
+    Loading it could run code, whatever the protocol, even where it ends too early.
     """
-    if _is_safetensors(path):  # it begins with a length, which may look like the start of a pickle
+    if path.suffix == ".safetensors" and _is_safetensors(
+        path
+    ):  # it begins with a length, which may look like the start of a pickle
         return False
-    if zipfile.is_zipfile(path):
+    with path.open("rb") as file:
+        start = file.read(TAR_MARK.stop)
+    if start.startswith(PACKED) or start[TAR_MARK] == b"ustar" or zipfile.is_zipfile(path):
         return True
     try:
         with path.open("rb") as file:
             while True:  # torch.save's old format is several pickles, the first of which are harmless
-                opcodes = {opcode.name for opcode, _, _ in pickletools.genops(file)}
-                if opcodes & PICKLED_CALLS:
+                if _names_a_function(file):
                     return True
     except Exception:  # of any kind: genops has no error of its own for what is no pickle
         return False
+
+
+def _names_a_function(file: IO[bytes]) -> bool:
+    """Read a pickle up to the first call, or to its end; raises where it breaks off before that.
+
+    The stack tells a pickle from a text that looks like one: vocab.txt may begin with the lines "cat" and "dog".
+    """
+    named, stack = False, list[StackObject]()
+    for opcode, _, _ in pickletools.genops(file):
+        named |= opcode.name in PICKLED_NAMES
+        taken = opcode.stack_before
+        if markobject in taken:
+            while stack.pop() is not markobject:
+                pass
+            taken = taken[: taken.index(markobject)]
+        for _ in taken:
+            stack.pop()
+        stack += opcode.stack_after
+        if named and opcode.name in PICKLED_CALLS:
+            return True
+    return named
 
 
 def _is_safetensors(path: Path) -> bool:
@@ -168,7 +210,7 @@ def _chosen(folder: Path, ignore: Sequence[str], whole: bool) -> list[str]:
         relative = path.relative_to(folder)
         if _matches(relative.parts, ignore):
             continue
-        public = whole or (_matches([path.name], UPLOADED) and not is_pickle(path))
+        public = whole or (_is_public(folder, relative) and not is_pickle(path))
         (chosen if public and not _is_hidden(folder, relative) else left_out).append(relative.as_posix())
     if left_out:
         logger.info(
@@ -176,7 +218,27 @@ def _chosen(folder: Path, ignore: Sequence[str], whole: bool) -> list[str]:
             folder,
             ", ".join(left_out),
         )
+    for name in chosen:
+        if not name.endswith(WEIGHTS_AND_PICTURES):
+            _refuse_token(folder / name)
     return chosen
+
+
+def _is_public(folder: Path, relative: Path) -> bool:
+    """Whether people load or read files of this name, and what writes such files has written this folder."""
+    parents = relative.parents[:-1]
+    return _matches([relative.name], UPLOADED) and all(
+        FOLDERS.fullmatch(parent.name) or any((folder / parent / name).is_file() for name in FOLDERS_WITH)
+        for parent in parents
+    )
+
+
+def _refuse_token(path: Path) -> None:
+    """Raise _TokenFound where a text holds an access token of the Hub."""
+    with path.open(encoding="utf-8", errors="replace") as file:
+        for number, line in enumerate(file, 1):
+            if TOKEN.search(line):
+                raise _TokenFound(f"line {number} of {path} holds an access token (hf_...)")
 
 
 def _matches(names: Iterable[str], patterns: Sequence[str]) -> bool:
@@ -213,16 +275,22 @@ def push_error(what: str, error: Exception, folder: Path | None, repo_id: str) -
         error: of huggingface_hub, or of the file system.
         folder: to push later; None where nothing was to be uploaded yet.
     """
+    cause = _cause(error)
     remedy = _REMEDIES.get(_status(error) or 0, _UNREACHABLE)
-    if isinstance(error, NotADirectoryError | FileNotFoundError):
+    if isinstance(cause, NotADirectoryError | FileNotFoundError):
         remedy = "Give the folder of an adapter."
-    elif isinstance(error, HFValidationError):
+    elif isinstance(cause, HFValidationError):
         remedy = "Give NAME or NAMESPACE/NAME, of letters, digits, '-', '_' and '.'."
-    elif isinstance(error, ValueError):
+    elif isinstance(cause, _TokenFound):
+        remedy = "Take it out, and revoke it at https://huggingface.co/settings/tokens if others have seen it."
+    elif isinstance(cause, UnicodeError):
+        remedy = "Rename the file whose name is not UTF-8."
+    elif isinstance(cause, ValueError):
         remedy = "Correct the metadata at the top of README.md."
+    elif _is_local(cause):
+        remedy = "This machine refused it, not the Hub. Check the folder's permissions and the space on the disk."
     command = "" if folder is None else shlex.join(["increlora", "push", str(folder), repo_id])
     later = "" if folder is None else f" Nothing is lost: push later with `{command}`."
-    cause = _cause(error)
     reason = next(iter(str(cause).strip().splitlines()), type(cause).__name__).rstrip(".")
     reason = re.sub(r"\?[^\s'\"]*", "", reason)  # the query of a URL: its signature would allow an upload
     return HubPushError(f"{what} failed: {reason}. {remedy}{later}")
@@ -243,8 +311,15 @@ def _is_temporary(error: Exception) -> bool:
     status, cause = _status(error), _cause(error)
     if status is not None:
         return status in BUSY
-    local = isinstance(cause, FileNotFoundError | NotADirectoryError | PermissionError | ValueError)
-    return not local and not isinstance(cause, HfHubHTTPError)
+    return not isinstance(cause, ValueError | HfHubHTTPError) and not _is_local(cause)
+
+
+def _is_local(cause: BaseException) -> bool:
+    """Whether the operating system refused a file; the network's errors are of other classes or have no number."""
+    if isinstance(cause, HfHubHTTPError | ConnectionError | TimeoutError | socket.gaierror):
+        return False
+    named = isinstance(cause, FileNotFoundError | NotADirectoryError | PermissionError)
+    return named or (isinstance(cause, OSError) and cause.errno is not None)
 
 
 def _wait(error: Exception, attempt: int) -> float:

@@ -18,7 +18,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, has_l
 from ..adapter.inject import unchanged_on_error
 from ..config import IncreLoraConfig
 from ..distributed import barrier, broadcast_object, give_up_after, lost_process_explained, num_processes
-from ..files.checkpoints import new_checkpoint, rotate
+from ..files.checkpoints import new_checkpoint, refuse_files_in_the_way, rotate
 from ..files.run_state import read_state, write_state
 from ..growth.attach import attach, is_attached
 from ..growth.growth import Growth
@@ -232,6 +232,8 @@ class IncreLoraTrainerMixin(ItemCountsMixin, PublishingMixin, SearchMixin):
                 f"create_scheduler of {type(self).__name__} does not call IncreLoRA's, so the learning rates would "
                 "not follow the growth. End it with `return super().create_scheduler(...)`."
             )
+        if self.args.save_strategy != "no":
+            refuse_files_in_the_way(str(self.args.output_dir), self.state.max_steps)
         self.growth_run.start_at(self.state.global_step)
         self._frozen_norms = frozen_batch_norms(self.increlora.model)
         loader = self.callback_handler.train_dataloader
