@@ -41,10 +41,7 @@ UPLOADED = (  # by file name: what people load or read; anything else stays, suc
     "phrasetokenizer_config.json",
 )
 FOLDERS = re.compile(r"(\w+_)?\d+_[A-Z]\w*|additional_chat_templates")  # as these libraries name theirs
-FOLDERS_WITH = (
-    "adapter_config.json",
-    "tokenizer_config.json",
-)  # PEFT's second adapter, a processor's second tokenizer
+FOLDERS_WITH = ("adapter_config.json", "tokenizer_config.json")  # a second adapter, a processor's second tokenizer
 WEIGHTS_AND_PICTURES = (".safetensors", ".pt", ".pth", ".bin", ".png", ".gif")  # not searched for tokens
 PACKED = (b"\x93NUMPY", b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"7z\xbc\xaf")  # first bytes of .npy, .gz, .bz2, .xz, .7z
 TAR_MARK = slice(257, 262)
@@ -78,9 +75,7 @@ def is_pickle(path: Path) -> bool:
 
     Loading it could run code, whatever the protocol, even where it ends too early.
     """
-    if path.suffix == ".safetensors" and _is_safetensors(
-        path
-    ):  # it begins with a length, which may look like the start of a pickle
+    if path.suffix == ".safetensors" and _is_safetensors(path):  # its length may look like the start of a pickle
         return False
     with path.open("rb") as file:
         start = file.read(TAR_MARK.stop)
