@@ -15,7 +15,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from conftest import tiny_bert
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from peft.utils.hotswap import prepare_model_for_compiled_hotswap
 from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
@@ -331,8 +331,19 @@ def test_attached_model_is_taken_as_it_is_unless_settings_contradict() -> None:
     model = attach(tiny_bert(), IncreLoraConfig(r_avg=3))
     assert attach(model) is model
     assert attach(model, IncreLoraConfig(r_avg=3)) is model
+    assert attach(model, {"r_avg": 3}) is model
     with pytest.raises(ValueError, match="attached with other settings"):
         attach(model, IncreLoraConfig(r_avg=4))
+
+
+def test_what_is_no_model_and_what_holds_no_settings_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"given a str, which is not a model\. Load the model first"):
+        attach("bert")
+    for settings in ("paper", LoraConfig()):
+        model = tiny_bert()
+        with pytest.raises(ValueError, match="holds no settings"):
+            attach(model, settings)
+        assert not any("lora" in name for name, _ in model.named_modules())
 
 
 def test_two_trainable_adapters_are_refused() -> None:

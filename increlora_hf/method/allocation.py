@@ -84,6 +84,16 @@ class Plan:
         return {**asdict(self), **{name: getattr(self, name) for name in derived}}
 
 
+def choice_note(plan: Plan) -> str:
+    """Say that no round chooses, with the remedy; empty where some round does, or nothing grows."""
+    if plan.is_choice or not plan.rounds or plan.num_layers == 1:
+        return ""
+    return (
+        f"Every round gives rank to all {plan.num_layers} layers that have room, so no round chooses between them. "
+        "Train for more steps, or set a shorter interval or a smaller top_h."
+    )
+
+
 def scored_window(beta1: float, beta2: float, tolerance: float, total_steps: int) -> int:
     """The smallest K with max(beta1, beta2)^K <= tolerance; every step where the tolerance is 0."""
     if tolerance == 0:

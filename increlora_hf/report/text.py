@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-from ..method.allocation import Plan, gains
+from ..method.allocation import gains
 
 if TYPE_CHECKING:  # the rank table needs no torch
     from ..config import IncreLoraConfig
@@ -54,16 +54,6 @@ def plan_line(growth: Growth, other_trainable: int) -> str:
     return (
         f"{start}{' → '.join(map(str, ranks))}, adapter {now} → {'≤ ' * (low != high)}{high} M{head}\n"
         f"  {rounds}{cut}{note}"
-    )
-
-
-def choice_note(plan: Plan | None) -> str:
-    """Say that no round chooses, with the remedy; empty where some round does, or nothing grows."""
-    if plan is None or plan.is_choice or not plan.rounds or plan.num_layers == 1:
-        return ""
-    return (
-        f"Every round gives rank to all {plan.num_layers} layers that have room, so no round chooses between them. "
-        "Train for more steps, or set a shorter interval or a smaller top_h."
     )
 
 
