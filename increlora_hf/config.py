@@ -393,6 +393,10 @@ def _checked_rank_pattern(pattern: Any) -> dict[str, int]:
                 f"rank_pattern[{name!r}]={rank!r} is not a rank in [0, {MAX_RANK}]. Give a whole number; 0 leaves the "
                 "layer unadapted."
             )
+    if not any(pattern.values()):
+        raise ValueError(
+            f"rank_pattern={str(pattern)[:80]} adapts no layer: every rank is 0. Give a layer a rank above 0."
+        )
     return {name: int(rank) for name, rank in pattern.items()}
 
 

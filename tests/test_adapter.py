@@ -276,6 +276,7 @@ def test_deberta_v3_base_has_72_layers_and_the_published_size(r_avg: int, total:
     assert len(pooler) == 2
 
 
+QUERY = "bert.encoder.layer.0.attention.self.query"
 REFUSED_TARGETS: dict[str, tuple[dict[str, Any], str]] = {
     "nothing": ({"target_modules": ["no_such_layer"]}, r"no_such_layer.*matches no module"),
     "one-of-two": ({"target_modules": ["query", "valeu"]}, r"\['valeu'\] matches no module"),
@@ -284,6 +285,26 @@ REFUSED_TARGETS: dict[str, tuple[dict[str, Any], str]] = {
         "modules_to_save names 'classifer', which is no module of .* Did you mean 'classifier'",
     ),
     "regex": ({"target_modules": "xyz.*"}, "'xyz.*' matches no module"),
+    "a-name-as-a-regex": (
+        {"target_modules": "query"},
+        r"'query' matches no module.*such as target_modules=\['query'\]",
+    ),
+    "whole-backbone-as-head": (
+        {"modules_to_save": ["encoder"]},
+        r"\['encoder'\] contains the layer 'bert\.enc.*query'",
+    ),
+    "target-as-head": (
+        {"target_modules": ["query", "value"], "modules_to_save": ["query"]},
+        r"\['query'\] contains the layer '.*\.query', which also gets an adapter",
+    ),
+    "rank-as-head": ({"rank_pattern": {QUERY: 1}, "modules_to_save": ["query"]}, f"contains the layer '{QUERY}'"),
+    "rank-beside-other-targets": (
+        {"rank_pattern": {QUERY: 1}, "target_modules": ".*value"},
+        f"rank_pattern names '{QUERY}', which target_modules='.*value' does not match. Leave",
+    ),
+    "rank-above-the-layer": ({"rank_pattern": {QUERY: 17}}, r"query'\]=17 is above 16, .*Give at most 16"),
+    "increment-above-all-layers": ({"increment": 40, "overshoot": 0}, r"increment=40 is more than.*at most 15\."),
+    "increment-above-the-room": ({"increment": 14}, r"increment=14 is more than.*at most 13\."),
     "not-linear": ({"target_modules": ["query", "LayerNorm"]}, r"matches 'bert.embeddings.LayerNorm', a LayerNorm"),
     "embedding": ({"target_modules": ["word_embeddings"]}, "an? Embedding"),
     "unknown-rank": (
@@ -292,7 +313,7 @@ REFUSED_TARGETS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "rank-of-a-block": (
         {"rank_pattern": {"bert.encoder.layer.0.attention": 1}},
-        "'bert.encoder.layer.0.attention', a BertAttention",
+        "rank_pattern matches 'bert.encoder.layer.0.attention', a BertAttention",
     ),
     "rank-of-a-head": (
         {"rank_pattern": {"bert.encoder.layer.0.attention.self.query": 1, "bert.pooler.dense": 2}},

@@ -46,6 +46,7 @@ from increlora_hf.method import penalties, scores
         ({"init_std": "small"}, "init_std='small'"),
         ({"init_std": 0.0}, "init_std=0.0"),
         ({"rank_pattern": {}}, "rank_pattern"),
+        ({"rank_pattern": {"query": 0}}, "adapts no layer: every rank is 0"),
         ({"rank_pattern": {"query": -1}}, "'query'.*=-1"),
         ({"rank_pattern": {"query": 1.5}}, "1.5"),
         ({"rank_pattern": "no/such/file.json"}, "is not a file"),

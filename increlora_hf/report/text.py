@@ -62,7 +62,10 @@ def budget_note(config: IncreLoraConfig, num_layers: int, budget: int) -> str:
     asked = num_layers * config.r_avg
     if config.fixed_ranks is not None or budget >= asked:
         return ""
-    return f"; the budget is {budget}, not {asked}: no rank can exceed its layer's min(in, out)"
+    reason = "no rank can exceed its layer's min(in, out)"
+    if config.increment > 1:
+        reason = f"no layer has room for another increment={config.increment}"
+    return f"; the budget is {budget}, not {asked}: {reason}"
 
 
 def _millions(count: int) -> str:
