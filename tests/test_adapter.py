@@ -289,6 +289,7 @@ REFUSED_TARGETS: dict[str, tuple[dict[str, Any], str]] = {
         {"target_modules": "query"},
         r"'query' matches no module.*such as target_modules=\['query'\]",
     ),
+    "endless-regex": ({"target_modules": r"([\w.]+)+!"}, r"expected regular expressions that match within 0\.5 s"),
     "whole-backbone-as-head": (
         {"modules_to_save": ["encoder"]},
         r"\['encoder'\] contains the layer 'bert\.enc.*query'",

@@ -115,17 +115,6 @@ def test_json_round_trip_keeps_every_setting() -> None:
     assert IncreLoraConfig.from_json(config.to_json()) == config
 
 
-def test_names_may_come_in_any_collection() -> None:
-    for names in ({"value", "query"}, ("query", "value"), frozenset({"query", "value"})):
-        config = IncreLoraConfig(target_modules=names, modules_to_save=names)
-        assert config == IncreLoraConfig(target_modules=["query", "value"], modules_to_save=["query", "value"])
-
-
-def test_unknown_setting_in_json_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"Unknown IncreLoRA setting r_average. Known:.*r_avg"):
-        IncreLoraConfig.from_dict({"r_average": 2})
-
-
 @pytest.mark.parametrize(
     "settings", [None, "paper", 3, ["r_avg"], LoraConfig(), {1: 2}], ids=lambda value: type(value).__name__
 )
@@ -138,6 +127,17 @@ def test_settings_as_a_config_or_a_mapping_are_a_config() -> None:
     config = IncreLoraConfig(r_avg=3)
     assert as_config(config) == as_config({"r_avg": 3}) == config
     assert as_config(None) is None
+
+
+def test_names_may_come_in_any_collection() -> None:
+    for names in ({"value", "query"}, ("query", "value"), frozenset({"query", "value"})):
+        config = IncreLoraConfig(target_modules=names, modules_to_save=names)
+        assert config == IncreLoraConfig(target_modules=["query", "value"], modules_to_save=["query", "value"])
+
+
+def test_unknown_setting_in_json_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"Unknown IncreLoRA setting r_average. Known:.*r_avg"):
+        IncreLoraConfig.from_dict({"r_average": 2})
 
 
 def test_config_is_frozen_and_keyword_only() -> None:

@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..config import IncreLoraConfig
 from .names import exact_targets, is_head, is_target
+from .patterns import WHOLE, fault
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +51,11 @@ def resolve_targets(
     if config.modules_to_save is None:
         _refuse_unclear_heads(model, outside)
     targets = config.target_modules
+    if isinstance(targets, str) and (wrong := fault([targets], [name for name, _ in model.named_modules()], WHOLE)):
+        raise ValueError(
+            f"target_modules: expected {wrong[0]}, found {wrong[1]}. Give a simpler regular expression, or a list of "
+            "names or name endings."
+        )
     if targets is None or targets == ALL_LINEAR:
         found = _backbone_linears(model, outside)
         refused = _refused_by_peft(model, found)
