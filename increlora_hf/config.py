@@ -28,7 +28,8 @@ DEFAULT_SEED = 42  # TrainingArguments' own default
 
 
 MAX_RANK = 2**16  # no linear layer is wider
-MAX_FACTOR = 1e6  # of a scale, a weight or a standard deviation; a larger one is a mistake and no setting
+# Of a scale or a weight; with others the update overflows, or stays 0
+MIN_FACTOR, MAX_FACTOR = 1e-6, 1e6
 
 
 class Range(NamedTuple):
@@ -46,14 +47,11 @@ class Range(NamedTuple):
 
     def __str__(self) -> str:
         """As in mathematics: (0, 1]."""
-        return (
-            f"of at least {self.low:g}"
-            if self.high == math.inf
-            else f"in {self.ends[0]}{self.low:g}, {self.high:g}{self.ends[1]}"
-        )
+        low, high = (str(int(end)) if end % 1 == 0 else f"{end:g}" for end in self[:2])
+        return f"of at least {low}" if self.high == math.inf else f"in {self.ends[0]}{low}, {high}{self.ends[1]}"
 
 
-RANK, STEPS, FACTOR = Range(1, MAX_RANK), Range(1), Range(0, MAX_FACTOR, "(]")
+RANK, STEPS, FACTOR = Range(1, MAX_RANK), Range(1), Range(MIN_FACTOR, MAX_FACTOR)
 
 
 def _setting(
@@ -185,7 +183,7 @@ class IncreLoraConfig:
         0.02,
         "Standard deviation of the random initial values. 'unit' = 1/sqrt(d), so that rows have a norm near 1.",
         flag_type=str,
-        within=FACTOR,
+        within=Range(1e-6, 100),
     )
     zero_init: str = _setting(
         "B",
@@ -248,9 +246,14 @@ class IncreLoraConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> IncreLoraConfig:
-        """The inverse of `to_dict`; raises ValueError on an unknown name."""
+        """The inverse of `to_dict`; raises ValueError on an unknown name, and on what is no mapping."""
+        if not isinstance(values, Mapping):
+            raise ValueError(
+                f"{repr(values)[:80]} holds no settings. Give an IncreLoraConfig, or a mapping from the names of "
+                "settings to their values."
+            )
         known = {f.name for f in fields(cls)}
-        unknown = sorted(set(values) - known)
+        unknown = sorted(str(name) for name in values if name not in known)
         if unknown:
             raise ValueError(f"Unknown IncreLoRA setting {', '.join(unknown)}. Known: {', '.join(sorted(known))}.")
         return cls(**values)
@@ -266,6 +269,13 @@ class IncreLoraConfig:
         if not isinstance(values, dict):
             raise ValueError(f"the settings are a {type(values).__name__}. Give one JSON object, setting: value.")
         return cls.from_dict(values)
+
+
+def as_config(settings: Any) -> IncreLoraConfig | None:
+    """The settings of a config or a mapping; None stays None. Raises ValueError on anything else."""
+    if settings is None or isinstance(settings, IncreLoraConfig):
+        return settings
+    return IncreLoraConfig.from_dict(settings)
 
 
 PAPER: Mapping[str, Any] = MappingProxyType(
@@ -309,25 +319,33 @@ def _checked(setting: dataclasses.Field[Any], value: Any) -> Any:
         return _checked_names(setting.name, value, may_be_pattern=str in get_args(kind))
     within, choices = setting.metadata["within"], setting.metadata["choices"]
     if choices:
-        if value not in choices:
+        if not isinstance(value, str) or value not in choices:
             raise ValueError(f"{setting.name}={value!r} is unknown. Choose one of {', '.join(choices)}.")
         return value
-    if value == UNIT_STD and setting.name == "init_std":
+    if setting.name == "init_std" and isinstance(value, str) and value == UNIT_STD:
         return value
     if kind is bool:
         if not isinstance(value, bool):
             raise ValueError(f"{setting.name}={value!r} is neither True nor False. Give one of them.")
         return value
-    is_count = int in (kind, *get_args(kind))
+    or_unit = f", or {UNIT_STD!r}" if setting.name == "init_std" else ""
+    more = f"{or_unit}; the default is {setting.default}"
+    return checked_number(setting.name, value, within, is_count=int in (kind, *get_args(kind)), more=more)
+
+
+def checked_number(name: str, value: Any, within: Range, *, is_count: bool = False, more: str = "") -> Any:
+    """The number as Python's own int or float; ValueError for one outside the range, and for what is no number.
+
+    Args:
+        name: of the setting, for the error.
+        is_count: it has to be whole.
+        more: what the error adds to its remedy.
+    """
     if is_count and isinstance(value, float) and value.is_integer():
         value = int(value)  # as searches of hyperparameters give it
     what, number = ("a whole number", numbers.Integral) if is_count else ("a number", numbers.Real)
     if isinstance(value, bool) or not isinstance(value, number) or value not in within:
-        or_unit = f", or {UNIT_STD!r}" if setting.name == "init_std" else ""
-        raise ValueError(
-            f"{setting.name}={value!r} is not {what} {within}. Give one that is{or_unit}; the default is "
-            f"{setting.default}."
-        )
+        raise ValueError(f"{name}={value!r} is not {what} {within}. Give one that is{more}.")
     return int(value) if isinstance(value, numbers.Integral) else float(value)
 
 
@@ -342,10 +360,9 @@ def _checked_names(setting: str, value: Any, *, may_be_pattern: bool) -> Any:
                 "that matches full layer names."
             ) from None
         return value
-    names = sorted(value) if isinstance(value, Set) else value
-    if isinstance(names, str | Mapping) or not isinstance(names, Iterable):
+    if isinstance(value, str | Mapping) or not isinstance(value, Iterable):
         raise ValueError(f"{setting}={value!r} is not a list of names. Give one, such as {setting}=[{str(value)!r}].")
-    names = list(names)
+    names = sorted(value, key=str) if isinstance(value, Set) else list(value)
     wrong = [name for name in names if not isinstance(name, str) or not name]
     if wrong:
         raise ValueError(f"{setting} contains {wrong[0]!r}, which is not a module name. Give names as strings.")
@@ -377,6 +394,10 @@ def _checked_rank_pattern(pattern: Any) -> dict[str, int]:
                 f"rank_pattern[{name!r}]={rank!r} is not a rank in [0, {MAX_RANK}]. Give a whole number; 0 leaves the "
                 "layer unadapted."
             )
+    if not any(pattern.values()):
+        raise ValueError(
+            f"rank_pattern={str(pattern)[:80]} adapts no layer: every rank is 0. Give a layer a rank above 0."
+        )
     return {name: int(rank) for name, rank in pattern.items()}
 
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from conftest import tiny_bert
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from peft.utils.hotswap import prepare_model_for_compiled_hotswap
 from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
@@ -276,6 +276,7 @@ def test_deberta_v3_base_has_72_layers_and_the_published_size(r_avg: int, total:
     assert len(pooler) == 2
 
 
+QUERY = "bert.encoder.layer.0.attention.self.query"
 REFUSED_TARGETS: dict[str, tuple[dict[str, Any], str]] = {
     "nothing": ({"target_modules": ["no_such_layer"]}, r"no_such_layer.*matches no module"),
     "one-of-two": ({"target_modules": ["query", "valeu"]}, r"\['valeu'\] matches no module"),
@@ -284,6 +285,27 @@ REFUSED_TARGETS: dict[str, tuple[dict[str, Any], str]] = {
         "modules_to_save names 'classifer', which is no module of .* Did you mean 'classifier'",
     ),
     "regex": ({"target_modules": "xyz.*"}, "'xyz.*' matches no module"),
+    "a-name-as-a-regex": (
+        {"target_modules": "query"},
+        r"'query' matches no module.*such as target_modules=\['query'\]",
+    ),
+    "endless-regex": ({"target_modules": r"([\w.]+)+!"}, r"expected regular expressions that match within 0\.5 s"),
+    "whole-backbone-as-head": (
+        {"modules_to_save": ["encoder"]},
+        r"\['encoder'\] contains the layer 'bert\.enc.*query'",
+    ),
+    "target-as-head": (
+        {"target_modules": ["query", "value"], "modules_to_save": ["query"]},
+        r"\['query'\] contains the layer '.*\.query', which also gets an adapter",
+    ),
+    "rank-as-head": ({"rank_pattern": {QUERY: 1}, "modules_to_save": ["query"]}, f"contains the layer '{QUERY}'"),
+    "rank-beside-other-targets": (
+        {"rank_pattern": {QUERY: 1}, "target_modules": ".*value"},
+        f"rank_pattern names '{QUERY}', which target_modules='.*value' does not match. Leave",
+    ),
+    "rank-above-the-layer": ({"rank_pattern": {QUERY: 17}}, r"query'\]=17 is above 16, .*Give at most 16"),
+    "increment-above-all-layers": ({"increment": 40, "overshoot": 0}, r"increment=40 is more than.*at most 15\."),
+    "increment-above-the-room": ({"increment": 14}, r"increment=14 is more than.*at most 13\."),
     "not-linear": ({"target_modules": ["query", "LayerNorm"]}, r"matches 'bert.embeddings.LayerNorm', a LayerNorm"),
     "embedding": ({"target_modules": ["word_embeddings"]}, "an? Embedding"),
     "unknown-rank": (
@@ -292,7 +314,7 @@ REFUSED_TARGETS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "rank-of-a-block": (
         {"rank_pattern": {"bert.encoder.layer.0.attention": 1}},
-        "'bert.encoder.layer.0.attention', a BertAttention",
+        "rank_pattern matches 'bert.encoder.layer.0.attention', a BertAttention",
     ),
     "rank-of-a-head": (
         {"rank_pattern": {"bert.encoder.layer.0.attention.self.query": 1, "bert.pooler.dense": 2}},
@@ -331,8 +353,19 @@ def test_attached_model_is_taken_as_it_is_unless_settings_contradict() -> None:
     model = attach(tiny_bert(), IncreLoraConfig(r_avg=3))
     assert attach(model) is model
     assert attach(model, IncreLoraConfig(r_avg=3)) is model
+    assert attach(model, {"r_avg": 3}) is model
     with pytest.raises(ValueError, match="attached with other settings"):
         attach(model, IncreLoraConfig(r_avg=4))
+
+
+def test_what_is_no_model_and_what_holds_no_settings_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"given a str, which is not a model\. Load the model first"):
+        attach("bert")
+    for settings in ("paper", LoraConfig()):
+        model = tiny_bert()
+        with pytest.raises(ValueError, match="holds no settings"):
+            attach(model, settings)
+        assert not any("lora" in name for name, _ in model.named_modules())
 
 
 def test_two_trainable_adapters_are_refused() -> None:

@@ -1,6 +1,8 @@
 """The schedule of rounds and the choice of layers."""
 
 import math
+import re
+import time
 from collections import defaultdict
 from typing import Any
 
@@ -167,12 +169,76 @@ def test_window_is_the_smallest_power_below_the_tolerance() -> None:
 def test_unreachable_budget_names_settings_that_work(settings: dict[str, int]) -> None:
     with pytest.raises(ValueError, match=r"cannot be met in 400 steps.*Nearest valid settings") as caught:
         plan_for(36, 400, 40, **settings)
-    text = str(caught.value).split("Nearest valid settings: ")[1]
-    offers = [dict(pair.split("=") for pair in offer.split(" with ") if "=" in pair) for offer in text.split(", or ")]
-    for offer in offers:
-        values = {name: int(value.rstrip(".")) for name, value in offer.items()}
-        if values:
-            assert plan_for(36, 400, 40, **{**settings, **values}).last_step < 400
+    assert len(offers(caught.value)) > 1
+    for offer in offers(caught.value):
+        plan_for(36, **{"total_steps": 400, "warmup_steps": 40, **settings, **offer})
+
+
+def offers(error: ValueError) -> list[dict[str, int]]:
+    """The settings that an error about the budget offers, but for the last offer, to grow nothing."""
+    texts = str(error).split("Nearest valid settings: ")[1].split(", or ")[:-1]
+    steps = [re.sub(r"more than ([\d,]+) training steps", r"total_steps=\1", text).replace(",", "") for text in texts]
+    found = [dict(re.findall(r"(\w+)=(\d+)", text)) for text in steps]
+    return [{name: int(value) + (name == "total_steps") for name, value in offer.items()} for offer in found]
+
+
+@untimed
+@given(
+    total_steps=st.integers(1, 120),
+    warmup_steps=st.sampled_from([0, 3, 50]),
+    num_layers=st.integers(1, 30),
+    r_avg=st.integers(2, 9),
+    overshoot=st.sampled_from([0, 2]),
+    increment=st.sampled_from([1, 2, 5]),
+    top_h=st.none() | st.integers(1, 35),
+    interval=st.none() | st.integers(1, 40),
+    start=st.none() | st.integers(0, 60),
+    growth_fraction=st.sampled_from([0.4, 0.95, 1.0]),
+)
+def test_every_setting_that_is_offered_for_an_unreachable_budget_works(
+    r_avg: int, overshoot: int, **rest: Any
+) -> None:
+    rest["peak_total_rank"] = rest["num_layers"] * (r_avg + overshoot)
+    try:
+        plan_for(r_avg=r_avg, **rest)
+    except ValueError as error:
+        for offer in offers(error):
+            plan_for(r_avg=r_avg, **{**rest, **offer})
+    else:
+        assume(rest["top_h"] is None)  # and most of these work
+
+
+@untimed
+@given(
+    longest=st.integers(1, 80),
+    start=st.none() | st.integers(0, 90),
+    total_steps=st.integers(1, 300),
+    r_avg=st.integers(2, 9),
+)
+def test_default_interval_is_the_longest_with_enough_rounds(
+    longest: int, start: int | None, total_steps: int, r_avg: int
+) -> None:
+    end, wanted = int(0.4 * total_steps), 2 * (r_avg - 1)
+    rounds = {i: end // i - (i if start is None else start) // i for i in range(4, min(longest, end) + 1)}
+    expected = max((i for i, held in rounds.items() if held >= wanted), default=min(longest, 4))
+    settings = {"warmup_steps": longest, "start": start, "r_avg": r_avg}
+    try:
+        found = plan_for(36, total_steps, **settings).interval
+    except ValueError as error:
+        found = int(re.findall(r"every interval=(\d+) steps", str(error))[0])
+    assert found == expected
+
+
+def test_a_plan_of_many_steps_takes_no_time() -> None:
+    begin = time.perf_counter()
+    assert plan_for(36, 10**8, 6 * 10**7).interval == 13_333_333
+    assert plan_for(36, 10**8, 6 * 10**7, start=2 * 10**7).interval == 13_333_333
+    assert time.perf_counter() - begin < 1
+
+
+def test_growth_that_may_last_for_the_whole_run_leaves_a_step_to_train() -> None:
+    for fraction in (0.95, 1.0):
+        assert plan_for(36, 20, 0, growth_fraction=fraction, r_avg=3).last_step <= 19
 
 
 def test_round_on_the_last_step_is_too_late() -> None:

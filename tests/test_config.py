@@ -9,9 +9,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from peft import LoraConfig
 from transformers import HfArgumentParser
 
 from increlora_hf import IncreLoraArguments, IncreLoraConfig, config
+from increlora_hf.config import as_config
 from increlora_hf.method import penalties, scores
 
 
@@ -44,6 +46,7 @@ from increlora_hf.method import penalties, scores
         ({"init_std": "small"}, "init_std='small'"),
         ({"init_std": 0.0}, "init_std=0.0"),
         ({"rank_pattern": {}}, "rank_pattern"),
+        ({"rank_pattern": {"query": 0}}, "adapts no layer: every rank is 0"),
         ({"rank_pattern": {"query": -1}}, "'query'.*=-1"),
         ({"rank_pattern": {"query": 1.5}}, "1.5"),
         ({"rank_pattern": "no/such/file.json"}, "is not a file"),
@@ -67,10 +70,18 @@ from increlora_hf.method import penalties, scores
         ({"target_modules": {"query": 2}}, "is not a list of names"),
         ({"score": []}, r"score=\[\] is unknown"),
         ({"seed": -1}, r"seed=-1 is not a whole number in \[0, "),
-        ({"seed": 2**32}, "seed=4294967296"),
+        ({"seed": 2**32}, r"seed=4294967296 is not a whole number in \[0, 4294967295\]"),
         ({"increment": 10**9}, r"increment=1000000000 is not a whole number in \[1, 65536\]"),
         ({"lora_alpha": 10**400}, "lora_alpha=1000"),
         ({"lora_alpha": 1e308}, "lora_alpha=1e[+]308 is not a number in"),
+        ({"lora_alpha": 1e-30}, r"lora_alpha=1e-30 is not a number in \[1e-06, 1000000\]"),
+        ({"lam_lr_multiplier": 1e-300}, "lam_lr_multiplier=1e-300 is not a number in"),
+        ({"init_std": 1e5}, r"init_std=100000.0 is not a number in \[1e-06, 100\]. Give one that is, or 'unit'"),
+        ({"init_std": 1e-20}, "init_std=1e-20 is not a number in"),
+        ({"r_avg": np.array([1, 2])}, r"r_avg=array\(\[1, 2\]\) is not a whole number"),
+        ({"score": np.array(["paper", "weakest"])}, "score=array.* is unknown"),
+        ({"init_std": np.array([1.0, 2.0])}, "init_std=array.* is not a number"),
+        ({"modules_to_save": {1, "a"}}, "modules_to_save contains 1"),
     ],
     ids=lambda value: str(value)[:40],
 )
@@ -104,6 +115,20 @@ def test_json_round_trip_keeps_every_setting() -> None:
         r_avg=8, top_h=3, target_modules=["query"], rank_pattern={"a.b": 3}, init_std="unit", seed=7
     )
     assert IncreLoraConfig.from_json(config.to_json()) == config
+
+
+@pytest.mark.parametrize(
+    "settings", [None, "paper", 3, ["r_avg"], LoraConfig(), {1: 2}], ids=lambda value: type(value).__name__
+)
+def test_settings_in_no_mapping_are_refused(settings: Any) -> None:
+    with pytest.raises(ValueError, match=r"holds no settings\. Give an IncreLoraConfig|Unknown IncreLoRA setting 1"):
+        IncreLoraConfig.from_dict(settings)
+
+
+def test_settings_as_a_config_or_a_mapping_are_a_config() -> None:
+    config = IncreLoraConfig(r_avg=3)
+    assert as_config(config) == as_config({"r_avg": 3}) == config
+    assert as_config(None) is None
 
 
 def test_names_may_come_in_any_collection() -> None:

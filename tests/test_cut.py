@@ -266,6 +266,35 @@ def test_every_kind_of_optimizer_goes_on_after_the_cut(kind: type[torch.optim.Op
     assert any(len(a) and not torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
 
+@pytest.mark.parametrize("make", [IncreLoraConfig, IncreLoraConfig.paper], ids=["default", "paper"])
+def test_weights_that_are_not_finite_end_the_run_in_the_next_round(
+    make: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    args = arguments(tmp_path, max_steps=STEPS, learning_rate=1e30)
+    trainer = IncreLoraTrainer(tiny_bert(), args, train_dataset=token_rows(), increlora_config=make(interval=3))
+    with pytest.raises(
+        RuntimeError, match=r"After step 6 a component of the layer 'bert\..*the training has diverged"
+    ):
+        trainer.train()
+    assert not trainer.increlora.rounds
+    trainer.save_model(str(tmp_path / "adapter"))
+    assert "holds NaN or infinity" in caplog.text
+    with pytest.raises(ValueError, match="finite"):
+        load_adapter(tiny_bert(), tmp_path / "adapter")
+
+
+def test_a_cut_of_an_adapter_that_learned_nothing_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    for rate in (1e-2, 0.0):
+        model = attach(tiny_bert(), CUT)
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=rate)
+        run = GrowthRun(model, optimizer, total_steps=STEPS)
+        for _ in range(STEPS):
+            step(model, optimizer, run)
+        assert run.growth.total_rank == 12
+        assert len(caplog.records) == (rate == 0)
+    assert "after step 12 every component of the adapter still has the size 0" in caplog.text
+
+
 def test_a_plan_without_room_for_the_cut_is_refused() -> None:
     settings = {"num_layers": 4, "warmup_steps": 0, "initial_total_rank": 4, "top_h": 4, "interval": 5, "window": 0}
     plan = make_plan(**settings, total_steps=12, peak_total_rank=8, target_total_rank=4)

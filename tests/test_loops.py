@@ -227,6 +227,19 @@ def quick_run(model: Any, **settings: Any) -> GrowthRun:
     return GrowthRun(model, optimizer, **{"total_steps": 60, "warmup_steps": 6, **settings})
 
 
+WRONG_CURVES: list[tuple[str, dict[str, Any]]] = [
+    ("warmup_stable_decay", {}),
+    ("linear", {"bogus": 1}),
+    ("polynomial", {"lr_end": 5.0}),
+    ("polynomial", {"power": "2"}),
+    ("inverse_sqrt", {"timescale": 0}),
+    ("inverse_sqrt", {"timescale": -100}),  # fails after a hundred steps
+    ("cosine", {"num_cycles": None}),
+    ("cosine", {"num_cycles": 1e308}),
+    ("cosine", {"num_cycles": math.nan}),  # transformers makes it a rate of 0
+]
+
+
 def test_what_cannot_grow_is_refused_and_left_as_it_was() -> None:
     toy = loop("toy")
     plain = toy.make_model()
@@ -238,9 +251,20 @@ def test_what_cannot_grow_is_refused_and_left_as_it_was() -> None:
         quick_run(model, total_steps=5)
     with pytest.raises(ValueError, match="depends on a metric"):
         quick_run(model, schedule="reduce_lr_on_plateau")
-    for schedule, kwargs in (("warmup_stable_decay", {}), ("linear", {"bogus": 1}), ("polynomial", {"lr_end": 5.0})):
+    for wrong in (-3, 2.5, "5", None, math.inf, True):
+        for name in ("total_steps", "warmup_steps"):
+            with pytest.raises(ValueError, match=f"{name}={wrong!r} is not a whole number of at least [01]"):
+                quick_run(model, **{name: wrong})
+    for schedule, kwargs in WRONG_CURVES:
         with pytest.raises(ValueError, match=f"lr_scheduler_kwargs=.* do not fit lr_scheduler_type='{schedule}'"):
             quick_run(model, schedule=schedule, schedule_kwargs=kwargs)
+    with pytest.raises(ValueError, match="lr_scheduler_kwargs=5 is no mapping"):
+        quick_run(model, schedule_kwargs=5)
+    for rate in (math.inf, math.nan, -1.0):
+        endless = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+        endless.defaults["lr"] = rate
+        with pytest.raises(ValueError, match=f"learning_rate={rate!r} is not a number of at least 0"):
+            GrowthRun(model, endless, total_steps=60)
     with pytest.raises(ValueError, match="LBFGS keeps the parameters"):
         GrowthRun(model, torch.optim.LBFGS(p for p in model.parameters() if p.requires_grad), total_steps=60)
     used = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
@@ -251,6 +275,13 @@ def test_what_cannot_grow_is_refused_and_left_as_it_was() -> None:
     assert all(torch.equal(before[name], value) for name, value in trained(model).items())
     assert not model.increlora.rounds
     quick_run(model)  # and now it can
+
+
+def test_rounds_that_choose_nothing_are_said_in_any_loop(caplog: pytest.LogCaptureFixture) -> None:
+    quick_run(attach(loop("toy").make_model(), IncreLoraConfig(overshoot=0, top_h=12, interval=5)))
+    assert ["no round chooses between them" in record.getMessage() for record in caplog.records] == [True]
+    quick_run(attach(loop("toy").make_model(), IncreLoraConfig(interval=5)))
+    assert len(caplog.records) == 1
 
 
 @BOTH

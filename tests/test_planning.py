@@ -3,6 +3,7 @@
 import json
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -166,6 +167,16 @@ def test_ranks_end_at_the_width_of_their_layers_and_the_plan_says_so(overshoot: 
     assert held(growth) == planned["end_fewest"]["adapter_parameters"] == planned["end_most"]["adapter_parameters"]
     growth.rewind()
     assert growth.rank_pattern == {"0": 3, "1": 3, "2": 2}
+
+
+def test_a_budget_that_increments_cannot_reach_is_said_with_the_increment() -> None:
+    config = IncreLoraConfig(r_avg=16, init_r=1, overshoot=0, increment=10)  # to 11 of 16
+    growth = attach(tiny_bert(), config).increlora
+    growth.begin_run(STEPS, 0)
+    note = "the budget is 132, not 192: no layer has room for another increment=10"
+    assert note in plan_line(growth, 0)
+    assert max(map(len, plan_line(growth, 0).split("\n"))) <= 80
+    assert attach(tiny_bert(), replace(config, increment=15)).increlora.target_total_rank == 192
 
 
 @pytest.mark.parametrize(

@@ -290,6 +290,8 @@ def test_settings_may_be_a_mapping(tmp_path: Path) -> None:
     assert trainer.increlora.config == IncreLoraConfig(r_avg=3, top_h=4, seed=trainer.args.seed)
     with pytest.raises(ValueError, match="Unknown IncreLoRA setting rank"):
         IncreLoraTrainer(tiny_bert(), arguments(tmp_path), increlora_config={"rank": 3})
+    with pytest.raises(ValueError, match="'paper' holds no settings"):
+        IncreLoraTrainer(tiny_bert(), arguments(tmp_path), increlora_config="paper")
 
 
 @pytest.mark.parametrize(
@@ -669,8 +671,9 @@ def test_budget_out_of_reach_is_refused_before_step_1(config: IncreLoraConfig, m
         ),
         ({"lr_scheduler_type": "greedy", "eval_strategy": "epoch"}, "'greedy' depends on a metric"),
         ({"lr_scheduler_type": "warmup_stable_decay"}, "lr_scheduler_kwargs={} do not fit"),
+        ({"learning_rate": -1.0}, "learning_rate=-1.0 is not a number of at least 0"),
     ],
-    ids=["plateau", "greedy", "without its settings"],
+    ids=["plateau", "greedy", "without its settings", "rate"],
 )
 def test_schedule_without_a_curve_is_refused(settings: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):

@@ -137,10 +137,21 @@ def budget(config: IncreLoraConfig, ranks: Mapping[str, int], limits: Mapping[st
 
     It is at most what growth can reach from these first ranks without a layer above its limit. Fixed ranks have their
     sum.
+
+    Raises:
+        ValueError: the ranks would grow, but no layer has room for ``increment``.
     """
     if config.fixed_ranks is not None:
         return sum(ranks.values())
-    return min(len(ranks) * (config.r_avg + overshoot), highest_total(ranks, limits, config.increment))
+    wanted = len(ranks) * (config.r_avg + overshoot)
+    room = max(limits[name] - rank for name, rank in ranks.items())
+    if sum(ranks.values()) < wanted and 0 < room < config.increment:
+        raise ValueError(
+            f"increment={config.increment} is more than any layer has room for: no rank can exceed its layer's "
+            f"min(in, out), and from their first ranks the layers have room for {room} or less. Give an increment of "
+            f"at most {room}."
+        )
+    return min(wanted, highest_total(ranks, limits, config.increment))
 
 
 def start_components(layers: Mapping[str, AdaptedLayer], ranks: Mapping[str, int], config: IncreLoraConfig) -> None:

@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..config import IncreLoraConfig
 from .names import exact_targets, is_head, is_target
+from .patterns import WHOLE, fault
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +51,11 @@ def resolve_targets(
     if config.modules_to_save is None:
         _refuse_unclear_heads(model, outside)
     targets = config.target_modules
+    if isinstance(targets, str) and (wrong := fault([targets], [name for name, _ in model.named_modules()], WHOLE)):
+        raise ValueError(
+            f"target_modules: expected {wrong[0]}, found {wrong[1]}. Give a simpler regular expression, or a list of "
+            "names or name endings."
+        )
     if targets is None or targets == ALL_LINEAR:
         found = _backbone_linears(model, outside)
         refused = _refused_by_peft(model, found)
@@ -77,21 +83,19 @@ def resolve_targets(
         modules_to_save=list(dict.fromkeys([*trained, *heads])),
         task_type=_task_type(model) if carried is None else carried.task_type,  # PEFT chooses heads by it
     )
-    wanted = _adapted_names(model, lora_config, config)
+    wanted = _adapted_names(model, lora_config, config, ranks)
     if isinstance(lora_config.target_modules, str) and _is_converted(model, lora_config):
         lora_config.target_modules = wanted  # PEFT would take the last parts of the names that the regex matches
-    left_out = next((name for name in ranks or () if name not in wanted), None)
-    if left_out is not None:
-        raise ValueError(
-            f"modules_to_save={lora_config.modules_to_save} contains the layer {left_out!r}, which also gets an "
-            "adapter. PEFT does one of the two. Name in modules_to_save only modules without adapted layers."
-        )
     lora_config.fan_in_fan_out = all(isinstance(model.get_submodule(name), Conv1D) for name in wanted)
     return lora_config, wanted
 
 
-def _adapted_names(model: nn.Module, lora_config: LoraConfig, config: IncreLoraConfig) -> list[str]:
+def _adapted_names(
+    model: nn.Module, lora_config: LoraConfig, config: IncreLoraConfig, ranks: Mapping[str, int] | None
+) -> list[str]:
     modules = dict(model.named_modules())
+    by_default = config.target_modules in (None, ALL_LINEAR)
+    source = f"target_modules={config.target_modules!r}"
     if config.fixed_ranks is not None:
         unknown = [name for name in config.fixed_ranks if name not in modules]
         if unknown:
@@ -99,38 +103,75 @@ def _adapted_names(model: nn.Module, lora_config: LoraConfig, config: IncreLoraC
                 f"rank_pattern names {unknown[0]!r}, which is no layer of {type(model).__name__}. Use the names that "
                 f"model.named_modules() gives, such as {next(iter(_backbone_linears(model, [])), 'none here')!r}."
             )
-    wanted = [name for name in modules if name and check_target_module_exists(lora_config, name)]
-    listed = config.target_modules if isinstance(config.target_modules, list) else []
-    idle = [target for target in listed if not any(is_target(name, target) for name in wanted)]
+        if not by_default:
+            named = LoraConfig(target_modules=config.target_modules)
+            others = [name for name in ranks or () if not check_target_module_exists(named, name)]
+            if others:
+                raise ValueError(
+                    f"rank_pattern names {others[0]!r}, which {source} does not match. Leave target_modules out: "
+                    "rank_pattern says by itself which layers are adapted."
+                )
+    if ranks is not None:
+        source = "the model's adapter" if config.fixed_ranks is None else "rank_pattern"
+    in_head = copy.copy(lora_config)
+    in_head.modules_to_save = None
+    matched = [name for name in modules if name and check_target_module_exists(in_head, name)]
+    wanted = [name for name in matched if check_target_module_exists(lora_config, name)]
+    listed = config.target_modules if isinstance(config.target_modules, list) and ranks is None else []
+    idle = [target for target in listed if not any(is_target(name, target) for name in matched)]
     fused = [name for name in fused_experts(model) for target in idle if is_target(name, target)]
     if fused:
         raise ValueError(
             f"target_modules={idle!r} names {fused[0]!r}, which is one parameter with the weights of all experts. "
             "IncreLoRA grows linear layers only. Leave it out: the experts stay frozen."
         )
-    if not wanted and config.target_modules in (None, ALL_LINEAR) and config.fixed_ranks is None:
+    needed = [target for target in listed if not any(is_target(name, target) for name in wanted)]
+    clash = [
+        name
+        for name in matched
+        if name not in wanted
+        and (not wanted or name in (ranks or ()) or any(is_target(name, target) for target in needed))
+    ]
+    if clash:
+        raise ValueError(
+            f"modules_to_save={lora_config.modules_to_save} contains the layer {clash[0]!r}, which also gets an "
+            "adapter. PEFT does one of the two. Name in modules_to_save only modules without adapted layers."
+        )
+    if not wanted and by_default:
         raise ValueError(
             f"The backbone of {type(model).__name__} has no linear layers that PEFT can adapt, and IncreLoRA grows no "
             "other layers. If the head has linear layers, name them in target_modules and set modules_to_save=[]. To "
             "adapt convolutions, use plain peft.LoraConfig with transformers' Trainer."
         )
     if not wanted or idle:
+        remedy = "Give names or name endings of its linear layers"
+        if isinstance(config.target_modules, str):
+            remedy = (
+                "A string is a regular expression for full names. Give one that matches, or a list of names or name "
+                f"endings, such as target_modules=[{config.target_modules!r}]"
+            )
         raise ValueError(
-            f"target_modules={idle or config.target_modules!r} matches no module of {type(model).__name__}. Give "
-            "names or name endings of its linear layers, or leave it out to adapt every linear layer of the backbone."
+            f"target_modules={idle or config.target_modules!r} matches no module of {type(model).__name__}. {remedy}, "
+            "or leave it out to adapt every linear layer of the backbone."
         )
     for name in wanted:
         if not is_linear(modules[name]):
             raise ValueError(
-                f"target_modules={config.target_modules!r} matches {name!r}, a {type(modules[name]).__name__}. "
+                f"{source} matches {name!r}, a {type(modules[name]).__name__}. "
                 "IncreLoRA grows linear layers only. Name the linear layers inside it, or leave it out."
+            )
+        highest, rank = min(features(modules[name])), (config.adapted_ranks or {}).get(name, 0)
+        if rank > highest:
+            raise ValueError(
+                f"rank_pattern[{name!r}]={rank} is above {highest}, the min(in, out) of this layer: more components "
+                f"express nothing more. Give at most {highest}."
             )
     refused = _refused_by_peft(model, wanted)
     if refused:
         name, reason = next(iter(refused.items()))
         raise ValueError(
-            f"target_modules={config.target_modules!r} matches {name!r} of {type(model).__name__}: {reason}. "
-            "Leave out such layers, or leave out target_modules to adapt every layer that PEFT can."
+            f"{source} matches {name!r} of {type(model).__name__}: {reason}. Leave out such layers, or leave out "
+            "target_modules and rank_pattern to adapt every layer that PEFT can."
         )
     return wanted
 

@@ -17,7 +17,8 @@ from ..adapter.components import budget
 from ..adapter.targets import features, first_ranks, fused_experts, head_modules, resolve_targets
 from ..config import IncreLoraConfig
 from ..growth.growth import plan_for
-from ..report.text import choice_note, final_parameters, most_gained
+from ..method.allocation import choice_note
+from ..report.text import final_parameters, most_gained
 
 FLOAT32 = 4  # bytes
 ADAMW = 2 * FLOAT32  # bytes of the optimizer's state for a parameter: its two averages

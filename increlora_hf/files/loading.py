@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from ..adapter.four_bit import keep_unpacked, require_unpacked
 from ..adapter.inject import require_no_adapter, unchanged_on_error
 from ..adapter.names import PREFIX
+from ..adapter.patterns import BEFORE_NUMBER, ENDING, WHOLE
 from ..adapter.targets import features, head_modules, is_linear
 from ..adapter.warmstart import KEEPS_BASE
 from ..config import MAX_FACTOR, MAX_RANK
@@ -24,11 +25,8 @@ from ..documents import read_json_object
 from ..errors import AdapterFormatError
 from ..growth.tensors import check_finite, check_tensors
 from .saved_adapter import (
-    BEFORE_NUMBER,
     CONFIG_NAME,
-    ENDING,
     WEIGHTS_NAME,
-    WHOLE,
     Shape,
     check_patterns,
     local_folder,

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
-import subprocess
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -14,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..adapter.names import PREFIX
+from ..adapter.patterns import ENDING, fault
 from ..config import MAX_RANK
 from ..documents import HISTORY_NAME, read_json_object
 from ..errors import AdapterFormatError
@@ -29,22 +28,6 @@ TOKENIZER_NAMES = (
 )  # fmt: skip
 
 LONGEST_KEY = 1_000  # characters; honest ones have less than 200
-MATCHING_SECONDS, SECONDS_A_MATCH = 0.5, 5e-6  # of processor time; in all, and for each pattern and name
-STUCK_SECONDS = 60  # where there is no timer of processor time
-MATCH = r"""
-import json, re, signal, sys
-seconds, form, patterns, names = json.load(sys.stdin)
-if hasattr(signal, "setitimer"):  # not on Windows
-    signal.setitimer(signal.ITIMER_VIRTUAL, seconds)  # the signal ends the process
-for pattern in patterns:
-    try:
-        for name in names:
-            re.match(form.replace("{}", pattern), name), re.fullmatch(form.replace("{}", pattern), name)
-    except (re.error, OverflowError, RecursionError) as error:
-        sys.exit(f"{pattern!r}: {error}")
-"""
-WHOLE, ENDING, BEFORE_NUMBER = "{}", r"(.*\.)?({})$", r"(?:^|.*?\.){}\.(?P<idx>\d+)\."  # as PEFT matches patterns
-
 Shape = tuple[int, ...]
 
 
@@ -248,33 +231,10 @@ def _by_numbers(name: str) -> list[tuple[bool, int | str]]:
 
 
 def check_patterns(path: Path, patterns: Iterable[str], names: Iterable[str], form: str) -> None:
-    """Refuse regular expressions that are broken or match for too long: a process of limited time tries them.
-
-    ``form`` is what PEFT puts around them: `WHOLE`, `ENDING` or `BEFORE_NUMBER`.
-    """
-    risky = [pattern for pattern in patterns if not re.fullmatch(r"\^?(?:[\w-]|\\?\.)*\$?", pattern)]
-    if not risky:
-        return
-    names = list(names)
-    seconds = MATCHING_SECONDS + SECONDS_A_MATCH * len(risky) * len(names)
-    too_long = AdapterFormatError(
-        path, "patterns", f"regular expressions that match within {seconds:.1f} s", f"{risky}"[:80]
-    )
-    try:
-        tried = subprocess.run(
-            [sys.executable, "-I", "-S", "-X", "utf8", "-c", MATCH],
-            input=json.dumps([seconds, form, risky, names]),
-            capture_output=True,
-            encoding="utf-8",
-            check=False,
-            timeout=STUCK_SECONDS,
-        )
-    except subprocess.TimeoutExpired:
-        raise too_long from None
-    if tried.returncode < 0:  # by the signal
-        raise too_long
-    if tried.returncode:
-        raise AdapterFormatError(path, "patterns", "regular expressions", tried.stderr.strip()[-80:])
+    """Refuse regular expressions that are broken or match for too long, see `fault`."""
+    found = fault(patterns, names, form)
+    if found is not None:
+        raise AdapterFormatError(path, "patterns", *found)
 
 
 def _layer_scale(path: Path, config: Mapping[str, Any], name: str, rank: int) -> float:

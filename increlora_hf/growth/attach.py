@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,14 +16,14 @@ from torch import nn
 from ..adapter.four_bit import keep_unpacked, require_unpacked
 from ..adapter.inject import inject, require_no_adapter, unchanged_on_error
 from ..adapter.warmstart import holds_adapter, trainable_adapters, warm_start
-from ..config import IncreLoraConfig
+from ..config import IncreLoraConfig, as_config
 from ..documents import HISTORY_NAME, write_json
 from .growth import Growth
 
 logger = logging.getLogger(__name__)
 
 
-def attach(model: nn.Module, config: IncreLoraConfig | None = None) -> PeftModel:
+def attach(model: nn.Module, config: IncreLoraConfig | Mapping[str, Any] | None = None) -> PeftModel:
     """Put growing LoRA layers into ``model``: ΔW = s · B diag(λ) A per layer, 0 at the start.
 
     Returns PEFT's own `PeftModel`. It merges, disables and saves as any other, and it saves an ordinary LoRA adapter.
@@ -33,7 +34,7 @@ def attach(model: nn.Module, config: IncreLoraConfig | None = None) -> PeftModel
     Args:
         model: a transformers model, or any nn.Module with linear layers. It may hold a LoRA adapter: as a `PeftModel`,
             or from ``model.add_adapter`` or ``AutoModel.from_pretrained(ADAPTER)``. It is changed in place.
-        config: the settings. Default: `IncreLoraConfig()`.
+        config: the settings, or a mapping with them. Default: `IncreLoraConfig()`.
 
     Raises:
         ValueError: the settings do not fit the model; the model is compiled; it is a model of sentence-transformers;
@@ -45,6 +46,12 @@ def attach(model: nn.Module, config: IncreLoraConfig | None = None) -> PeftModel
             f"The model is compiled ({type(model).__name__}): the compiled code would not follow the growth. Pass "
             "the model without torch.compile, and set torch_compile=True in the training arguments. In a loop of your "
             "own, compile the model that attach() returns, and give GrowthRun compiled=True."
+        )
+    config = as_config(config)
+    if not isinstance(model, nn.Module):
+        raise ValueError(
+            f"attach() was given a {type(model).__name__}, which is not a model. Load the model first, for instance "
+            "with AutoModelForSequenceClassification.from_pretrained(NAME)."
         )
     if is_attached(model):
         return _already_attached(model, config)
@@ -107,5 +114,12 @@ def _save_with_history(model: Any, save_directory: str, *args: Any, **kwargs: An
             growth.config.first_rank,
         )
     type(model).save_pretrained(model, save_directory, *args, **kwargs)
-    if kwargs.get("is_main_process", True):
-        write_json(Path(save_directory) / HISTORY_NAME, growth.history())
+    if not kwargs.get("is_main_process", True):
+        return
+    if not all(sizes.isfinite().all() for sizes in growth.sizes().values()):
+        logger.warning(
+            "IncreLoRA: the adapter that is saved to %s holds NaN or infinity: the training has diverged. "
+            "load_adapter refuses it. Train again with a lower learning rate, or go back to an earlier checkpoint.",
+            save_directory,
+        )
+    write_json(Path(save_directory) / HISTORY_NAME, growth.history())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, cast
@@ -177,18 +178,32 @@ class Growth:
         self._peft_config.target_modules = self._targets
         record_ranks(self.model, self.config)
 
-    def scores(self) -> dict[str, float]:
-        """The score of every layer."""
-        evidence = Evidence(self.tracker, [layer.component_sizes().cpu() for layer in self.layers.values()])
-        return dict(zip(self.layers, SCORES[self.config.score](evidence).tolist(), strict=True))
+    def sizes(self) -> dict[str, Tensor]:
+        """The size of every component, by layer, each of shape (r_k,)."""
+        return {name: layer.component_sizes().cpu() for name, layer in self.layers.items()}
 
     def decide(self, step: int, birth_step: int) -> Round:
-        """The round that is due after this step: the layers with the highest scores grow, or the cut."""
+        """The round that is due after this step: the layers with the highest scores grow, or the cut.
+
+        Raises:
+            RuntimeError: a size or a score is NaN or infinite, so that no comparison of layers means anything.
+        """
         assert self.plan is not None
-        scores, chosen, removed = self.scores(), [], {}
+        sizes, chosen, removed = self.sizes(), [], {}
+        values = SCORES[self.config.score](Evidence(self.tracker, list(sizes.values())))
+        scores = dict(zip(self.layers, values.tolist(), strict=True))
+        for name, score in scores.items():
+            wrong = next((size for size in (*sizes[name].tolist(), score) if not math.isfinite(size)), None)
+            if wrong is not None:
+                raise RuntimeError(
+                    f"After step {step:,} a component of the layer {name!r} has the size or score {wrong}: the "
+                    "training has diverged, and a round cannot compare layers. Start again from the last good "
+                    "weights with a lower learning_rate, stricter clipping (max_grad_norm), or a smaller init_std or "
+                    "lora_alpha. Trainer logs a loss of NaN as 0, unless logging_nan_inf_filter=False."
+                )
         if step == self.plan.cut_step:
-            sizes = {name: layer.component_sizes().tolist() for name, layer in self.layers.items()}
-            removed = smallest(sizes, self.total_rank - self.target_total_rank)
+            of_layers = {name: of_layer.tolist() for name, of_layer in sizes.items()}
+            removed = smallest(of_layers, self.total_rank - self.target_total_rank)
         else:
             room = {name: layer.max_rank - layer.rank for name, layer in self.layers.items()}
             limits = {"remaining": self.remaining, "top_h": self.plan.top_h, "increment": self.config.increment}

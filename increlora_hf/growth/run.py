@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler, OptState
@@ -18,6 +20,7 @@ from torch.optim import Optimizer
 from transformers.trainer_utils import SchedulerType
 
 from ..adapter.probes import SensitivityProbes
+from ..config import STEPS, Range, checked_number
 from ..distributed import (
     all_gather_objects,
     average_gradients,
@@ -26,6 +29,7 @@ from ..distributed import (
     is_sharded,
     num_processes,
 )
+from ..method.allocation import choice_note
 from ..method.penalties import add_orthogonality_gradient
 from .attach import is_attached
 from .growth import Growth, Round
@@ -33,6 +37,8 @@ from .packing import Packing
 from .replicas import require_same_replicas, require_same_start
 from .schedule import RestartWarmupLR, require_curve, restart_curves
 from .tensors import running_statistics, training_tensors
+
+logger = logging.getLogger(__name__)
 
 RUN_NAME = "increlora_run.pt"
 
@@ -95,10 +101,12 @@ class GrowthRun:
             state: the state of an earlier run to continue, see `load_state_dict`.
 
         Raises:
-            ValueError: the budget is out of reach in ``total_steps``; the optimizer or the schedule is not supported;
-                or the processes of the run differ. The message says what to do.
+            ValueError: a number of steps is none; the budget is out of reach in ``total_steps``; the optimizer or the
+                schedule is not supported; or the processes of the run differ. The message says what to do.
         """
         _require_attached(model)
+        total_steps = checked_number("total_steps", total_steps, STEPS, is_count=True)
+        warmup_steps = checked_number("warmup_steps", warmup_steps, Range(0), is_count=True)
         require_curve(schedule, _learning_rate(unwrapped(optimizer)), schedule_kwargs)
         self._model = model
         self.growth: Growth = model.increlora
@@ -110,7 +118,8 @@ class GrowthRun:
         self._backward_passes = 0
         self._is_penalised = self._is_averaged = False
         self._is_reached = state is not None  # whether a gradient has reached the adapter
-        self.growth.begin_run(total_steps, warmup_steps, state)
+        if note := choice_note(self.growth.begin_run(total_steps, warmup_steps, state)):
+            _warn(note)
         self._packing = self._take_over()
         self.growth.schedule = {
             "name": SchedulerType(schedule).value,
@@ -198,6 +207,9 @@ class GrowthRun:
 
         Returns:
             The round, or None. A round makes new ``model.parameters()``; a list that you made earlier is out of date.
+
+        Raises:
+            RuntimeError: a round is due, but no gradient has reached the adapter, or its weights are not finite.
         """
         was_skipped = self._packing.steps == self._steps_before and self._scaler is not None
         record = self.grow_if_due()
@@ -224,6 +236,14 @@ class GrowthRun:
             require_same_replicas(growth)
             growth.tracker = broadcast_object(growth.tracker)
             birth_step = self.lr_scheduler.last_epoch + 1 if growth.config.restart_warmup else 0
+            if self.step == (growth.plan.cut_step or growth.plan.last_step) and not any(
+                map(torch.any, growth.sizes().values())
+            ):
+                _warn(
+                    f"after step {self.step} every component of the adapter still has the size 0: it has learned "
+                    "nothing, and what this round chooses is arbitrary. Usual causes are a loss that does not change "
+                    "(such as equal rewards), or a learning rate or init_std that is far too small."
+                )
             record = broadcast_object(growth.decide(self.step, birth_step))
             growth.apply(record)
             self._follow(record)
@@ -379,6 +399,12 @@ def _require_attached(model: nn.Module) -> None:
             f"{type(model).__name__} has no growing adapter. Call attach(model, IncreLoraConfig(...)) first, and "
             "make the optimizer from the parameters of the model that it returns."
         )
+
+
+def _warn(message: str) -> None:
+    """Log a warning, on rank 0 alone."""
+    if num_processes() == 1 or dist.get_rank() == 0:
+        logger.warning("IncreLoRA: %s", message)
 
 
 def _learning_rate(optimizer: Optimizer) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -11,15 +12,23 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_scheduler
 from transformers.trainer_utils import SchedulerType
 
+from ..config import Range, checked_number
+
 Curve = Callable[[int], float]  # step of a group's own clock -> factor on its peak learning rate
 
 NO_CURVE = (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY)  # these follow a metric, not a clock
 
-TRIAL_STEPS = 10  # of the curve that is made to see whether its settings fit
+TRIAL_STEPS = 1000  # of the curve that is evaluated to see whether its settings fit
 
 
 def require_curve(schedule: str, learning_rate: float, kwargs: Mapping[str, Any] | None) -> None:
-    """Raise ValueError for a schedule that does not depend on the step alone, or that its own settings do not fit."""
+    """Raise ValueError for a schedule that does not depend on the step alone, or that its own settings do not fit.
+
+    The settings fit if the curve of a run of `TRIAL_STEPS` has a finite value at every step.
+    """
+    checked_number("learning_rate", learning_rate, Range(0), more=", such as 1e-3")
+    if kwargs is not None and not isinstance(kwargs, Mapping):
+        raise ValueError(f"lr_scheduler_kwargs={kwargs!r} is no mapping. Give one: name of a setting -> value.")
     if SchedulerType(schedule) in NO_CURVE:
         raise ValueError(
             f"lr_scheduler_type={SchedulerType(schedule).value!r} depends on a metric. New parameter groups need a "
@@ -27,8 +36,13 @@ def require_curve(schedule: str, learning_rate: float, kwargs: Mapping[str, Any]
         )
     try:
         trial = {"warmup_steps": 1, "total_steps": TRIAL_STEPS, "learning_rate": learning_rate, "kwargs": kwargs}
-        restart_curves(schedule, **trial)(0)  # type: ignore[arg-type]
-    except (TypeError, ValueError) as error:
+        if any(isinstance(value, float) and not math.isfinite(value) for value in (kwargs or {}).values()):
+            raise ValueError("a value is not finite")
+        curve = restart_curves(schedule, **trial)(0)  # type: ignore[arg-type]
+        wrong = next((step for step in range(TRIAL_STEPS + 1) if not math.isfinite(curve(step))), None)
+        if wrong is not None:
+            raise ValueError(f"the learning rate at step {wrong} of {TRIAL_STEPS} is {curve(wrong)}")
+    except (TypeError, ValueError, ArithmeticError) as error:
         name = SchedulerType(schedule).value
         raise ValueError(
             f"lr_scheduler_kwargs={dict(kwargs or {})} do not fit lr_scheduler_type={name!r}: {error}. Give the "

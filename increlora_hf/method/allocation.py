@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -84,6 +85,16 @@ class Plan:
         return {**asdict(self), **{name: getattr(self, name) for name in derived}}
 
 
+def choice_note(plan: Plan) -> str:
+    """Say that no round chooses, with the remedy; empty where some round does, or nothing grows."""
+    if plan.is_choice or not plan.rounds or plan.num_layers == 1:
+        return ""
+    return (
+        f"Every round gives rank to all {plan.num_layers} layers that have room, so no round chooses between them. "
+        "Train for more steps, or set a shorter interval or a smaller top_h."
+    )
+
+
 def scored_window(beta1: float, beta2: float, tolerance: float, total_steps: int) -> int:
     """The smallest K with max(beta1, beta2)^K <= tolerance; every step where the tolerance is 0."""
     if tolerance == 0:
@@ -114,7 +125,9 @@ def make_plan(
     """
     peak_total_rank = target_total_rank if peak_total_rank is None else peak_total_rank
     needed = peak_total_rank - initial_total_rank
-    growth_end = int(growth_fraction * total_steps)
+    last_possible = _last_possible(total_steps, is_cut=peak_total_rank > target_total_rank)
+    growth_end = min(int(growth_fraction * total_steps), last_possible)
+    is_default_interval = interval is None
     if interval is None:
         longest = warmup_steps or max(MIN_DEFAULT_INTERVAL, round(DEFAULT_INTERVAL_FRACTION * total_steps))
         wanted = math.ceil(CHOSEN_SHARE * needed / (num_layers * increment))
@@ -136,31 +149,33 @@ def make_plan(
         target_total_rank=target_total_rank,
         window=window,
     )
-    if plan.last_step > _last_possible(plan):
-        raise ValueError(_unreachable(plan))
+    if plan.last_step > last_possible:
+        raise ValueError(_unreachable(plan, is_default_interval=is_default_interval))
     return plan
 
 
 def _default_interval(longest: int, start: int | None, growth_end: int, wanted: int) -> int:
     """The longest interval, up to ``longest``, with the wanted number of rounds by the end of growth."""
-    for interval in range(min(longest, growth_end), SHORTEST_INTERVAL - 1, -1):
-        if growth_end // interval - (interval if start is None else start) // interval >= wanted:
-            return interval
-    return min(longest, SHORTEST_INTERVAL)
+    for last in itertools.count(max(wanted, growth_end // longest)):  # the last round is at last · interval
+        interval = min(longest, growth_end // last)
+        first = (last - wanted + 1) * interval
+        if interval < SHORTEST_INTERVAL or first > (interval if start is None else start):
+            break
+    return min(longest, max(interval, SHORTEST_INTERVAL))
 
 
 def _rounds_needed(components: int, top_h: int, increment: int) -> int:
     return math.ceil(components / (top_h * increment))
 
 
-def _last_possible(plan: Plan) -> int:
+def _last_possible(total_steps: int, *, is_cut: bool) -> int:
     """The last step for a round of growth: what it adds has to train, and before a cut as well as after."""
-    return plan.total_steps - (2 if plan.is_cut else 1)
+    return total_steps - (2 if is_cut else 1)
 
 
-def _unreachable(plan: Plan) -> str:
+def _unreachable(plan: Plan, *, is_default_interval: bool) -> str:
     needed = plan.peak_total_rank - plan.initial_total_rank
-    last = _last_possible(plan)
+    last = _last_possible(plan.total_steps, is_cut=plan.is_cut)
     remedies = []
     for interval in range(min(plan.interval - 1, last), 0, -1):
         if interval * (min(plan.start, interval) // interval + plan.rounds) <= last:
@@ -169,7 +184,8 @@ def _unreachable(plan: Plan) -> str:
     available = last // plan.interval - plan.start // plan.interval
     if available > 0 and math.ceil(needed / (available * plan.increment)) <= plan.num_layers:
         remedies.append(f"top_h={math.ceil(needed / (available * plan.increment))}")
-    remedies.append(f"more than {plan.last_step + plan.total_steps - last - 1:,} training steps")
+    same = f" with interval={plan.interval}" if is_default_interval else ""  # which the length of the run changes
+    remedies.append(f"more than {plan.last_step + plan.total_steps - last - 1:,} training steps{same}")
     remedies.append("overshoot=0 with init_r=r_avg, which grows nothing" if plan.is_cut else "a smaller r_avg")
     goal = "peak" if plan.is_cut else "budget"
     return (

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-from ..method.allocation import Plan, gains
+from ..method.allocation import gains
 
 if TYPE_CHECKING:  # the rank table needs no torch
     from ..config import IncreLoraConfig
@@ -57,22 +57,15 @@ def plan_line(growth: Growth, other_trainable: int) -> str:
     )
 
 
-def choice_note(plan: Plan | None) -> str:
-    """Say that no round chooses, with the remedy; empty where some round does, or nothing grows."""
-    if plan is None or plan.is_choice or not plan.rounds or plan.num_layers == 1:
-        return ""
-    return (
-        f"Every round gives rank to all {plan.num_layers} layers that have room, so no round chooses between them. "
-        "Train for more steps, or set a shorter interval or a smaller top_h."
-    )
-
-
 def budget_note(config: IncreLoraConfig, num_layers: int, budget: int) -> str:
     """Say that the layers have no room for n · r_avg; empty where they have."""
     asked = num_layers * config.r_avg
     if config.fixed_ranks is not None or budget >= asked:
         return ""
-    return f"; the budget is {budget}, not {asked}: no rank can exceed its layer's min(in, out)"
+    reason = "no rank can exceed its layer's min(in, out)"
+    if config.increment > 1:
+        reason = f"no layer has room for another increment={config.increment}"
+    return f"; the budget is {budget}, not {asked}: {reason}"
 
 
 def _millions(count: int) -> str:

@@ -16,7 +16,7 @@ from transformers import ProgressCallback, Trainer, TrainerCallback, TrainingArg
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, has_length
 
 from ..adapter.inject import unchanged_on_error
-from ..config import IncreLoraConfig
+from ..config import IncreLoraConfig, as_config
 from ..distributed import barrier, broadcast_object, give_up_after, lost_process_explained, num_processes
 from ..files.checkpoints import new_checkpoint, refuse_files_in_the_way, rotate
 from ..files.run_state import read_state, write_state
@@ -25,7 +25,7 @@ from ..growth.growth import Growth
 from ..growth.run import GrowthRun
 from ..growth.tensors import frozen_batch_norms
 from ..report.callback import GrowthReportCallback, say
-from ..report.text import ORTH_LOSS, TOTAL_RANK, choice_note, final_ranks, plan_line
+from ..report.text import ORTH_LOSS, TOTAL_RANK, final_ranks, plan_line
 from .loss_accounting import ItemCountsMixin, borrowed
 from .publishing import PublishingMixin, refuse_pickles
 from .refusals import refuse_other_classes, refuse_other_order, refuse_other_parallelism, refuse_unsupported
@@ -70,9 +70,7 @@ class IncreLoraTrainerMixin(ItemCountsMixin, PublishingMixin, SearchMixin):
     ) -> None:
         """Take the Trainer's arguments and two more."""
         refuse_other_classes(type(self))
-        if isinstance(increlora_config, Mapping):
-            increlora_config = IncreLoraConfig.from_dict(increlora_config)
-        self.increlora_config = increlora_config
+        self.increlora_config = as_config(increlora_config)
         given = (value for value in (*args, kwargs.get("args")) if isinstance(value, TrainingArguments))
         # sentence-transformers call model_init before Trainer sets self.args
         self.args = training_args = next(given, None) or TrainingArguments(output_dir="tmp_trainer")
@@ -221,8 +219,6 @@ class IncreLoraTrainerMixin(ItemCountsMixin, PublishingMixin, SearchMixin):
             self.lr_scheduler = self.growth_run.lr_scheduler
             self._created_lr_scheduler = True
             say(args, plan_line(self.increlora, self._other_trainable()))
-            if note := choice_note(self.increlora.plan):
-                say(args, f"IncreLoRA: {note}", logging.WARNING)
         return self.lr_scheduler
 
     def _begin(self) -> None:
