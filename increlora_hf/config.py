@@ -265,10 +265,7 @@ class IncreLoraConfig:
     @classmethod
     def from_json(cls, text: str) -> IncreLoraConfig:
         """The inverse of `to_json`."""
-        values = parsed_json(text, "the settings")
-        if not isinstance(values, dict):
-            raise ValueError(f"the settings are a {type(values).__name__}. Give one JSON object, setting: value.")
-        return cls.from_dict(values)
+        return cls.from_dict(parsed_json(text, "the settings"))
 
 
 def as_config(settings: Any) -> IncreLoraConfig | None:
