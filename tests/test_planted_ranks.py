@@ -92,8 +92,8 @@ def test_report_has_ratios_at_each_contenders_best_rate(tmp_path: Path, capsys: 
     text = document.read_text()
     assert text.startswith("before\n<!-- tables -->\n\n### encoder of width 64, sparse ranks, 400 steps")
     assert "old" not in text
-    assert "| lora | 0.01 | 0.4000 0.2000 | 1.00 [1.00, 1.00] | — |  | 5 | 0 | 2 |" in text
-    assert "| default | 0.01 | 0.1000 0.1000 | 0.38 [0.25, 0.50] | — | 0.97 | 8 | 0 | 4 |" in text
+    assert "| lora | 0.01 | 0.4000 0.2000 | 1.000 [1.000, 1.000] | — |  | 5 | 0 | 2 |" in text
+    assert "| default | 0.01 | 0.1000 0.1000 | 0.375 [0.250, 0.500] | — | 0.97 | 8 | 0 | 4 |" in text
     (picture,) = (tmp_path / "figures").iterdir()
     assert picture.stat().st_size > 1000
     assert f"](figures/{picture.name})" in document.read_text()

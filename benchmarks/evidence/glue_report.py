@@ -100,14 +100,14 @@ def spread(values: Sequence[float]) -> str:
     return f"{statistics.mean(values):.2f}{deviation} ({len(values)})"
 
 
-def paired(ours: Mapping[int, float], theirs: Mapping[int, float]) -> str:
+def paired(ours: Mapping[int, float], theirs: Mapping[int, float], digits: int = 2) -> str:
     """Mean difference over common seeds with a 95 % bootstrap interval over the seeds."""
     differences = np.array([ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())])
     if len(differences) < 2:
         return "—"
     draws = np.random.default_rng(0).choice(differences, (RESAMPLES, len(differences))).mean(axis=1)
     low, high = np.quantile(draws, [0.025, 0.975])
-    return f"{differences.mean():+.2f} [{low:+.2f}, {high:+.2f}]"
+    return f"{differences.mean():+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"
 
 
 def learning_rate(runs: Iterable[Mapping[str, Any]]) -> str:

@@ -295,7 +295,7 @@ def at_best_rate(found: Sequence[Mapping[str, Any]], cell: Cell, contender: str)
 
 def table(found: Sequence[Mapping[str, Any]], cell: Cell) -> str:
     """Loss, ratio to LoRA's and to AdaLoRA's, correlation and overlap of every contender."""
-    contenders = list(dict.fromkeys(line["contender"] for line in found))
+    contenders = sorted({line["contender"] for line in found}, key=label)
     best = {contender: at_best_rate(found, cell, contender) for contender in contenders}
     text = [
         "| | rate | loss by seed | ÷ LoRA | ÷ AdaLoRA | correlation | overlap | layers at 0 | largest |",
@@ -314,7 +314,7 @@ def table(found: Sequence[Mapping[str, Any]], cell: Cell) -> str:
         known = "" if any(map(math.isnan, numbers)) else f"{statistics.mean(numbers):.2f}"
         text.append(
             f"| {label(contender)} | {own[0]['learning_rate']:g} | "
-            f"{' '.join(f'{loss:.4f}' for loss in losses.values())} | {' | '.join(ratios)} | "
+            f"{' '.join(map(decimals, losses.values()))} | {' | '.join(ratios)} | "
             f"{known} | {statistics.mean(map(overlap, own)):.0f} | "
             f"{statistics.mean(ranks.count(0) for ranks in found_ranks):.0f} | {max(map(max, found_ranks))} |"
         )
@@ -329,10 +329,15 @@ def label(contender: str) -> str:
     return ", ".join(["default", *(f"{name}={value}" for name, value in own.items() if usual[name] != value)])
 
 
+def decimals(loss: float) -> str:
+    """The loss with four digits after the point, or with two that count where it is small."""
+    return f"{loss:.4f}" if loss >= 0.001 else f"{loss:.1e}"
+
+
 def ratio(ours: Mapping[int, float], theirs: Mapping[int, float]) -> str:
     """The mean over common seeds of ours ÷ theirs, with a 95 % bootstrap interval over the seeds."""
     ratios = {seed: ours[seed] / theirs[seed] for seed in ours.keys() & theirs.keys()}
-    return paired(ratios, dict.fromkeys(ratios, 0.0)).replace("+", "")
+    return paired(ratios, dict.fromkeys(ratios, 0.0), digits=3).replace("+", "")
 
 
 def report(settings: argparse.Namespace) -> None:
@@ -371,7 +376,7 @@ def draw(found: Sequence[Mapping[str, Any]], cell: Cell, settings: argparse.Name
         axes.bar(places, list(planted.values()), width=0.9, color="0.75", label="planted")
         axes.bar(places, [line["found"].get(layer, 0) for layer in planted], width=0.45, color="C0", label="found")
         title = "AdaLoRA" if name == "adalora" else f"IncreLoRA: {label(name)}"
-        numbers = f"loss {line['loss']:.4f}, correlation {correlation(line):.2f}"
+        numbers = f"loss {decimals(line['loss'])}, correlation {correlation(line):.2f}"
         axes.set_title("\n".join([*textwrap.wrap(title, TITLE_WIDTH), numbers]), fontsize="small", loc="left")
         axes.set_ylabel("rank")
         axes.yaxis.set_major_locator(MaxNLocator(4, integer=True))
@@ -402,7 +407,7 @@ def run_all(settings: argparse.Namespace) -> None:
             file.flush()
             sys.stdout.write(
                 f"{line['shape']} | {line['drawing']} | seed {line['seed']} | {line['contender']} | "
-                f"{line['learning_rate']:g}: {line['loss']:.4f}, correlation {correlation(line):.2f}, "
+                f"{line['learning_rate']:g}: {decimals(line['loss'])}, correlation {correlation(line):.2f}, "
                 f"{line['seconds']:.0f} s\n"
             )
             sys.stdout.flush()
