@@ -81,7 +81,7 @@ from increlora_hf.method import penalties, scores
         ({"r_avg": np.array([1, 2])}, r"r_avg=array\(\[1, 2\]\) is not a whole number"),
         ({"score": np.array(["paper", "weakest"])}, "score=array.* is unknown"),
         ({"init_std": np.array([1.0, 2.0])}, "init_std=array.* is not a number"),
-        ({"modules_to_save": {1, "a"}}, "modules_to_save contains 1"),
+        pytest.param({"modules_to_save": {1, "a"}}, "modules_to_save contains 1", id="a set of a number and a name"),
     ],
     ids=lambda value: str(value)[:40],
 )
