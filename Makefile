@@ -3,7 +3,7 @@ VENV ?= .venv
 OLDEST ?= .venv-oldest
 OUT ?= build/demo
 RUN := HF_HUB_OFFLINE=1 $(VENV)/bin/python
-PYTEST := $(RUN) -m pytest -q -n 2 --dist worksteal
+PYTEST := $(RUN) -m pytest -q -n 3 --dist worksteal
 
 # Tests of what the oldest versions lack themselves: activation_checkpointing and fsdp_plan, heads of adapters that
 # AutoModel loads, and loading an optimizer's state in several CPU processes (saved as of device cpu:0).

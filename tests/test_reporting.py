@@ -432,6 +432,7 @@ class Notebook:
         self.shown: list[tuple[str, Any]] = []
         ipython, displays = ModuleType("IPython"), ModuleType("IPython.display")
         ipython.get_ipython = lambda: shell
+        ipython.version_info = (9, 0)  # matplotlib asks for it
         displays.display = self.display
         monkeypatch.setitem(sys.modules, "IPython", ipython)
         monkeypatch.setitem(sys.modules, "IPython.display", displays)
