@@ -28,8 +28,7 @@ DEFAULT_SEED = 42  # TrainingArguments' own default
 
 
 MAX_RANK = 2**16  # no linear layer is wider
-# Of a scale or a weight; with others the update overflows, or stays 0
-MIN_FACTOR, MAX_FACTOR = 1e-6, 1e6
+MIN_FACTOR, MAX_FACTOR = 1e-6, 1e6  # of a scale or a weight; beyond these the update overflows or stays 0
 
 
 class Range(NamedTuple):

@@ -155,7 +155,7 @@ def require_equal(facts: Mapping[str, Any], remedy: str, *, show_values: bool = 
 def _text(value: Any) -> Any:
     """What JSON cannot hold, alike in all processes: without addresses in memory, and sets in order."""
     if isinstance(value, set | frozenset):
-        return sorted(map(_text, value))
+        return sorted(str(_text(one)) for one in value)
     return re.sub(r" at 0x[0-9a-fA-F]+", "", str(value))
 
 

@@ -37,9 +37,8 @@ from increlora_hf.tasks.glue.tasks import glue_task
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("torch", "transformers", "peft", "adapters", "increlora-hf")
 BOTTLENECKS = {"houlsby": 8, "pfeiffer": 16}  # widths; on a BERT with about the parameters of LoRA r=2
-CUT: Mapping[
-    str, Any
-] = {  # today's defaults by name, without `STARTS`: these runs began when others were the defaults
+# Today's defaults by name, without `STARTS`: these runs began when others were the defaults.
+CUT: Mapping[str, Any] = {
     "increlora_overshoot": 2,
     "increlora_score": "weakest",
     "increlora_advance_learning": False,

@@ -154,17 +154,18 @@ def _adapted_names(
             f"target_modules={idle or config.target_modules!r} matches no module of {type(model).__name__}. {remedy}, "
             "or leave it out to adapt every linear layer of the backbone."
         )
+    fixed = config.adapted_ranks or {}
     for name in wanted:
         if not is_linear(modules[name]):
             raise ValueError(
                 f"{source} matches {name!r}, a {type(modules[name]).__name__}. "
                 "IncreLoRA grows linear layers only. Name the linear layers inside it, or leave it out."
             )
-        highest, rank = min(features(modules[name])), (config.adapted_ranks or {}).get(name, 0)
-        if rank > highest:
+        highest = min(features(modules[name]))
+        if fixed.get(name, 0) > highest:
             raise ValueError(
-                f"rank_pattern[{name!r}]={rank} is above {highest}, the min(in, out) of this layer: more components "
-                f"express nothing more. Give at most {highest}."
+                f"rank_pattern[{name!r}]={fixed[name]} is above {highest}, the min(in, out) of this layer: more "
+                f"components express nothing more. Give at most {highest}."
             )
     refused = _refused_by_peft(model, wanted)
     if refused:

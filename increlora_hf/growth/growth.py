@@ -90,7 +90,7 @@ class Growth:
         self.trained: nn.Module = model
         self._peft_config = cast(LoraConfig, model.peft_config[ADAPTER])
         self._targets = self._peft_config.target_modules
-        self._sizes_at_start = [layer.component_sizes() for layer in self.layers.values()]
+        self._sizes_at_start = [layer.component_sizes() for layer in self.layers.values()]  # meta where the model is
         self._told = False  # that growth was forgotten
 
     def __repr__(self) -> str:
@@ -179,7 +179,7 @@ class Growth:
         record_ranks(self.model, self.config)
 
     def sizes(self) -> dict[str, Tensor]:
-        """The size of every component, by layer, each of shape (r_k,)."""
+        """The size of every component, by layer, each of shape (r_k,) and on the CPU."""
         return {name: layer.component_sizes().cpu() for name, layer in self.layers.items()}
 
     def decide(self, step: int, birth_step: int) -> Round:
@@ -366,15 +366,20 @@ class Growth:
     def require_same_plan(self, state: Mapping[str, Any], source: str) -> None:
         """Raise ValueError likewise where the rounds, the learning rates or the optimizer differ.
 
-        States of earlier versions hold the rounds alone.
+        States of earlier versions hold the rounds alone. A number of the optimizer that only one side knows is not
+        compared: another version of torch may have added it.
         """
         plan = None if self.plan is None else asdict(self.plan)
         differences: dict[str, str] = {}
-        for of, ours in {"": plan, "schedule ": self.schedule, "optimizer ": self.optimizer}.items():
-            theirs = state.get(of.strip() or "plan") or {}
-            for name, now in (ours or {}).items():
-                if name in theirs and theirs[name] != now:
-                    differences.setdefault(name, f"{of}{name}: {theirs[name]!r} → {now!r}")
+        for part, ours in {"plan": plan, "schedule": self.schedule, "optimizer": self.optimizer}.items():
+            theirs = state.get(part)
+            if ours is None or theirs is None:
+                continue
+            for name, now in ours.items():
+                before = theirs.get(name)
+                if before != now and (name in theirs or part != "optimizer"):
+                    shown = name if part == "plan" else f"{part} {name}"
+                    differences.setdefault(name, f"{shown}: {before!r} → {now!r}")
         _refuse_differences(source, list(differences.values()))
 
 

@@ -101,8 +101,9 @@ class GrowthRun:
             state: the state of an earlier run to continue, see `load_state_dict`.
 
         Raises:
-            ValueError: a number of steps is none; the budget is out of reach in ``total_steps``; the optimizer or the
-                schedule is not supported; or the processes of the run differ. The message says what to do.
+            ValueError: a number of steps is not a whole number in its range; the budget is out of reach in
+                ``total_steps``; the optimizer or the schedule is not supported; or the processes of the run differ.
+                The message says what to do.
         """
         _require_attached(model)
         total_steps = checked_number("total_steps", total_steps, STEPS, is_count=True)
