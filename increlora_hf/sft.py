@@ -4,7 +4,12 @@ Pass ``increlora_config`` in place of ``peft_config``, see `IncreLoraTrainerMixi
 the model as it was when the Trainer was made.
 """
 
-from trl import DPOTrainer, GRPOTrainer, KTOTrainer, RewardTrainer, RLOOTrainer, SFTTrainer
+try:
+    from trl import DPOTrainer, GRPOTrainer, KTOTrainer, RewardTrainer, RLOOTrainer, SFTTrainer
+except ModuleNotFoundError as error:
+    if error.name != "trl":
+        raise
+    raise ModuleNotFoundError("increlora_hf.sft needs TRL: pip install 'increlora-hf[sft]'.", name="trl") from error
 
 from .trainer.mixin import IncreLoraTrainerMixin
 

@@ -1,6 +1,8 @@
 """The mixin on the Trainer classes of others, and on classes that are none."""
 
 import copy
+import importlib
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -141,3 +143,10 @@ def test_the_mixin_may_be_extended_before_it_meets_a_trainer(tmp_path: Path) -> 
         pass
 
     assert Mixed(tiny_bert(), arguments(tmp_path), increlora_config=CONFIG).increlora.total_rank == 36
+
+
+def test_trls_classes_without_trl_name_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "trl", None)
+    monkeypatch.delitem(sys.modules, "increlora_hf.sft", raising=False)
+    with pytest.raises(ModuleNotFoundError, match=r"needs TRL: pip install 'increlora-hf\[sft\]'"):
+        importlib.import_module("increlora_hf.sft")

@@ -682,6 +682,13 @@ def test_schedule_without_a_curve_is_refused(settings: dict[str, Any], message: 
         )
 
 
+def test_the_name_of_a_model_is_refused_with_the_line_that_loads_it(tmp_path: Path) -> None:
+    with pytest.raises(
+        ValueError, match=r"model='bert' is a name.*ForSequenceClassification\.from_pretrained\('bert'\)"
+    ):
+        IncreLoraTrainer("bert", arguments(tmp_path), train_dataset=token_rows())
+
+
 def test_finished_scheduler_is_refused(tmp_path: Path) -> None:
     model = attach(tiny_bert())
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

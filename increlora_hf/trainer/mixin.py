@@ -28,7 +28,13 @@ from ..report.callback import GrowthReportCallback, say
 from ..report.text import ORTH_LOSS, TOTAL_RANK, final_ranks, plan_line
 from .loss_accounting import ItemCountsMixin, borrowed
 from .publishing import PublishingMixin, refuse_pickles
-from .refusals import refuse_other_classes, refuse_other_order, refuse_other_parallelism, refuse_unsupported
+from .refusals import (
+    refuse_names,
+    refuse_other_classes,
+    refuse_other_order,
+    refuse_other_parallelism,
+    refuse_unsupported,
+)
 from .resuming import complete_state, require_on_every_node, same_checkpoint, state_to_resume, where_it_stopped
 from .search import SearchMixin
 from .trl_models import load_by_name, reference_of_the_start
@@ -79,6 +85,7 @@ class IncreLoraTrainerMixin(ItemCountsMixin, PublishingMixin, SearchMixin):
         refuse_pickles(training_args, allow_pickles_on_hub)
         for_trainer: dict[str, Any] = {}
         if isinstance(model, str):
+            refuse_names(type(self), model)
             for_trainer["model_init_kwargs"] = None  # TRL refuses them beside a model that is loaded
             model = load_by_name(model, training_args, kwargs.pop("quantization_config", None))
         self.growth_run: GrowthRun | None = None

@@ -23,6 +23,15 @@ def refuse_other_classes(cls: type) -> None:
         )
 
 
+def refuse_names(cls: type, name: str) -> None:
+    """Raise ValueError for the name of a model, which only TRL's Trainers load."""
+    if not any(base.__module__.startswith("trl.") for base in cls.__mro__):
+        raise ValueError(
+            f"model={name!r} is a name, and only TRL's Trainers load a model by its name. Load the model first, for "
+            f"instance with AutoModelForSequenceClassification.from_pretrained({name!r})."
+        )
+
+
 def refuse_other_order(cls: type, mixin: type) -> None:
     """Raise TypeError where Trainer comes before the mixin, which would then never be called."""
     order = cls.__mro__
