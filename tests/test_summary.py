@@ -46,3 +46,12 @@ def test_scores_are_those_of_the_model_as_it_is(
     found = _last_evaluation(log, best_step)
     assert found == expected
     assert all(type(value) is float for value in found[1].values())
+
+
+@pytest.mark.parametrize("saved, name", [("out", "out"), ("out/checkpoint-7", "out"), ("final", "final")])
+def test_a_card_names_the_folder_that_it_lies_in(saved: str, name: str, tmp_path: Path) -> None:
+    run = IncreLoraTrainer(
+        tiny_bert(), arguments(tmp_path / "out"), train_dataset=token_rows(), increlora_config=IncreLoraConfig(r_avg=2)
+    )
+    assert describe(run, tmp_path / saved, None).repository == name
+    assert describe(run, tmp_path / saved, "me/it").repository == "me/it"

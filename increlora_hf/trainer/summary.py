@@ -14,6 +14,7 @@ from peft import TaskType
 from transformers import TrainingArguments
 from transformers.modelcard import extract_hyperparameters_from_trainer
 from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.training_args import OptimizerNames
 
 from .._version import __version__
@@ -29,7 +30,8 @@ def describe(trainer: Any, folder: Path, repository: str | None) -> RunSummary:
     """Summarize the run of an IncreLoraTrainer so far, for a card in ``folder``."""
     growth = trainer.increlora
     model = growth.model
-    out = Path(str(trainer.args.output_dir)).absolute()
+    saved = folder.absolute()
+    name = repository or (saved.parent if saved.name.startswith(PREFIX_CHECKPOINT_DIR) else saved).name
     config = model.peft_config[model.active_adapter]
     state = trainer.state
     best = next((entry for entry in reversed(state.log_history) if AT_BEST in entry), None)
@@ -39,8 +41,8 @@ def describe(trainer: Any, folder: Path, repository: str | None) -> RunSummary:
     step, metrics = _last_evaluation(state.log_history, state.best_global_step if best else None)
     labels = dict(getattr(getattr(model, "config", None), "id2label", None) or {})
     return RunSummary(
-        repository=repository or out.name,
-        title=(repository or out.name).split("/")[-1],
+        repository=name,
+        title=name.split("/")[-1],
         base=config.base_model_name_or_path or "",
         task_type=None if config.task_type is None else TaskType(config.task_type).value,
         auto_class=type(model.get_base_model()).__name__,
