@@ -6,6 +6,7 @@ import json
 import pickle
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -84,6 +85,13 @@ def test_attached_model_computes_what_the_base_computes(config: IncreLoraConfig)
         difference = (model(input_ids=INPUT).logits - before).abs().max()
     assert difference < 1e-5
     assert (difference > 0) == config.advance_learning
+
+
+def test_attaching_and_loading_warn_of_nothing(tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # pyproject.toml lets the one of PEFT pass
+        attach(tiny_bert()).save_pretrained(tmp_path)
+        load_adapter(tiny_bert(), tmp_path)
 
 
 def test_every_layer_starts_at_init_r_with_a_reserve() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -54,10 +55,18 @@ def inject(
 
 def _wrap(model: nn.Module, lora_config: LoraConfig) -> PeftModel:
     try:
-        with _unsharded_heads(model, lora_config):
+        with _unsharded_heads(model, lora_config), without_peft_warning():
             return get_peft_model(model, lora_config)
     except (TypeError, ValueError, NotImplementedError) as error:  # of a kind of layer, when some are wrapped already
         raise ValueError(f"PEFT cannot adapt {type(model).__name__}: {error}") from error
+
+
+@contextmanager
+def without_peft_warning() -> Iterator[None]:
+    """Hide that transformers calls a name deprecated which PEFT asks for: no user can change it."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        yield
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..adapter.four_bit import keep_unpacked, require_unpacked
-from ..adapter.inject import require_no_adapter, unchanged_on_error
+from ..adapter.inject import require_no_adapter, unchanged_on_error, without_peft_warning
 from ..adapter.names import PREFIX
 from ..adapter.patterns import BEFORE_NUMBER, ENDING, WHOLE
 from ..adapter.targets import features, head_modules, is_linear
@@ -84,7 +84,7 @@ def load_adapter(model: nn.Module, path_or_repo: str | Path, *, trainable: bool 
         expected[key] = (tuple(tensor.shape), _dtype_of_head(tensor.dtype))
     check_tensors(folder / WEIGHTS_NAME, tensors, expected)
     check_finite(folder / WEIGHTS_NAME, _as_they_will_be(model, tensors))
-    with unchanged_on_error(model, embeddings.values()):
+    with unchanged_on_error(model, embeddings.values()), without_peft_warning():
         try:
             peft_model = PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
         except Exception as error:  # of any kind: PEFT refuses what the checks above do not cover

@@ -8,6 +8,7 @@ from peft import AdaLoraConfig, LoraConfig, get_peft_model
 from torch import nn
 from transformers import TrainerCallback, TrainingArguments
 
+from ..adapter.inject import without_peft_warning
 from ..adapter.names import exact_pattern
 from ..adapter.targets import head_modules, resolve_targets
 from ..config import IncreLoraConfig
@@ -59,7 +60,8 @@ def _prepared(tuner: str, config: IncreLoraConfig, common: dict[str, Any]) -> nn
         "task_type": lora_config.task_type,
     }
     if tuner == "lora":
-        return get_peft_model(model, LoraConfig(r=config.r_avg, **_ranks(config), **shared))
+        with without_peft_warning():
+            return get_peft_model(model, LoraConfig(r=config.r_avg, **_ranks(config), **shared))
     if tuner == "adalora":
         steps = _steps(common["args"], len(common["train_dataset"]))
         settings: dict[str, Any] = {
@@ -70,7 +72,8 @@ def _prepared(tuner: str, config: IncreLoraConfig, common: dict[str, Any]) -> nn
             "tfinal": round(ADALORA_FINAL * steps),
             "deltaT": max(1, round(ADALORA_INTERVAL * steps)),
         }
-        return get_peft_model(model, AdaLoraConfig(**settings, **shared))
+        with without_peft_warning():
+            return get_peft_model(model, AdaLoraConfig(**settings, **shared))
     trained = head_modules(model, heads)
     for name, parameter in model.named_parameters():
         in_head = any(name.startswith(f"{head}.") for head in trained)
