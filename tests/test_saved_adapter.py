@@ -102,6 +102,12 @@ def retensor(folder: Path, edit: Any) -> None:
 KEY = "base_model.model.bert.encoder.layer.0.attention.self.query.lora_"
 
 
+def test_a_folder_of_checkpoints_is_refused_with_their_names(tmp_path: Path) -> None:
+    plain_lora(tmp_path / "checkpoint-9")
+    with pytest.raises(AdapterFormatError, match=r"no such file\. These folders in .* have one: checkpoint-9\."):
+        read_adapter(tmp_path)
+
+
 @pytest.mark.parametrize(
     "damage, message",
     [

@@ -169,7 +169,9 @@ def own_file(folder: Path, name: str) -> Path:
     if not path.is_file() and pickles and name == WEIGHTS_NAME:
         raise AdapterFormatError(folder / pickles[0], "file", name, "a pickle, which is never opened")
     if not path.is_file():
-        raise AdapterFormatError(path, "file", name, "no such file")
+        inside = sorted(p.parent.name for p in folder.glob(f"*/{name}"))
+        found = f"no such file. These folders in {folder} have one: {', '.join(inside)}" if inside else "no such file"
+        raise AdapterFormatError(path, "file", name, found)
     return path
 
 
