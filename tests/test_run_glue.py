@@ -270,6 +270,10 @@ def test_the_adapter_loads_as_the_last_lines_say(run, model, out, tmp_path, caps
     printed = capsys.readouterr().out
     assert f'AutoModelForSequenceClassification.from_pretrained("{model}", num_labels=2)' in printed
     assert f'PeftModel.from_pretrained(model, "{out}")' in printed
+    assert (
+        "from peft import PeftModel\n    from transformers import AutoModelForSequenceClassification, AutoTokenizer\n"
+        in printed
+    )
     loaded = PeftModel.from_pretrained(
         AutoModelForSequenceClassification.from_pretrained(str(model), num_labels=2), str(out)
     )
@@ -342,7 +346,7 @@ def test_a_run_continues_from_its_last_checkpoint(run, out, tmp_path):
     [
         ("", "train.csv has no rows"),
         ("sentence1,label\na,x\nb\n", "train.csv, line 3: 1 cells under a header of 2 columns"),
-        ("sentence1,answer\na,x\nb,y\n", "train.csv has no column 'label' (columns: sentence1, answer)"),
+        ("sentence1,answer\na,x\nb,y\n", "train.csv has no column 'label' (columns: sentence1, answer). Name the"),
         ("sentence1,label\na,x\nb,x\n", "train.csv: all 2 rows have the label 'x'"),
     ],
     ids=["empty", "not parseable", "no label", "one class"],

@@ -218,6 +218,10 @@ def test_the_adapter_loads_as_the_last_lines_say(run, model, out, tmp_path, caps
     printed = capsys.readouterr().out
     assert f'AutoModelForQuestionAnswering.from_pretrained("{model}")' in printed
     assert f'PeftModel.from_pretrained(model, "{out}")' in printed
+    assert (
+        "from peft import PeftModel\n    from transformers import AutoModelForQuestionAnswering, AutoTokenizer\n"
+        in printed
+    )
     loaded = PeftModel.from_pretrained(AutoModelForQuestionAnswering.from_pretrained(str(model)), str(out))
     assert "QUESTION_ANS" in str(loaded.peft_config["default"].task_type)
 

@@ -8,6 +8,7 @@ from typing import Any
 from peft import PeftConfig, PeftModel
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 
+from ..adapter.inject import without_peft_warning
 from .flags import ModelArguments
 
 
@@ -39,7 +40,8 @@ def load_model(args: ModelArguments, auto_model: Any, config: PreTrainedConfig) 
         model = auto_model.from_pretrained(
             _base(args), config=config, ignore_mismatched_sizes=args.ignore_mismatched_sizes, **options
         )
-        return PeftModel.from_pretrained(model, path) if args.is_adapter else model, tokenizer
+        with without_peft_warning():
+            return PeftModel.from_pretrained(model, path) if args.is_adapter else model, tokenizer
 
 
 def _base(args: ModelArguments) -> str:
@@ -72,6 +74,8 @@ def how_to_load(model: Any, auto_model: type, base: str, out: str, **options: An
     saved, plain = json.dumps(str(out)), json.dumps(base)  # quoted, for Python too
     lines = [
         f"The {'adapter' if adapted else 'model'} is in {out}. To use it:",
+        *(["    from peft import PeftModel"] if adapted else []),
+        f"    from transformers import {auto_model.__name__}, AutoTokenizer",
         f"    model = {auto_model.__name__}.from_pretrained({plain + given if adapted else saved})",
         *([f"    model = PeftModel.from_pretrained(model, {saved})"] if adapted else []),
         f"    tokenizer = AutoTokenizer.from_pretrained({saved})",
