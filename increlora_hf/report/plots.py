@@ -234,4 +234,5 @@ def _draw_rates(axes: Any, rates: Mapping[int, tuple[np.ndarray, np.ndarray]], o
         axes.plot(*rates[birth], color=colour, label=label, linewidth=1.2)
     _name(axes, "New components have a warm-up of their own", "learning rate of A and B")
     of_lam_too = f"that of λ: {of_lam:g} × as high" if of_lam != 1 else None
+    axes.set_ylim(top=(1.5 if of_lam_too else 1.4) * axes.get_ylim()[1])  # room for the legend
     axes.legend(loc="upper right", fontsize="small", title=of_lam_too, title_fontsize="small")
