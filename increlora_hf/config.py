@@ -80,7 +80,7 @@ class IncreLoraConfig:
 
     r_avg: int = _setting(
         2,
-        "Average rank of the adapted layers at the end of growth (r^avg). The budget is n * r_avg for n layers. A "
+        "Average rank of the adapted layers at the end of the run (r^avg). The budget is n * r_avg for n layers. A "
         "layer's rank never exceeds its min(in, out).",
         within=RANK,
     )
@@ -107,7 +107,7 @@ class IncreLoraConfig:
         within=Range(0, MAX_RANK),
     )
     start: int | None = _setting(
-        None, "No round takes place before this optimizer step. Default: interval.", within=Range(0)
+        None, "Rounds take place after this optimizer step only. Default: interval.", within=Range(0)
     )
     growth_fraction: float = _setting(
         0.6, "Growth ends at this share of the run, if top_h is not given.", within=Range(0, 1, "(]")
