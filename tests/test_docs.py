@@ -193,3 +193,12 @@ def test_adalora_does_not_resume_after_it_has_cut_ranks_as_the_readme_says(tmp_p
         new_trainer().train()
         with pytest.raises(RuntimeError, match="size mismatch"):
             new_trainer().train(resume_from_checkpoint=True)
+
+
+def test_the_headings_of_troubleshooting_are_in_the_messages() -> None:
+    code = "".join(file.read_text(encoding="utf-8") for file in sorted((ROOT / "increlora_hf").rglob("*.py")))
+    messages = re.sub(r'"\s*\n\s*f?"', "", code)  # strings that are written in several parts
+    page = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    for heading in re.findall(r"^## `(.*)`$", page, re.MULTILINE):
+        parts = [part.strip(" []=") for part in re.split(r"\.\.\.|'[^']*'|\d+", heading)]
+        assert any(len(part.split()) > 2 and part in messages for part in parts), heading
