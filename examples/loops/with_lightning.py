@@ -1,4 +1,4 @@
-"""IncreLoRA as a Lightning callback: python with_lightning.py OUT, after pip install "increlora-hf[lightning]"."""
+"""IncreLoRA as a Lightning callback: python with_lightning.py OUT, after pip install ".[lightning]"."""
 
 import sys
 from pathlib import Path
