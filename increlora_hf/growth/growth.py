@@ -182,14 +182,18 @@ class Growth:
         """The size of every component, by layer, each of shape (r_k,) and on the CPU."""
         return {name: layer.component_sizes().cpu() for name, layer in self.layers.items()}
 
-    def decide(self, step: int, birth_step: int) -> Round:
+    def decide(self, step: int, birth_step: int, sizes: Mapping[str, Tensor]) -> Round:
         """The round that is due after this step: the layers with the highest scores grow, or the cut.
+
+        Args:
+            sizes: of all components, from `sizes`.
 
         Raises:
             RuntimeError: a size or a score is NaN or infinite, so that no comparison of layers means anything.
         """
         assert self.plan is not None
-        sizes, chosen, removed = self.sizes(), [], {}
+        chosen: list[str] = []
+        removed: dict[str, list[int]] = {}
         values = SCORES[self.config.score](Evidence(self.tracker, list(sizes.values())))
         scores = dict(zip(self.layers, values.tolist(), strict=True))
         for name, score in scores.items():
@@ -269,6 +273,15 @@ class Growth:
         """Settings, plan, learning-rate schedule, rounds, first and current ranks, as values that JSON can hold."""
         return {
             "format_version": HISTORY_FORMAT,
+            **self._settings_and_rounds(),
+            "component_parameters": {name: layer.num_parameters(1) for name, layer in self.layers.items()},
+            "total_rank": self.total_rank,
+            "target_total_rank": self.target_total_rank,
+        }
+
+    def _settings_and_rounds(self) -> dict[str, Any]:
+        """What `history` and `state_dict` both hold."""
+        return {
             "config": self.config.to_dict(),
             "plan": None if self.plan is None else self.plan.to_dict(),
             "schedule": self.schedule,
@@ -276,9 +289,6 @@ class Growth:
             "rounds_before_run": self.rounds_before_run,
             "rounds": [asdict(record) for record in self.rounds],
             "rank_pattern": self.rank_pattern,
-            "component_parameters": {name: layer.num_parameters(1) for name, layer in self.layers.items()},
-            "total_rank": self.total_rank,
-            "target_total_rank": self.target_total_rank,
         }
 
     # ---- The state of growth, for resuming ------------------------------------------------------------------------
@@ -286,18 +296,12 @@ class Growth:
     def state_dict(self) -> dict[str, Any]:
         """Return everything but the values of tensors, as plain values that JSON can hold."""
         return {
-            "config": self.config.to_dict(),
-            "plan": None if self.plan is None else self.plan.to_dict(),
-            "schedule": self.schedule,
+            **self._settings_and_rounds(),
             "optimizer": self.optimizer,
-            "initial_ranks": self.initial_ranks,
             "run_start_rank": self.run_start_rank,
             "run_peak_rank": self.run_peak_rank,
-            "rounds_before_run": self.rounds_before_run,
             "rounds_before_optimizer": self.rounds_before_optimizer,
-            "rounds": [asdict(record) for record in self.rounds],
             **self.tracker.state_dict(),
-            "rank_pattern": self.rank_pattern,
         }
 
     def load_state_dict(
