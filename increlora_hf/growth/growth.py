@@ -326,14 +326,15 @@ class Growth:
         """
         self.require_same_settings(state, source)
         self.replay(state, state["rounds_before_run"], follow)
-        for key, found in {"run_start_rank": self.total_rank, "run_peak_rank": self.peak_total_rank}.items():
-            if len(self.rounds) == state["rounds_before_run"] and state[key] != found:
-                raise AdapterFormatError(source, key, f"{found} by its rounds", f"{state[key]}"[:80])
+        for key, rank in {"run_start_rank": self.total_rank, "run_peak_rank": self.peak_total_rank}.items():
+            if len(self.rounds) == state["rounds_before_run"] and state[key] != rank:
+                raise AdapterFormatError(source, key, f"{rank} by its rounds", f"{state[key]}"[:80])
         self.replay(state, len(state["rounds"]), follow)
-        if self.rank_pattern != state["rank_pattern"]:
-            key = next(name for name, rank in self.rank_pattern.items() if state["rank_pattern"].get(name) != rank)
-            expected = f"{self.rank_pattern[key]} by its rounds"
-            raise AdapterFormatError(source, f"rank_pattern[{key!r}]", expected, f"{state['rank_pattern'].get(key)}")
+        ours, theirs = self.rank_pattern, state["rank_pattern"]
+        for name in ours | theirs:
+            if ours.get(name) != theirs.get(name):
+                expected, found = f"{ours.get(name, ABSENT)} by its rounds", f"{theirs.get(name, ABSENT)}"[:80]
+                raise AdapterFormatError(source, f"rank_pattern[{name!r:.80}]", expected, found)
         live = training_tensors(self.trained)
         check_tensors(source, tensors, {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in live.items()})
         with torch.no_grad():
