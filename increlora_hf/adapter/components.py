@@ -177,9 +177,9 @@ def record_ranks(peft_model: PeftModel, config: IncreLoraConfig) -> None:
     at tensor shapes then find the right scale, because s is one constant.
     """
     layers = adapted_layers(peft_model).values()
+    per_rank = config.rank_scaling == "per_rank"
     alphas = {}
     for layer in layers:
-        per_rank = config.rank_scaling == "per_rank"
         alphas[layer.name] = config.lora_alpha if per_rank else config.lora_alpha / config.r_avg * layer.rank
         layer.module.r[ADAPTER] = max(layer.rank, 1)  # PEFT divides by it
         layer.module.lora_alpha[ADAPTER] = plain_alpha(alphas[layer.name])
