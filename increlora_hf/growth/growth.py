@@ -192,12 +192,11 @@ class Growth:
             RuntimeError: a size or a score is NaN or infinite, so that no comparison of layers means anything.
         """
         assert self.plan is not None
-        chosen: list[str] = []
-        removed: dict[str, list[int]] = {}
-        values = SCORES[self.config.score](Evidence(self.tracker, list(sizes.values())))
-        scores = dict(zip(self.layers, values.tolist(), strict=True))
+        found = SCORES[self.config.score](Evidence(self.tracker, list(sizes.values())))  # (n,)
+        scores = dict(zip(self.layers, found.tolist(), strict=True))
+        components = {name: of_layer.tolist() for name, of_layer in sizes.items()}
         for name, score in scores.items():
-            wrong = next((size for size in (*sizes[name].tolist(), score) if not math.isfinite(size)), None)
+            wrong = next((value for value in (*components[name], score) if not math.isfinite(value)), None)
             if wrong is not None:
                 raise RuntimeError(
                     f"After step {step:,} a component of the layer {name!r} has the size or score {wrong}: the "
@@ -206,13 +205,11 @@ class Growth:
                     "lora_alpha. Trainer logs a loss of NaN as 0, unless logging_nan_inf_filter=False."
                 )
         if step == self.plan.cut_step:
-            of_layers = {name: of_layer.tolist() for name, of_layer in sizes.items()}
-            removed = smallest(of_layers, self.total_rank - self.target_total_rank)
-        else:
-            room = {name: layer.max_rank - layer.rank for name, layer in self.layers.items()}
-            limits = {"remaining": self.remaining, "top_h": self.plan.top_h, "increment": self.config.increment}
-            chosen = choose(scores, room, **limits)
-        return Round(step=step, birth_step=birth_step, layers=chosen, scores=scores, removed=removed)
+            removed = smallest(components, self.total_rank - self.target_total_rank)
+            return Round(step=step, birth_step=birth_step, layers=[], scores=scores, removed=removed)
+        room = {name: layer.max_rank - layer.rank for name, layer in self.layers.items()}
+        layers = choose(scores, room, remaining=self.remaining, top_h=self.plan.top_h, increment=self.config.increment)
+        return Round(step=step, birth_step=birth_step, layers=layers, scores=scores)
 
     def apply(self, record: Round) -> None:
         """Hold a round, decided now or recorded earlier; `removed_rows` says what it cuts from the middle.
