@@ -55,7 +55,7 @@ Cell = tuple[str, str, int, int]
 
 
 class Run(NamedTuple):
-    """One line to be."""
+    """What is run; its outcome is one line of the results."""
 
     shape: str
     drawing: str
@@ -273,7 +273,7 @@ def train_ours(
 
 
 def correlation(line: Mapping[str, Any]) -> float:
-    """Of found and planted ranks; NaN where either is even."""
+    """The correlation of found and planted ranks; NaN where either are all equal."""
     planted = list(line["planted"].values())
     found = [line["found"].get(name, 0) for name in line["planted"]]
     return float(np.corrcoef(found, planted)[0, 1]) if len(set(found)) > 1 else math.nan

@@ -84,7 +84,7 @@ class AdaptedLayer:
         self.activate(count, float(zero_b))
 
     def add_reserve(self, generator: torch.Generator, config: IncreLoraConfig) -> None:
-        """Append a reserve of ``increment`` components, where there is to be one and the layer has room for it."""
+        """Append a reserve of ``increment`` components if ``advance_learning`` is on and the layer has room for it."""
         if config.advance_learning and self.rank + config.increment <= self.max_rank:
             self.add_components(config.increment, generator, config.init_std)
 

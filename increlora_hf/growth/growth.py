@@ -212,9 +212,10 @@ class Growth:
         return Round(step=step, birth_step=birth_step, layers=layers, scores=scores)
 
     def apply(self, record: Round) -> None:
-        """Hold a round, decided now or recorded earlier; `removed_rows` says what it cuts from the middle.
+        """Carry out a round that was decided now or recorded earlier.
 
-        Apart from these, rows are appended to the factors or cut from their ends, never both in one round.
+        The cut removes the rows that `removed_rows` lists. Any other round appends rows to a factor, or cuts rows from
+        its end, never both.
         """
         config = self.config
         if record.removed:
@@ -343,7 +344,7 @@ class Growth:
     def replay(
         self, state: Mapping[str, Any], count: int, follow: Callable[[Round], None] = lambda record: None
     ) -> None:
-        """Hold the first ``count`` recorded rounds again; values of tensors are not restored."""
+        """Carry out the first ``count`` recorded rounds again; values of tensors are not restored."""
         for values in state["rounds"][len(self.rounds) : count]:
             record = Round(**values)
             self.apply(record)

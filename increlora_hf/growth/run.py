@@ -274,7 +274,7 @@ class GrowthRun:
         self._begin_update()
 
     def start_at(self, step: int) -> None:
-        """Go on after this many optimizer steps; of an update that was begun nothing is kept."""
+        """Continue after this many optimizer steps, and discard an update that was begun."""
         self.step = step
         if self._probes is None:  # an earlier run may have left some
             for layer in self.growth.layers.values():
@@ -316,7 +316,7 @@ class GrowthRun:
         return 1.0 if stage is OptState.UNSCALED else self._scaler.get_scale()
 
     def _parameters(self) -> list[Parameter]:
-        """What the optimizer holds whole on every process."""
+        """The unsharded parameters that the optimizer holds."""
         held = (p for group in self.optimizer.param_groups for p in group["params"])
         return [p for p in held if p.numel() and not is_sharded(p)]  # a layer that was cut to rank 0 has no elements
 
