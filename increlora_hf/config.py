@@ -45,7 +45,7 @@ class Range(NamedTuple):
         return above and below and abs(value) < math.inf
 
     def __str__(self) -> str:
-        """As in mathematics: (0, 1]."""
+        """For an error: "in (0, 1]", or "of at least 1" where there is no highest number."""
         low, high = (str(int(end)) if end % 1 == 0 else f"{end:g}" for end in self[:2])
         return f"of at least {low}" if self.high == math.inf else f"in {self.ends[0]}{low}, {high}{self.ends[1]}"
 

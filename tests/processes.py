@@ -80,28 +80,33 @@ def run_script(script: Path, *arguments: Any, folder: Path) -> str:
     return printed.read_text()
 
 
-# The program of `forking_python`: over a socket, it asks the tests to fork a process for its script.
+# The program of `forking_python`, after its first lines. It sends a script's words, folder, environment and streams to
+# the tests, which run it in a forked process, and ends with that process's status.
 ASK = """
 import json, os, socket, sys
-python, address, *words = sys.argv[1:]
-answer, given = b"not forked", words[words[:1] == ["-u"] :]  # as torchrun starts a script
-if given[0].endswith(".py"):
-    with socket.socket(socket.AF_UNIX) as server:
-        server.connect(address)
-        socket.send_fds(server, [b"*"], [1, 2])
-        server.sendall(json.dumps([given, os.getcwd(), dict(os.environ)]).encode())
-        server.shutdown(socket.SHUT_WR)
-        answer = server.recv(99)
+words = sys.argv[1:]
+script = words[1:] if words[0] == "-u" else words  # torchrun gives -u first
+answer = b"not forked"
+if script[0].endswith(".py"):
+    with socket.socket(socket.AF_UNIX) as tests:
+        tests.connect(ADDRESS)
+        socket.send_fds(tests, [b"*"], [1, 2])
+        tests.sendall(json.dumps([script, os.getcwd(), dict(os.environ)]).encode())
+        tests.shutdown(socket.SHUT_WR)
+        answer = tests.recv(99)
 if answer == b"not forked":
-    os.execv(python, [python, *words])
+    os.execv(PYTHON, [PYTHON, *words])
 sys.exit(int(answer))
 """
 
 
-def _answer(connection: socket.socket) -> None:
-    """Run one script in a forked process, with the streams, folder and environment of the program that asks."""
+def _answer(connection: socket.socket, is_real: bool) -> None:
+    """Run the script that a program sends in a forked process, or tell the program to start a Python of its own."""
     _, streams, *_ = socket.recv_fds(connection, 1, 2)
     words, folder, environment = json.load(connection.makefile())
+    if is_real:
+        connection.sendall(b"not forked")
+        return
     os.environ.clear()
     os.environ |= environment
     process = FORK.Process(target=_script, args=(words[0], words[1:], folder, streams))
@@ -111,26 +116,23 @@ def _answer(connection: socket.socket) -> None:
 
 
 def _answer_all(listener: socket.socket, real: int) -> None:
-    """Answer every program that asks: the first ``real`` ones have to start a Python of their own."""
     for number in itertools.count():
         connection, _ = listener.accept()
         with connection:
-            if number < real:
-                connection.makefile().read()  # all that it asks: a closed connection would fail it
-                connection.sendall(b"not forked")
-            else:
-                FORK.Process(target=_answer, args=(connection,)).start()
+            FORK.Process(target=_answer, args=(connection, number < real)).start()
 
 
 @contextmanager
 def forking_python(real: int) -> Iterator[str]:
-    """The path of a Python that starts the first ``real`` scripts as usual and forks the others from the tests."""
+    """The path of a Python that starts the first ``real`` scripts as usual and forks the others from the tests.
+
+    A forked script does not pay for the imports that the tests have made.
+    """
     with tempfile.TemporaryDirectory() as folder, socket.socket(socket.AF_UNIX) as listener:
-        program, ask, address = (Path(folder) / name for name in ("python", "ask.py", "socket"))
-        listener.bind(str(address))
+        program, address = Path(folder) / "python", f"{folder}/socket"
+        listener.bind(address)
         listener.listen()
-        ask.write_text(ASK)
-        program.write_text(f'#!/bin/sh\nexec "{sys.executable}" -IS {ask} "{sys.executable}" {address} "$@"\n')
+        program.write_text(f"#!{sys.executable} -IS\nPYTHON, ADDRESS = {sys.executable!r}, {address!r}\n{ASK}")
         program.chmod(0o755)
         server = FORK.Process(target=_answer_all, args=(listener, real))
         server.start()

@@ -348,6 +348,10 @@ CHECKPOINT_MUTATIONS: dict[str, tuple[Mutation, str]] = {
         state(lambda held: held["rank_pattern"].update(dict.fromkeys(held["rank_pattern"], 9))),
         "by its rounds, found 9",
     ),
+    "rank-of-no-layer": (
+        state(lambda held: held["rank_pattern"].update(x=0)),
+        r"rank_pattern\['x'\]: expected not there by its rounds, found 0",
+    ),
     "round-list-as-layer": (state(lambda held: held["rounds"][0].update(layers=[["x"]])), "layers of the adapter"),
     "round-text-score": (
         state(lambda held: held["rounds"][0]["scores"].update(dict.fromkeys(held["initial_ranks"], "x"))),

@@ -162,7 +162,7 @@ def test_ranks_end_at_the_width_of_their_layers_and_the_plan_says_so(overshoot: 
     assert note in _planned(planned, config)
     assert (plan.target_total_rank, plan.is_cut) == (10, False)
     for step in plan.round_steps:
-        growth.apply(growth.decide(step, 0))
+        growth.apply(growth.decide(step, 0, growth.sizes()))
     assert growth.rank_pattern == {"0": 3, "1": 5, "2": 2}
     assert held(growth) == planned["end_fewest"]["adapter_parameters"] == planned["end_most"]["adapter_parameters"]
     growth.rewind()

@@ -216,6 +216,14 @@ REFUSED_ADAPTERS: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], str]]
 }
 
 
+def test_model_whose_adapter_was_deleted_is_refused_with_what_to_pass_instead() -> None:
+    model = lora()
+    model.delete_adapter("default")
+    with pytest.raises(ValueError, match=r"holds no adapter any more. Pass what its unload\(\) returns"):
+        attach(model, IncreLoraConfig(r_avg=4))
+    assert attach(model.unload(), IncreLoraConfig(r_avg=4)).increlora.rounds == []
+
+
 @pytest.mark.parametrize("model, settings, message", REFUSED_ADAPTERS.values(), ids=REFUSED_ADAPTERS)
 def test_adapter_that_cannot_grow_is_refused_and_stays(
     model: Callable[[], nn.Module], settings: dict[str, Any], message: str

@@ -57,7 +57,7 @@ TUNING = "tuning"  # the study of learning rates, on what is held out of the tra
 
 
 def metric(task: str) -> str:
-    """The one that a task is judged by."""
+    """The name of the metric that a task is judged by."""
     return METRICS.get(task, "accuracy")
 
 
@@ -111,7 +111,7 @@ def paired(ours: Mapping[int, float], theirs: Mapping[int, float], digits: int =
 
 
 def learning_rate(runs: Iterable[Mapping[str, Any]]) -> str:
-    """Of a cell's runs, a row's own flag or the one for all."""
+    """The learning rates of some runs: the flag of their row, or else that of all rows."""
     given = {str(line["flags"].get("learning_rate") or _flag(line["common"], "--learning_rate")) for line in runs}
     return ", ".join(sorted(given))
 

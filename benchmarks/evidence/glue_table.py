@@ -69,7 +69,7 @@ Flags = dict[str, Any]
 
 
 class Run(NamedTuple):
-    """One line to be."""
+    """What is run; its outcome is one line of the results."""
 
     study: str
     row: str
@@ -215,7 +215,7 @@ def execute(run: Run, settings: argparse.Namespace, data: Path, device: str | No
 
 @cache
 def versions(python: str) -> dict[str, str]:
-    """Of the packages in an interpreter's environment."""
+    """The versions of `PACKAGES` in an interpreter's environment."""
     code = "import importlib.metadata as m, json; print(json.dumps({d.name: d.version for d in m.distributions()}))"
     found = json.loads(subprocess.check_output([python, "-c", code]))
     return {name: found[name] for name in PACKAGES if name in found}
@@ -287,7 +287,7 @@ class Results:
 
 
 def run_all(runs: Iterable[tuple[Run, Path]], results: Results, settings: argparse.Namespace) -> None:
-    """Those that are not done yet, some at a time."""
+    """Run what is not in the results yet, some at a time."""
     waiting: queue.Queue[tuple[Run, Path]] = queue.Queue()
     for run, data in runs:
         if run.key not in results.done:

@@ -55,7 +55,7 @@ Cell = tuple[str, str, int, int]
 
 
 class Run(NamedTuple):
-    """One line to be."""
+    """What is run; its outcome is one line of the results."""
 
     shape: str
     drawing: str
@@ -161,7 +161,8 @@ def execute(run: Run, device: str = "cpu") -> dict[str, Any]:
     planted = plant(teacher, run.drawing, run.seed)
     base.to(device)
     data = batches(teacher.to(device), run.seed, run.steps)
-    losses, found = (train_stock if run.contender in STOCK else train_ours)(base, run, planted, data)
+    trainers = {"lora": train_lora, "oracle": train_lora, "adalora": train_adalora}
+    losses, found = trainers.get(run.contender, train_ours)(base, run, planted, data)
     line = {"key": run.key, **run._asdict(), "error": None, "versions": {name: version(name) for name in PACKAGES}}
     return line | {
         "loss": statistics.mean(losses[-LAST:]),
@@ -197,42 +198,53 @@ def optimizer_of(model: Any, run: Run) -> AdamW:
     return AdamW([p for p in model.parameters() if p.requires_grad], lr=run.learning_rate, weight_decay=0.0)
 
 
-def train_stock(
-    base: Any, run: Run, planted: Mapping[str, int], data: Iterator[tuple[Tensor, Tensor]]
-) -> tuple[list[float], dict[str, int]]:
-    """PEFT's LoRA of even ranks, of the planted ranks ("oracle"), or AdaLoRA."""
-    is_oracle, is_adalora = run.contender == "oracle", run.contender == "adalora"
-    names = [name for name, rank in planted.items() if rank or not is_oracle]
-    if is_adalora:
-        config: Any = AdaLoraConfig(
-            init_r=ADALORA_START,
-            target_r=R_AVG,
-            lora_alpha=ALPHA // R_AVG * ADALORA_START,
-            target_modules=names,
-            tinit=WARMUP,
-            tfinal=run.steps * 3 // 5,  # steps after its last allocation
-            deltaT=10,
-            total_step=run.steps,
-            orth_reg_weight=0.1,
-        )
-    else:
-        ranks = {f"^{name.replace('.', '[.]')}": planted[name] for name in names} if is_oracle else {}
-        alphas = {pattern: ALPHA / R_AVG * rank for pattern, rank in ranks.items()}
-        config = LoraConfig(r=R_AVG, lora_alpha=ALPHA, target_modules=names, rank_pattern=ranks, alpha_pattern=alphas)
-    model: Any = get_peft_model(base, config)
+def train_peft(
+    model: Any, run: Run, data: Iterator[tuple[Tensor, Tensor]], after_step: Callable[[int], Any] = lambda step: None
+) -> list[float]:
+    """The loss of every step of a model of PEFT's, under the linear schedule."""
     optimizer = optimizer_of(model, run)
     schedule = get_linear_schedule_with_warmup(optimizer, WARMUP, run.steps)
 
-    def after_step(step: int) -> None:
-        if is_adalora:
-            model.base_model.update_and_allocate(step)
+    def after_both(step: int) -> None:
+        after_step(step)
         schedule.step()
 
-    losses = train(model, optimizer, data, after_step)
-    if not is_adalora:
-        return losses, {name: planted[name] if is_oracle else R_AVG for name in names}
+    return train(model, optimizer, data, after_both)
+
+
+def train_lora(
+    base: Any, run: Run, planted: Mapping[str, int], data: Iterator[tuple[Tensor, Tensor]]
+) -> tuple[list[float], dict[str, int]]:
+    """PEFT's LoRA of even ranks, or of the planted ranks ("oracle")."""
+    ranks = {name: rank if run.contender == "oracle" else R_AVG for name, rank in planted.items()}
+    ranks = {name: rank for name, rank in ranks.items() if rank}
+    pattern = {f"^{name.replace('.', '[.]')}": rank for name, rank in ranks.items()}
+    alphas = {name: ALPHA / R_AVG * rank for name, rank in pattern.items()}
+    config = LoraConfig(
+        r=R_AVG, lora_alpha=ALPHA, target_modules=list(ranks), rank_pattern=pattern, alpha_pattern=alphas
+    )
+    return train_peft(get_peft_model(base, config), run, data), ranks
+
+
+def train_adalora(
+    base: Any, run: Run, planted: Mapping[str, int], data: Iterator[tuple[Tensor, Tensor]]
+) -> tuple[list[float], dict[str, int]]:
+    """PEFT's AdaLoRA."""
+    config = AdaLoraConfig(
+        init_r=ADALORA_START,
+        target_r=R_AVG,
+        lora_alpha=ALPHA // R_AVG * ADALORA_START,
+        target_modules=list(planted),
+        tinit=WARMUP,
+        tfinal=run.steps * 3 // 5,  # steps after its last allocation
+        deltaT=10,
+        total_step=run.steps,
+        orth_reg_weight=0.1,
+    )
+    model: Any = get_peft_model(base, config)
+    losses = train_peft(model, run, data, model.base_model.update_and_allocate)
     kept = model.peft_config["default"].rank_pattern
-    return losses, {name: next(sum(v) for k, v in kept.items() if k.startswith(f"{name}.")) for name in names}
+    return losses, {name: next(sum(v) for k, v in kept.items() if k.startswith(f"{name}.")) for name in planted}
 
 
 def settings_of(contender: str, seed: int) -> IncreLoraConfig:
@@ -261,7 +273,7 @@ def train_ours(
 
 
 def correlation(line: Mapping[str, Any]) -> float:
-    """Of found and planted ranks; NaN where either is even."""
+    """The correlation of found and planted ranks; NaN where either are all equal."""
     planted = list(line["planted"].values())
     found = [line["found"].get(name, 0) for name in line["planted"]]
     return float(np.corrcoef(found, planted)[0, 1]) if len(set(found)) > 1 else math.nan

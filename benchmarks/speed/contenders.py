@@ -232,7 +232,7 @@ def papers(model: nn.Module, args: TrainingArguments, steps: int, r_avg: int, **
 
 
 CONTENDERS: dict[str, Callable[..., Any]] = {
-    "naive IncreLoRA": Naive,  # first: TrainingArguments without a Trainer after them break those before
+    "naive IncreLoRA": Naive,  # first: new TrainingArguments reset accelerate's state, and a Trainer sets it up again
     "PEFT LoRA": lora,
     "IncreLoRA": ours,
     "IncreLoRA, paper": papers,

@@ -16,11 +16,11 @@ from transformers import (
 )
 
 
-def deberta_v3_base(layers: int = 12) -> nn.Module:
+def deberta_v3_base() -> nn.Module:
     """microsoft/deberta-v3-base with random weights."""
     settings: dict[str, Any] = {
         "vocab_size": 128100,
-        "num_hidden_layers": layers,
+        "num_hidden_layers": 12,
         "relative_attention": True,
         "max_relative_positions": -1,
         "position_buckets": 256,

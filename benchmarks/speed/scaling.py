@@ -60,7 +60,13 @@ def points(sweeps: list[str]) -> Iterator[Point]:
         yield from (Point("rounds", rounds, models.minilm, 16, rounds) for rounds in (1, 5, 15, 60))
 
 
-def optimizer_ms(contender: Contender, sync: Any) -> float:
+def sync(args: argparse.Namespace) -> None:
+    """Wait until the device has done its work."""
+    if args.device == "cuda":
+        torch.cuda.synchronize()
+
+
+def optimizer_ms(contender: Contender, args: argparse.Namespace) -> float:
     """Milliseconds of the optimizer's step alone."""
     for parameter in contender.model.parameters():
         parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
@@ -68,13 +74,13 @@ def optimizer_ms(contender: Contender, sync: Any) -> float:
     for _ in range(TIMED):
         start = time.perf_counter()
         contender.trainer.optimizer.step()
-        sync()
+        sync(args)
         times.append(1000 * (time.perf_counter() - start))
     contender.model.zero_grad()
     return statistics.median(times)
 
 
-def grown(point: Point, args: argparse.Namespace, folder: str, sync: Any) -> tuple[Contender, float]:
+def grown(point: Point, args: argparse.Namespace, folder: str) -> tuple[Contender, float]:
     """IncreLoRA with its budget met, and the median seconds of its rounds: allocation, growth, optimizer."""
     model = point.model()
     n = len(layers_and_heads(model)[0])
@@ -86,10 +92,10 @@ def grown(point: Point, args: argparse.Namespace, folder: str, sync: Any) -> tup
     after_step, times = ours.after_step, []
 
     def timed(step: int) -> None:
-        sync()
+        sync(args)
         start = time.perf_counter()
         after_step(step)
-        sync()
+        sync(args)
         times.append(time.perf_counter() - start)
 
     ours.after_step = timed
@@ -115,7 +121,7 @@ def one_batch(model: Any, args: argparse.Namespace) -> dict[str, torch.Tensor]:
     return {k: v.to(args.device) for k, v in models.batches(model, 1, args.batch, args.length)[0].items()}
 
 
-def ratio(first: Contender, second: Contender, args: argparse.Namespace, sync: Any) -> tuple[float, float]:
+def ratio(first: Contender, second: Contender, args: argparse.Namespace) -> tuple[float, float]:
     """Median of the ratio of their steps taken in turns, and the second's median seconds."""
     times: dict[int, list[float]] = {0: [], 1: []}
     batch = one_batch(first.model, args)
@@ -123,20 +129,20 @@ def ratio(first: Contender, second: Contender, args: argparse.Namespace, sync: A
         for which, contender in enumerate((first, second)):
             start = time.perf_counter()
             contender.step(batch)
-            sync()
+            sync(args)
             times[which].append(time.perf_counter() - start)
     pairs = list(zip(times[0], times[1], strict=True))[WARM_UP:]
     return statistics.median(a / b for a, b in pairs), statistics.median(b for _, b in pairs)
 
 
-def measure(point: Point, args: argparse.Namespace, folder: str, sync: Any) -> dict[str, Any]:
+def measure(point: Point, args: argparse.Namespace, folder: str) -> dict[str, Any]:
     """The figures of one row."""
-    ours, a_round = grown(point, args, folder, sync)
+    ours, a_round = grown(point, args, folder)
     lora = build("PEFT LoRA", point.model().to(args.device), folder, steps(point), point.r_avg, settings(args))
-    to_lora, lora_step = ratio(ours, lora, args, sync)
+    to_lora, lora_step = ratio(ours, lora, args)
     groups = ours.trainer.optimizer.param_groups
     tensors = len(ours.trainer.optimizer.state)  # that it steps
-    optimizers = optimizer_ms(ours, sync), optimizer_ms(lora, sync)
+    optimizers = optimizer_ms(ours, args), optimizer_ms(lora, args)
     growth = ours.trainer.increlora
     return {
         "point": f"{point.sweep} = {point.value}",
@@ -151,11 +157,11 @@ def measure(point: Point, args: argparse.Namespace, folder: str, sync: Any) -> d
     }
 
 
-def flat(args: argparse.Namespace, folder: str, sync: Any) -> str:
+def flat(args: argparse.Namespace, folder: str) -> str:
     """How much more a step costs with 12 times the rank, grown in 30 rounds."""
-    small, _ = grown(Point("flat", 2, models.minilm, 2, 1), args, folder, sync)
-    large, _ = grown(Point("flat", 24, models.minilm, 24, 30), args, folder, sync)
-    to_small, seconds = ratio(large, small, args, sync)
+    small, _ = grown(Point("flat", 2, models.minilm, 2, 1), args, folder)
+    large, _ = grown(Point("flat", 24, models.minilm, 24, 30), args, folder)
+    to_small, seconds = ratio(large, small, args)
     rounds = len(large.trainer.increlora.rounds)
     return (
         f"step at r_avg 24 after {rounds} rounds ÷ at r_avg 2: {to_small:.3f} (the latter {1000 * seconds:.0f} ms)\n"
@@ -173,15 +179,10 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="also write the rows there")
     args = parser.parse_args()
     write = sys.stdout.write
-
-    def sync() -> None:
-        if args.device == "cuda":
-            torch.cuda.synchronize()
-
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         for point in points(args.sweeps):
-            rows.append(measure(point, args, folder, sync))
+            rows.append(measure(point, args, folder))
             if len(rows) == 1:
                 write(f"| {' | '.join(rows[0])} |\n{'|---' * len(rows[0])}|\n")
             write(f"| {' | '.join(map(str, rows[-1].values()))} |\n")
@@ -189,7 +190,7 @@ def main() -> None:
             if args.json:
                 args.json.write_text(json.dumps(rows, indent=2))
         if "flat" in args.sweeps:
-            write("\n" + flat(args, folder, sync))
+            write("\n" + flat(args, folder))
 
 
 if __name__ == "__main__":

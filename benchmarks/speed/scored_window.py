@@ -38,7 +38,7 @@ class ComparingTracker(ImportanceTracker):
         self.growth, self.step = growth, 0
 
     def update(self, sensitivities: Tensor) -> None:
-        """Take in one step's."""
+        """Take in the sensitivities of one step, shape (n,)."""
         super().update(sensitivities)
         self.step += 1
         assert self.growth.plan is not None
@@ -46,7 +46,7 @@ class ComparingTracker(ImportanceTracker):
             self.windowed.update(sensitivities)
 
     def scores(self) -> Tensor:
-        """Those of every step; and a line on how the window's differ."""
+        """The scores from every step, shape (n,); writes a line on how those from the window differ."""
         every, windowed = super().scores(), self.windowed.scores()
         plan: Any = self.growth.plan
         room: Any = dict(enumerate(layer.max_rank - layer.rank for layer in self.growth.layers.values()))

@@ -84,7 +84,7 @@ class AdaptedLayer:
         self.activate(count, float(zero_b))
 
     def add_reserve(self, generator: torch.Generator, config: IncreLoraConfig) -> None:
-        """Append a reserve of ``increment`` components, where there is to be one and the layer has room for it."""
+        """Append a reserve of ``increment`` components if ``advance_learning`` is on and the layer has room for it."""
         if config.advance_learning and self.rank + config.increment <= self.max_rank:
             self.add_components(config.increment, generator, config.init_std)
 
@@ -177,9 +177,9 @@ def record_ranks(peft_model: PeftModel, config: IncreLoraConfig) -> None:
     at tensor shapes then find the right scale, because s is one constant.
     """
     layers = adapted_layers(peft_model).values()
+    per_rank = config.rank_scaling == "per_rank"
     alphas = {}
     for layer in layers:
-        per_rank = config.rank_scaling == "per_rank"
         alphas[layer.name] = config.lora_alpha if per_rank else config.lora_alpha / config.r_avg * layer.rank
         layer.module.r[ADAPTER] = max(layer.rank, 1)  # PEFT divides by it
         layer.module.lora_alpha[ADAPTER] = plain_alpha(alphas[layer.name])

@@ -105,7 +105,10 @@ def snapshot(
             vars(one).update(attributes)
         for container, content in held:
             container.clear()
-            container.extend(content) if isinstance(container, list) else container.update(content)
+            if isinstance(container, list):
+                container.extend(content)
+            else:
+                container.update(content)
         for parameter, required_grad in trainable:
             parameter.requires_grad_(required_grad)
         for tensor, value in values:

@@ -48,8 +48,9 @@ class Probe:
         Calls without gradient (generating text, computing references) do not count, unless it turns out in the
         backward pass that reentrant checkpointing made them.
 
-        Compiled code does not ask: it sees checkpointing as a whole. It is compiled anew once a layer proves shared;
-        until then, for one reading, the first call's I stands beside the others' G.
+        Compiled code counts every call: checkpointing repeats none of its Python code. In its first scored step, the
+        first call of a shared layer still delivers I, and the later ones G. The change of ``is_shared`` then makes
+        torch compile the code again, and all calls deliver G.
         """
         if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == NO_GRAPH_TASK:
             if torch.is_grad_enabled():

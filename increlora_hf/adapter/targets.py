@@ -6,6 +6,7 @@ import copy
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
+from typing import NoReturn
 
 from peft import LoraConfig, TaskType
 from peft.tuners.tuners_utils import _check_lora_target_modules_mamba, check_target_module_exists
@@ -42,7 +43,8 @@ def resolve_targets(
             share no module with what it trains or with the layers of ``ranks``.
 
     Raises:
-        ValueError: a target matches nothing, or a module that is not linear.
+        ValueError: a target matches nothing, or a module that is not a linear layer which PEFT adapts; or names in
+            ``modules_to_save`` or ``rank_pattern`` do not fit the model.
     """
     outside, single = _outside_backbone(model)
     trained = [] if carried is None else list(head_modules(model, carried.modules_to_save))
@@ -50,31 +52,17 @@ def resolve_targets(
         outside = _not_overlapping(model, outside, [*trained, *(ranks or ())])
     if config.modules_to_save is None:
         _refuse_unclear_heads(model, outside)
-    targets = config.target_modules
-    if isinstance(targets, str) and (wrong := fault([targets], [name for name, _ in model.named_modules()], WHOLE)):
-        raise ValueError(
-            f"target_modules: expected {wrong[0]}, found {wrong[1]}. Give a simpler regular expression, or a list of "
-            "names or name endings."
-        )
-    if targets is None or targets == ALL_LINEAR:
-        found = _backbone_linears(model, outside)
-        refused = _refused_by_peft(model, found)
-        targets = [name for name in found if name not in refused]
-        _warn_of_layers(model, refused)
-    if config.modules_to_save is None and single:
+        heads = outside
+    else:
+        _require_modules(model, config.modules_to_save)
+        heads, single = config.modules_to_save, []
+    targets = _target_modules(model, config, outside, ranks)
+    if single:
         logger.warning(
             "IncreLoRA: %s stay frozen and are not saved. PEFT trains whole modules beside the adapter, not single "
             "parameters. To train such a parameter, move it into a module of its own whose forward returns it.",
             ", ".join(single),
         )
-    if ranks is not None:
-        targets = list(ranks)
-    if targets is not config.target_modules:  # full names
-        targets = exact_targets(targets, [name for name, _ in model.named_modules()])
-    heads = outside
-    if config.modules_to_save is not None:
-        heads = config.modules_to_save
-        _require_modules(model, heads)
     lora_config = LoraConfig(
         r=config.first_rank,
         lora_alpha=plain_alpha(config.lora_alpha),  # type: ignore[arg-type]
@@ -90,42 +78,44 @@ def resolve_targets(
     return lora_config, wanted
 
 
+def _target_modules(
+    model: nn.Module, config: IncreLoraConfig, outside: Sequence[str], ranks: Mapping[str, int] | None
+) -> list[str] | str:
+    """PEFT's ``target_modules`` for these settings; warns of linear layers that stay frozen by default."""
+    names = [name for name, _ in model.named_modules()]
+    targets = config.target_modules
+    if isinstance(targets, str) and (wrong := fault([targets], names, WHOLE)):
+        raise ValueError(
+            f"target_modules: expected {wrong[0]}, found {wrong[1]}. Give a simpler regular expression, or a list of "
+            "names or name endings."
+        )
+    if targets is None or targets == ALL_LINEAR:
+        found = _backbone_linears(model, outside)
+        refused = _refused_by_peft(model, found)
+        _warn_of_layers(model, refused)
+        targets = exact_targets([name for name in found if name not in refused], names)
+    return targets if ranks is None else exact_targets(ranks, names)
+
+
 def _adapted_names(
     model: nn.Module, lora_config: LoraConfig, config: IncreLoraConfig, ranks: Mapping[str, int] | None
 ) -> list[str]:
-    modules = dict(model.named_modules())
-    by_default = config.target_modules in (None, ALL_LINEAR)
-    source = f"target_modules={config.target_modules!r}"
+    """Full names of the layers that PEFT adapts with ``lora_config``; raises ValueError as `resolve_targets`."""
     if config.fixed_ranks is not None:
-        unknown = [name for name in config.fixed_ranks if name not in modules]
-        if unknown:
-            raise ValueError(
-                f"rank_pattern names {unknown[0]!r}, which is no layer of {type(model).__name__}. Use the names that "
-                f"model.named_modules() gives, such as {next(iter(_backbone_linears(model, [])), 'none here')!r}."
-            )
-        if not by_default:
-            named = LoraConfig(target_modules=config.target_modules)
-            others = [name for name in ranks or () if not check_target_module_exists(named, name)]
-            if others:
-                raise ValueError(
-                    f"rank_pattern names {others[0]!r}, which {source} does not match. Leave target_modules out: "
-                    "rank_pattern says by itself which layers are adapted."
-                )
-    if ranks is not None:
-        source = "the model's adapter" if config.fixed_ranks is None else "rank_pattern"
+        _refuse_unknown_ranks(model, config)
     in_head = copy.copy(lora_config)
     in_head.modules_to_save = None
-    matched = [name for name in modules if name and check_target_module_exists(in_head, name)]
+    matched = [name for name, _ in model.named_modules() if name and check_target_module_exists(in_head, name)]
     wanted = [name for name in matched if check_target_module_exists(lora_config, name)]
     listed = config.target_modules if isinstance(config.target_modules, list) and ranks is None else []
-    idle = [target for target in listed if not any(is_target(name, target) for name in matched)]
+    idle = _without_match(listed, matched)
     fused = [name for name in fused_experts(model) for target in idle if is_target(name, target)]
     if fused:
         raise ValueError(
             f"target_modules={idle!r} names {fused[0]!r}, which is one parameter with the weights of all experts. "
             "IncreLoRA grows linear layers only. Leave it out: the experts stay frozen."
         )
-    needed = [target for target in listed if not any(is_target(name, target) for name in wanted)]
+    needed = _without_match(listed, wanted)
     clash = [
         name
         for name in matched
@@ -137,44 +127,86 @@ def _adapted_names(
             f"modules_to_save={lora_config.modules_to_save} contains the layer {clash[0]!r}, which also gets an "
             "adapter. PEFT does one of the two. Name in modules_to_save only modules without adapted layers."
         )
-    if not wanted and by_default:
+    if idle or not wanted:
+        _refuse_no_match(model, config, idle)
+    _refuse_layers(model, wanted, config, ranks)
+    return wanted
+
+
+def _without_match(targets: Iterable[str], names: Sequence[str]) -> list[str]:
+    """The entries of ``target_modules`` that match none of the names."""
+    return [target for target in targets if not any(is_target(name, target) for name in names)]
+
+
+def _refuse_unknown_ranks(model: nn.Module, config: IncreLoraConfig) -> None:
+    """Refuse names in ``rank_pattern`` that the model does not have, or that ``target_modules`` does not match."""
+    names = {name for name, _ in model.named_modules()}
+    unknown = [name for name in config.fixed_ranks or () if name not in names]
+    if unknown:
         raise ValueError(
-            f"The backbone of {type(model).__name__} has no linear layers that PEFT can adapt, and IncreLoRA grows no "
-            "other layers. If the head has linear layers, name them in target_modules and set modules_to_save=[]. To "
-            "adapt convolutions, use plain peft.LoraConfig with transformers' Trainer."
+            f"rank_pattern names {unknown[0]!r}, which is no layer of {type(model).__name__}. Use the names that "
+            f"model.named_modules() gives, such as {next(iter(_backbone_linears(model, [])), 'none here')!r}."
         )
-    if not wanted or idle:
-        remedy = "Give names or name endings of its linear layers"
-        if isinstance(config.target_modules, str):
-            remedy = (
-                "A string is a regular expression for full names. Give one that matches, or a list of names or name "
-                f"endings, such as target_modules=[{config.target_modules!r}]"
-            )
+    if config.target_modules in (None, ALL_LINEAR):
+        return
+    named = LoraConfig(target_modules=config.target_modules)
+    others = [name for name in config.adapted_ranks or () if not check_target_module_exists(named, name)]
+    if others:
         raise ValueError(
-            f"target_modules={idle or config.target_modules!r} matches no module of {type(model).__name__}. {remedy}, "
-            "or leave it out to adapt every linear layer of the backbone."
+            f"rank_pattern names {others[0]!r}, which target_modules={config.target_modules!r} does not match. Leave "
+            "target_modules out: rank_pattern says by itself which layers are adapted."
         )
+
+
+def _refuse_no_match(model: nn.Module, config: IncreLoraConfig, idle: Sequence[str]) -> NoReturn:
+    """Say that ``target_modules``, or its entries ``idle``, match nothing."""
+    kind = type(model).__name__
+    if config.target_modules in (None, ALL_LINEAR):
+        raise ValueError(
+            f"The backbone of {kind} has no linear layers that PEFT can adapt, and IncreLoRA grows no other layers. "
+            "If the head has linear layers, name them in target_modules and set modules_to_save=[]. To adapt "
+            "convolutions, use plain peft.LoraConfig with transformers' Trainer."
+        )
+    remedy = "Give names or name endings of its linear layers"
+    if isinstance(config.target_modules, str):
+        remedy = (
+            "A string is a regular expression for full names. Give one that matches, or a list of names or name "
+            f"endings, such as target_modules=[{config.target_modules!r}]"
+        )
+    raise ValueError(
+        f"target_modules={idle or config.target_modules!r} matches no module of {kind}. {remedy}, or leave it out to "
+        "adapt every linear layer of the backbone."
+    )
+
+
+def _refuse_layers(
+    model: nn.Module, names: Sequence[str], config: IncreLoraConfig, ranks: Mapping[str, int] | None
+) -> None:
+    """Refuse a layer that cannot grow, and a fixed rank above its layer's min(in, out)."""
+    source = f"target_modules={config.target_modules!r}"
+    if ranks is not None:
+        source = "the model's adapter" if config.fixed_ranks is None else "rank_pattern"
     fixed = config.adapted_ranks or {}
-    for name in wanted:
-        if not is_linear(modules[name]):
+    for name in names:
+        module = model.get_submodule(name)
+        if not is_linear(module):
             raise ValueError(
-                f"{source} matches {name!r}, a {type(modules[name]).__name__}. "
+                f"{source} matches {name!r}, a {type(module).__name__}. "
                 "IncreLoRA grows linear layers only. Name the linear layers inside it, or leave it out."
             )
-        highest = min(features(modules[name]))
+        highest = min(features(module))
         if fixed.get(name, 0) > highest:
             raise ValueError(
                 f"rank_pattern[{name!r}]={fixed[name]} is above {highest}, the min(in, out) of this layer: more "
                 f"components express nothing more. Give at most {highest}."
             )
-    refused = _refused_by_peft(model, wanted)
+    refused = _refused_by_peft(model, names)
     if refused:
         name, reason = next(iter(refused.items()))
         raise ValueError(
             f"{source} matches {name!r} of {type(model).__name__}: {reason}. Leave out such layers, or leave out "
             "target_modules and rank_pattern to adapt every layer that PEFT can."
         )
-    return wanted
 
 
 def _refused_by_peft(model: nn.Module, names: Sequence[str]) -> dict[str, str]:

@@ -86,44 +86,48 @@ def _unload(model: Any, adapter: str) -> nn.Module:
     return model
 
 
-def trainable_adapters(model: Any) -> list[str]:
-    """Names of the adapters with trainable parameters."""
+def refuse_several_trainable(model: Any) -> None:
+    """Raise ValueError where more than one adapter of the model has trainable parameters."""
     trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-    return [adapter for adapter in model.peft_config if any(adapter in name.split(".") for name in trainable)]
+    adapters = [adapter for adapter in model.peft_config if any(adapter in name.split(".") for name in trainable)]
+    if len(adapters) > 1:
+        raise ValueError(
+            f"The adapters {adapters} are all trainable, and IncreLoRA grows one. Freeze or delete the others."
+        )
 
 
 def _only_adapter(model: Any) -> str:
-    names = trainable_adapters(model) if len(model.peft_config) > 1 else list(model.peft_config)
-    if len(names) > 1:
-        raise ValueError(
-            f"The adapters {names} are all trainable, and IncreLoRA grows one. Freeze or delete the others."
-        )
+    """The name of the model's one adapter; raises ValueError where there are more or none, or it is no plain LoRA."""
+    if not model.peft_config:
+        raise ValueError(f"The {type(model).__name__} holds no adapter any more. Pass what its unload() returns.")
     if len(model.peft_config) > 1:
+        refuse_several_trainable(model)
         raise ValueError(f"The model holds the adapters {sorted(model.peft_config)}. Delete all but the one to grow.")
-    config = model.peft_config[names[0]]
+    name = next(iter(model.peft_config))
+    config = model.peft_config[name]
     if type(config) is not LoraConfig:
         raise ValueError(
-            f"The adapter {names[0]!r} has a {type(config).__name__}, but only plain LoRA can grow. Pass the result "
+            f"The adapter {name!r} has a {type(config).__name__}, but only plain LoRA can grow. Pass the result "
             "of merge_and_unload() if this kind of adapter offers it; otherwise load and pass the base model."
         )
     if str(config.init_lora_weights).lower() not in KEEPS_BASE:
         raise ValueError(
-            f"The adapter {names[0]!r} was made with init_lora_weights={config.init_lora_weights!r}, which changes "
+            f"The adapter {name!r} was made with init_lora_weights={config.init_lora_weights!r}, which changes "
             f"the base weights: only {KEEPS_BASE} keep them. A saved adapter would not fit the original base. Convert "
             "the adapter with save_pretrained(FOLDER, path_initial_model_for_weight_conversion=...), load FOLDER onto "
             "the base model, and attach that; or pass the result of merge_and_unload()."
         )
     beyond = {
-        name: value
-        for name, value in vars(config).items()
-        if name not in PLAIN and value and value != getattr(LoraConfig, name, None)
+        key: value
+        for key, value in vars(config).items()
+        if key not in PLAIN and value and value != getattr(LoraConfig, key, None)
     }
     if beyond:
         raise ValueError(
-            f"The adapter {names[0]!r} has settings beyond plain LoRA: {beyond}. Only plain LoRA can grow. Pass the "
+            f"The adapter {name!r} has settings beyond plain LoRA: {beyond}. Only plain LoRA can grow. Pass the "
             "result of merge_and_unload()."
         )
-    return names[0]
+    return name
 
 
 def _factors(model: Any, adapter: str) -> dict[str, tuple[Tensor, Tensor, Tensor]]:

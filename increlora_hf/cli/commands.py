@@ -69,10 +69,8 @@ def _skeleton(argument: str, name: str, task: str | None) -> Any:
         reason = str(error).partition("Model type should be")[0].strip()  # transformers lists them all
         fault, remedy = NOWHERE, "Check the name and the connection."
         if folder.exists():
-            fault, remedy = (
-                "cannot be used",
-                "Check its config.json" + (", or choose another --task." if task else "."),
-            )
+            or_task = ", or choose another --task" if task else ""
+            fault, remedy = "cannot be used", f"Check its config.json{or_task}."
         raise ValueError(f"{argument} {name!r} {fault}: {reason} {remedy}") from error
 
 

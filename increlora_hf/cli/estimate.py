@@ -173,13 +173,8 @@ def activations(
         fake_tensors = logging.getLogger("torch._subclasses.fake_tensor")
         fake_tensors.disabled = True  # it would print the traceback of what is caught below
         try:
-            ids = torch.zeros(batch_size, length, dtype=torch.long)
-            inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-            if getattr(model.config, "is_encoder_decoder", False):
-                inputs["decoder_input_ids"] = ids
             with saved_tensors_hooks(keep, lambda tensor: tensor):
-                outputs = torch.func.functional_call(model, weights, kwargs=inputs)
-                outputs[0].float().log_softmax(-1)  # as a loss does
+                _forward_with_loss(model, weights, torch.zeros(batch_size, length, dtype=torch.long))
         except Exception:  # of the model's own code, which may ask for anything; the rest of the plan stands
             return None
         finally:
@@ -189,6 +184,15 @@ def activations(
         "float32": sum(size * (1 + is_half) for size, is_half in sizes),
         "bfloat16": sum(size for size, _ in sizes),
     }
+
+
+def _forward_with_loss(model: Any, weights: dict[str, Tensor], ids: Tensor) -> None:
+    """Run the model with these weights on token ids, shape (rows, tokens), and the softmax of a loss after it."""
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if getattr(model.config, "is_encoder_decoder", False):
+        inputs["decoder_input_ids"] = ids
+    outputs = torch.func.functional_call(model, weights, kwargs=inputs)
+    outputs[0].float().log_softmax(-1)
 
 
 def _num_parameters(modules: Iterable[nn.Module]) -> int:

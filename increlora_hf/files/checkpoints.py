@@ -96,12 +96,15 @@ def checkpoints(output_dir: str | Path) -> list[Path]:
 
     The numbers do not count: an earlier and longer run may have left higher ones.
     """
-    found = []
-    for path in Path(output_dir).glob("checkpoint-*"):
-        match = re.fullmatch(r"checkpoint-(\d+)", path.name)
-        if match and path.is_dir():
-            found.append((_written(path), int(match[1]), path))
+    found = [(_written(path), number, path) for number, path in _numbered(output_dir) if path.is_dir()]
     return [path for *_, path in sorted(found, reverse=True)]
+
+
+def _numbered(output_dir: str | Path) -> Iterator[tuple[int, Path]]:
+    """Whatever has the name checkpoint-N in a folder, with its N."""
+    for path in Path(output_dir).glob("checkpoint-*"):
+        if match := re.fullmatch(r"checkpoint-(\d+)", path.name):
+            yield int(match[1]), path
 
 
 def _written(folder: Path) -> int:
@@ -115,9 +118,8 @@ def _written(folder: Path) -> int:
 
 def refuse_files_in_the_way(output_dir: str | Path, last_step: int) -> None:
     """Raise ValueError for a file with the name of a checkpoint that the run may write."""
-    for path in Path(output_dir).glob("checkpoint-*"):
-        match = re.fullmatch(r"checkpoint-(\d+)", path.name)
-        if match and int(match[1]) <= last_step and path.is_file() and not path.is_symlink():
+    for number, path in _numbered(output_dir):
+        if number <= last_step and path.is_file() and not path.is_symlink():
             raise ValueError(
                 f"{path} is a file, but the run writes its checkpoints to folders of such names. Move it, or choose "
                 "another output_dir."
@@ -185,14 +187,14 @@ def _require_resumable(folder: Path) -> None:
 
 
 def _require_checkpoint(folder: Path) -> None:
-    within = [path.name for path in checkpoints(folder)]
-    beside = [path.name for path in checkpoints(folder.parent)]
     if not folder.is_dir():
+        beside = [path.name for path in checkpoints(folder.parent)]
         there = f"{folder.parent} holds {', '.join(beside)}" if beside else f"{folder.parent} holds no checkpoint"
         raise ValueError(
             f"resume_from_checkpoint={str(folder)!r}: there is no such folder; {there}. Name an existing one, or "
             "give True for the newest complete checkpoint in output_dir."
         )
+    within = [path.name for path in checkpoints(folder)]
     if within and not (folder / MANIFEST_NAME).exists():
         raise ValueError(
             f"resume_from_checkpoint={str(folder)!r} is an output folder, not a checkpoint. It holds "

@@ -116,9 +116,8 @@ def read_config(folder: Path) -> LoraConfig:
     _check_names(path, "exclude_modules", document.get("exclude_modules"), may_be_pattern=True)
     _check_names(path, "modules_to_save", document.get("modules_to_save"))
     layers = document.get("layers_to_transform")
-    if not all(
-        type(index) is int for index in ([] if layers is None else layers if isinstance(layers, list) else [layers])
-    ):
+    numbers = layers if isinstance(layers, list) else [layers]
+    if layers is not None and not all(type(number) is int for number in numbers):
         raise AdapterFormatError(path, "layers_to_transform", "numbers of layers", repr(layers)[:80])
     _check_names(path, "layers_pattern", document.get("layers_pattern"), may_be_pattern=True)
     try:
@@ -141,24 +140,25 @@ def _require_plain_lora(path: Path, document: Mapping[str, Any]) -> None:
     """Refuse settings that PEFT does not know, and those that make the adapter more than a plain LoRA."""
     defaults = LoraConfig().to_dict()
     for key, value in document.items():
-        if key in CHECKED or key in SELECTING or key in IGNORED:
+        if key in (*CHECKED, *SELECTING, *IGNORED):
             continue
-        if key == "init_lora_weights" and value in KEEPS_BASE:
-            continue
-        if key in FLAGS and not isinstance(value, bool):
-            raise AdapterFormatError(path, key, "true or false", repr(value)[:80])
-        if key in WORDS and not (value is None or isinstance(value, str)):
-            raise AdapterFormatError(path, key, "text or null", repr(value)[:80])
-        if key in FLAGS or key in WORDS:
-            continue
-        if key not in defaults:
+        if key in FLAGS:
+            if not isinstance(value, bool) and not (key == "init_lora_weights" and value in KEEPS_BASE):
+                raise AdapterFormatError(path, key, "true or false", repr(value)[:80])
+        elif key in WORDS:
+            if not (value is None or isinstance(value, str)):
+                raise AdapterFormatError(path, key, "text or null", repr(value)[:80])
+        elif key not in defaults:
             raise AdapterFormatError(path, key, "a setting that peft knows", repr(value)[:80])
-        default = defaults[key]
-        off = value is None and default in (None, {})
-        if key == "target_parameters" and value == []:  # what PEFT writes for a mixture of experts
-            continue
-        if not off and not (type(value) is type(default) and value == default):
+        elif not _is_off(key, value, defaults[key]):
             raise AdapterFormatError(path, key, "plain LoRA", repr(value)[:80])
+
+
+def _is_off(key: str, value: Any, default: Any) -> bool:
+    """Whether a setting has its default, or a value that means the same."""
+    if key == "target_parameters" and value == []:  # what PEFT writes for a mixture of experts
+        return True
+    return (value is None and default == {}) or (type(value) is type(default) and value == default)
 
 
 def _check_rank(path: Path, key: str, value: Any) -> None:

@@ -109,12 +109,13 @@ class SavedAdapter:
         if self.history is None:
             return None
         rounds = self.history.get("rounds")
-        records = rounds if isinstance(rounds, list) else [rounds]
-        if not all(isinstance(one, dict) and isinstance(one.get("step"), int) for one in records):
+        if not isinstance(rounds, list) or not all(
+            isinstance(one, dict) and isinstance(one.get("step"), int) for one in rounds
+        ):
             raise AdapterFormatError(
                 self.folder / HISTORY_NAME, "rounds", "rounds with their steps", repr(rounds)[:80]
             )
-        return [one["step"] for one in records if isinstance(one, dict) and not one.get("removed")]
+        return [one["step"] for one in rounds if not one.get("removed")]
 
     @cached_property
     def log_history(self) -> list[Any]:

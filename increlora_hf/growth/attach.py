@@ -15,7 +15,7 @@ from torch import nn
 
 from ..adapter.four_bit import keep_unpacked, require_unpacked
 from ..adapter.inject import inject, require_no_adapter, unchanged_on_error
-from ..adapter.warmstart import holds_adapter, trainable_adapters, warm_start
+from ..adapter.warmstart import holds_adapter, refuse_several_trainable, warm_start
 from ..config import IncreLoraConfig, as_config
 from ..documents import HISTORY_NAME, write_json
 from .growth import Growth
@@ -87,11 +87,7 @@ def is_attached(model: Any) -> bool:
 
 
 def _already_attached(model: Any, config: IncreLoraConfig | None) -> PeftModel:
-    trainable = trainable_adapters(model)
-    if len(trainable) > 1:
-        raise ValueError(
-            f"The adapters {trainable} are all trainable, and IncreLoRA grows one. Freeze or delete the others."
-        )
+    refuse_several_trainable(model)
     if config is not None and config != model.increlora.config:
         raise ValueError(
             "The model was attached with other settings than those given now. Give the settings to `attach` alone, "

@@ -182,18 +182,21 @@ class Growth:
         """The size of every component, by layer, each of shape (r_k,) and on the CPU."""
         return {name: layer.component_sizes().cpu() for name, layer in self.layers.items()}
 
-    def decide(self, step: int, birth_step: int) -> Round:
+    def decide(self, step: int, birth_step: int, sizes: Mapping[str, Tensor]) -> Round:
         """The round that is due after this step: the layers with the highest scores grow, or the cut.
+
+        Args:
+            sizes: of all components, from `sizes`.
 
         Raises:
             RuntimeError: a size or a score is NaN or infinite, so that no comparison of layers means anything.
         """
         assert self.plan is not None
-        sizes, chosen, removed = self.sizes(), [], {}
-        values = SCORES[self.config.score](Evidence(self.tracker, list(sizes.values())))
-        scores = dict(zip(self.layers, values.tolist(), strict=True))
+        found = SCORES[self.config.score](Evidence(self.tracker, list(sizes.values())))  # (n,)
+        scores = dict(zip(self.layers, found.tolist(), strict=True))
+        components = {name: of_layer.tolist() for name, of_layer in sizes.items()}
         for name, score in scores.items():
-            wrong = next((size for size in (*sizes[name].tolist(), score) if not math.isfinite(size)), None)
+            wrong = next((value for value in (*components[name], score) if not math.isfinite(value)), None)
             if wrong is not None:
                 raise RuntimeError(
                     f"After step {step:,} a component of the layer {name!r} has the size or score {wrong}: the "
@@ -202,18 +205,17 @@ class Growth:
                     "lora_alpha. Trainer logs a loss of NaN as 0, unless logging_nan_inf_filter=False."
                 )
         if step == self.plan.cut_step:
-            of_layers = {name: of_layer.tolist() for name, of_layer in sizes.items()}
-            removed = smallest(of_layers, self.total_rank - self.target_total_rank)
-        else:
-            room = {name: layer.max_rank - layer.rank for name, layer in self.layers.items()}
-            limits = {"remaining": self.remaining, "top_h": self.plan.top_h, "increment": self.config.increment}
-            chosen = choose(scores, room, **limits)
-        return Round(step=step, birth_step=birth_step, layers=chosen, scores=scores, removed=removed)
+            removed = smallest(components, self.total_rank - self.target_total_rank)
+            return Round(step=step, birth_step=birth_step, layers=[], scores=scores, removed=removed)
+        room = {name: layer.max_rank - layer.rank for name, layer in self.layers.items()}
+        layers = choose(scores, room, remaining=self.remaining, top_h=self.plan.top_h, increment=self.config.increment)
+        return Round(step=step, birth_step=birth_step, layers=layers, scores=scores)
 
     def apply(self, record: Round) -> None:
-        """Hold a round, decided now or recorded earlier; `removed_rows` says what it cuts from the middle.
+        """Carry out a round that was decided now or recorded earlier.
 
-        Apart from these, rows are appended to the factors or cut from their ends, never both in one round.
+        The cut removes the rows that `removed_rows` lists. Any other round appends rows to a factor, or cuts rows from
+        its end, never both.
         """
         config = self.config
         if record.removed:
@@ -269,6 +271,15 @@ class Growth:
         """Settings, plan, learning-rate schedule, rounds, first and current ranks, as values that JSON can hold."""
         return {
             "format_version": HISTORY_FORMAT,
+            **self._settings_and_rounds(),
+            "component_parameters": {name: layer.num_parameters(1) for name, layer in self.layers.items()},
+            "total_rank": self.total_rank,
+            "target_total_rank": self.target_total_rank,
+        }
+
+    def _settings_and_rounds(self) -> dict[str, Any]:
+        """What `history` and `state_dict` both hold."""
+        return {
             "config": self.config.to_dict(),
             "plan": None if self.plan is None else self.plan.to_dict(),
             "schedule": self.schedule,
@@ -276,9 +287,6 @@ class Growth:
             "rounds_before_run": self.rounds_before_run,
             "rounds": [asdict(record) for record in self.rounds],
             "rank_pattern": self.rank_pattern,
-            "component_parameters": {name: layer.num_parameters(1) for name, layer in self.layers.items()},
-            "total_rank": self.total_rank,
-            "target_total_rank": self.target_total_rank,
         }
 
     # ---- The state of growth, for resuming ------------------------------------------------------------------------
@@ -286,18 +294,12 @@ class Growth:
     def state_dict(self) -> dict[str, Any]:
         """Return everything but the values of tensors, as plain values that JSON can hold."""
         return {
-            "config": self.config.to_dict(),
-            "plan": None if self.plan is None else self.plan.to_dict(),
-            "schedule": self.schedule,
+            **self._settings_and_rounds(),
             "optimizer": self.optimizer,
-            "initial_ranks": self.initial_ranks,
             "run_start_rank": self.run_start_rank,
             "run_peak_rank": self.run_peak_rank,
-            "rounds_before_run": self.rounds_before_run,
             "rounds_before_optimizer": self.rounds_before_optimizer,
-            "rounds": [asdict(record) for record in self.rounds],
             **self.tracker.state_dict(),
-            "rank_pattern": self.rank_pattern,
         }
 
     def load_state_dict(
@@ -322,14 +324,15 @@ class Growth:
         """
         self.require_same_settings(state, source)
         self.replay(state, state["rounds_before_run"], follow)
-        for key, found in {"run_start_rank": self.total_rank, "run_peak_rank": self.peak_total_rank}.items():
-            if len(self.rounds) == state["rounds_before_run"] and state[key] != found:
-                raise AdapterFormatError(source, key, f"{found} by its rounds", f"{state[key]}"[:80])
+        for key, rank in {"run_start_rank": self.total_rank, "run_peak_rank": self.peak_total_rank}.items():
+            if len(self.rounds) == state["rounds_before_run"] and state[key] != rank:
+                raise AdapterFormatError(source, key, f"{rank} by its rounds", f"{state[key]}"[:80])
         self.replay(state, len(state["rounds"]), follow)
-        if self.rank_pattern != state["rank_pattern"]:
-            key = next(name for name, rank in self.rank_pattern.items() if state["rank_pattern"].get(name) != rank)
-            expected = f"{self.rank_pattern[key]} by its rounds"
-            raise AdapterFormatError(source, f"rank_pattern[{key!r}]", expected, f"{state['rank_pattern'].get(key)}")
+        ours, theirs = self.rank_pattern, state["rank_pattern"]
+        for name in ours | theirs:
+            if ours.get(name) != theirs.get(name):
+                expected, found = f"{ours.get(name, ABSENT)} by its rounds", f"{theirs.get(name, ABSENT)}"[:80]
+                raise AdapterFormatError(source, f"rank_pattern[{name!r:.80}]", expected, found)
         live = training_tensors(self.trained)
         check_tensors(source, tensors, {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in live.items()})
         with torch.no_grad():
@@ -341,7 +344,7 @@ class Growth:
     def replay(
         self, state: Mapping[str, Any], count: int, follow: Callable[[Round], None] = lambda record: None
     ) -> None:
-        """Hold the first ``count`` recorded rounds again; values of tensors are not restored."""
+        """Carry out the first ``count`` recorded rounds again; values of tensors are not restored."""
         for values in state["rounds"][len(self.rounds) : count]:
             record = Round(**values)
             self.apply(record)

@@ -149,10 +149,10 @@ class Packing:
             self.gather()
             return None
         self._enter()
-        self.gather()  # for steps that read gradients before their closure
+        self.gather()  # for optimizers that read gradients before they call the closure
 
         def on_factors() -> Any:
-            self.write_back()  # for steps that evaluate their closure where they have moved to
+            self.write_back()  # for optimizers that change the parameters before they call the closure
             self._leave()
             try:
                 loss = closure()
@@ -236,7 +236,7 @@ class Packing:
         """Take in the factors after growth: rows that were appended are born now, rows cut from the end are gone.
 
         New rows get groups like their factor's first one, with ``birth_step`` and, until the scheduler's next step,
-        learning rate 0. What the optimizer keeps of its own course in a group (a count, a sum) starts anew.
+        learning rate 0. Counts and sums that the optimizer keeps in a group start anew.
 
         Args:
             factors: as they are now, in the same order.

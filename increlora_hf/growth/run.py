@@ -231,27 +231,32 @@ class GrowthRun:
         self.step += 1
         if self._sensitivities is not None:
             growth.tracker.update(self._sensitivities)
-        is_due = growth.plan.is_due(self.step)
-        if is_due:
-            self._require_gradients()
-            require_same_replicas(growth)
-            growth.tracker = broadcast_object(growth.tracker)
-            birth_step = self.lr_scheduler.last_epoch + 1 if growth.config.restart_warmup else 0
-            if self.step == (growth.plan.cut_step or growth.plan.last_step) and not any(
-                map(torch.any, growth.sizes().values())
-            ):
-                _warn(
-                    f"after step {self.step} every component of the adapter still has the size 0: it has learned "
-                    "nothing, and what this round chooses is arbitrary. Usual causes are a loss that does not change "
-                    "(such as equal rewards), or a learning rate or init_std that is far too small."
-                )
-            record = broadcast_object(growth.decide(self.step, birth_step))
-            growth.apply(record)
-            self._follow(record)
-            self._recompile()
+        record = self._grow() if growth.plan.is_due(self.step) else None
         self._begin_update()
         self._watch()
-        return growth.rounds[-1] if is_due else None
+        return record
+
+    def _grow(self) -> Round:
+        """Decide the round that is due, the same in all processes, and let model and optimizer follow it."""
+        growth = self.growth
+        assert growth.plan is not None
+        self._require_gradients()
+        require_same_replicas(growth)
+        growth.tracker = broadcast_object(growth.tracker)
+        birth_step = self.lr_scheduler.last_epoch + 1 if growth.config.restart_warmup else 0
+        sizes = growth.sizes()
+        is_last = self.step == (growth.plan.cut_step or growth.plan.last_step)
+        if is_last and not any(map(torch.any, sizes.values())):
+            _warn(
+                f"after step {self.step} every component of the adapter still has the size 0: it has learned "
+                "nothing, and what this round chooses is arbitrary. Usual causes are a loss that does not change "
+                "(such as equal rewards), or a learning rate or init_std that is far too small."
+            )
+        record: Round = broadcast_object(growth.decide(self.step, birth_step, sizes))
+        growth.apply(record)
+        self._follow(record)
+        self._recompile()
+        return record
 
     def _require_gradients(self) -> None:
         if not any(all_gather_objects(self._is_reached)):
@@ -269,7 +274,7 @@ class GrowthRun:
         self._begin_update()
 
     def start_at(self, step: int) -> None:
-        """Go on after this many optimizer steps; of an update that was begun nothing is kept."""
+        """Continue after this many optimizer steps, and discard an update that was begun."""
         self.step = step
         if self._probes is None:  # an earlier run may have left some
             for layer in self.growth.layers.values():
@@ -311,7 +316,7 @@ class GrowthRun:
         return 1.0 if stage is OptState.UNSCALED else self._scaler.get_scale()
 
     def _parameters(self) -> list[Parameter]:
-        """What the optimizer holds whole on every process."""
+        """The unsharded parameters that the optimizer holds."""
         held = (p for group in self.optimizer.param_groups for p in group["params"])
         return [p for p in held if p.numel() and not is_sharded(p)]  # a layer that was cut to rank 0 has no elements
 

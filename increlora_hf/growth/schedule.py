@@ -65,12 +65,10 @@ def restart_curves(
         own = dict(settings)
         if own.get("num_stable_steps") is not None:
             own["num_stable_steps"] -= birth_step  # the decay then ends where the first group's does
-        throwaway = torch.optim.SGD(
-            [torch.zeros(1)], lr=learning_rate
-        )  # get_scheduler reads the peak from an optimizer
+        with_peak = torch.optim.SGD([torch.zeros(1)], lr=learning_rate)  # get_scheduler reads the peak from it
         return get_scheduler(
             name,
-            throwaway,
+            with_peak,
             num_warmup_steps=own_warmup,
             num_training_steps=None if "num_stable_steps" in own else own_steps,
             scheduler_specific_kwargs=own,

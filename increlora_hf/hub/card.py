@@ -166,9 +166,8 @@ def _use(run: RunSummary, base: str) -> str:
         num_labels=len(run.labels),
         has_tokenizer=run.has_tokenizer,
     )
-    hint = uniform_hint(
-        run.repository, filter(None, run.history["rank_pattern"].values())
-    )  # layers of rank 0 are not saved
+    saved_ranks = [rank for rank in run.history["rank_pattern"].values() if rank]  # a layer of rank 0 is not saved
+    hint = uniform_hint(run.repository, saved_ranks)
     return "\n\n".join(part for part in [f"```python\n{code}\n```", hint, _label_names(run)] if part)
 
 

@@ -24,22 +24,22 @@ from ..errors import HubPushError
 from ..files.saved_adapter import is_in_hub_cache
 
 UPLOADED = (  # by file name: what people load or read; anything else stays, such as .env, logs and pickles
-    *("README.md", "LICENSE", "LICENSE.md", "LICENSE.txt", "*.safetensors", "*.safetensors.index.json", "config.json"),
-    *("generation_config.json", "adapter_config.json", "increlora_history.json", "training_args.json"),
-    *("*_results.json", "*predictions.json", "*null_odds.json", "predict_results_*.txt", "*.png", "*.gif", "*.svg"),
+    "README.md", "LICENSE", "LICENSE.md", "LICENSE.txt", "*.safetensors", "*.safetensors.index.json", "config.json",
+    "generation_config.json", "adapter_config.json", "increlora_history.json", "training_args.json",
+    "*_results.json", "*predictions.json", "*null_odds.json", "predict_results_*.txt", "*.png", "*.gif", "*.svg",
     # of transformers' tokenizers and processors
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.json"),
-    *("*.jinja", "vocab.txt", "vocab.json", "vocab.bpe", "vocab-src.json", "vocab-tgt.json", "target_vocab.json"),
-    *("entity_vocab.json", "encoder.json", "merges.txt", "bpe.codes", "dict.txt", "byte_maps.json", "word_shape.json"),
-    *("word_pronunciation.json", "normalizer.json", "emoji.json", "prophetnet.tokenizer", "tekken.json", "*.tiktoken"),
-    *("tokenizer.model", "tokenizer.model.v[0-9]", "tiktoken.model", "spiece.model", "spm.model", "spm_char.model"),
-    *("sentencepiece.model", "sentencepiece.bpe.model", "source.spm", "target.spm", "audio_tokenizer_config.json"),
-    *("preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json"),
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.json",
+    "*.jinja", "vocab.txt", "vocab.json", "vocab.bpe", "vocab-src.json", "vocab-tgt.json", "target_vocab.json",
+    "entity_vocab.json", "encoder.json", "merges.txt", "bpe.codes", "dict.txt", "byte_maps.json", "word_shape.json",
+    "word_pronunciation.json", "normalizer.json", "emoji.json", "prophetnet.tokenizer", "tekken.json", "*.tiktoken",
+    "tokenizer.model", "tokenizer.model.v[0-9]", "tiktoken.model", "spiece.model", "spm.model", "spm_char.model",
+    "sentencepiece.model", "sentencepiece.bpe.model", "source.spm", "target.spm", "audio_tokenizer_config.json",
+    "preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json",
     # of sentence-transformers' modules
-    *("modules.json", "config_sentence_transformers.json", "sentence_*_config.json", "router_config.json"),
-    *("lstm_config.json", "cnn_config.json", "wordembedding_config.json", "whitespacetokenizer_config.json"),
+    "modules.json", "config_sentence_transformers.json", "sentence_*_config.json", "router_config.json",
+    "lstm_config.json", "cnn_config.json", "wordembedding_config.json", "whitespacetokenizer_config.json",
     "phrasetokenizer_config.json",
-)
+)  # fmt: skip
 FOLDERS = re.compile(r"(\w+_)?\d+_[A-Z]\w*|additional_chat_templates")  # as these libraries name theirs
 FOLDERS_WITH = ("adapter_config.json", "tokenizer_config.json")  # a second adapter, a processor's second tokenizer
 WEIGHTS_AND_PICTURES = (".safetensors", ".pt", ".pth", ".bin", ".png", ".gif")  # not searched for tokens

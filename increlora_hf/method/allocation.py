@@ -31,7 +31,7 @@ class Plan:
     @property
     def rounds(self) -> int:
         """Number of rounds of growth."""
-        return _rounds_needed(self.peak_total_rank - self.initial_total_rank, self.top_h, self.increment)
+        return math.ceil((self.peak_total_rank - self.initial_total_rank) / (self.top_h * self.increment))
 
     @property
     def first_step(self) -> int:
@@ -162,10 +162,6 @@ def _default_interval(longest: int, start: int | None, growth_end: int, wanted: 
         if interval < SHORTEST_INTERVAL or first > (interval if start is None else start):
             break
     return min(longest, max(interval, SHORTEST_INTERVAL))
-
-
-def _rounds_needed(components: int, top_h: int, increment: int) -> int:
-    return math.ceil(components / (top_h * increment))
 
 
 def _last_possible(total_steps: int, *, is_cut: bool) -> int:

@@ -160,13 +160,16 @@ def rank_grid(ranks: Mapping[str, int]) -> tuple[list[str], list[str], dict[tupl
 
 def rank_changes(history: Mapping[str, Any]) -> list[dict[str, int]]:
     """For each round of a history, by layer, the components that it added; below 0 the number that the cut took."""
-    config, cut = history["config"], [len(p) for one in history["rounds"] for p in one.get("removed", {}).values()]
-    left, found = sum(history["rank_pattern"].values()) + sum(cut) - sum(history["initial_ranks"].values()), []
-    for record in history["rounds"]:
-        added = gains(record["layers"], remaining=left, increment=config["increment"])
+    rounds, increment = history["rounds"], history["config"]["increment"]
+    cuts = [{name: -len(places) for name, places in record.get("removed", {}).items()} for record in rounds]
+    grown = sum(history["rank_pattern"].values()) - sum(history["initial_ranks"].values())
+    left = grown - sum(sum(cut.values()) for cut in cuts)  # components that the rounds still add
+    changes = []
+    for record, cut in zip(rounds, cuts, strict=True):
+        added = gains(record["layers"], remaining=left, increment=increment)
         left -= sum(added.values())
-        found.append(added | {name: -len(places) for name, places in record.get("removed", {}).items()})
-    return found
+        changes.append(added | cut)
+    return changes
 
 
 def final_ranks(growth: Growth) -> str:

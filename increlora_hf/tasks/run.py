@@ -117,8 +117,12 @@ def check_run(model: ModelArguments, training: TrainingArguments, tuner: str) ->
     ):
         if evaluates and getattr(training, name) is wrong:
             raise ValueError(f"--{name} {wrong} {why}. Leave it out.")
-    if not training.do_train:
-        return
+    if training.do_train:
+        _check_training(model, training, tuner)
+
+
+def _check_training(model: ModelArguments, training: TrainingArguments, tuner: str) -> None:
+    """Refuse to train a saved adapter, or to overwrite another run's weights; warn of a low learning rate."""
     if tuner not in ("full", "head") and training.learning_rate == DEFAULT_RATE:
         logger.warning(
             "--learning_rate has Trainer's default, %g, which suits full fine-tuning. Low-rank adapters need a much "
@@ -130,6 +134,7 @@ def check_run(model: ModelArguments, training: TrainingArguments, tuner: str) ->
             f"--model_name_or_path {model.model_name_or_path} is an adapter. Train from the base model that its "
             f"{ADAPTER_CONFIG} names."
         )
+    out = Path(str(training.output_dir))
     checkpoints = any(out.glob("checkpoint-*"))
     holds_weights = any((out / name).exists() for name in WEIGHTS)
     if checkpoint_to_resume(training) is None and (checkpoints or holds_weights):
@@ -200,7 +205,10 @@ def _sizes(job: Job, split: str, prefix: str) -> dict[str, int]:
 
 
 def publish(job: Job, prog: str) -> None:
-    """Write the card, push where that is asked for, and part; a Hub that fails ends the program with status 1."""
+    """Write the model card, push it where that is asked for, and end the process group.
+
+    A push that fails ends the program with status 1.
+    """
     trainer = job.trainer
     try:
         if trainer.args.push_to_hub:

@@ -96,9 +96,9 @@ def each_row(rows: Dataset) -> Iterator[dict[str, Any]]:
 
 
 def _read_folder(source: DataSource, config: str | None) -> dict[str, Dataset]:
-    """Splits by file name, `SPLIT.parquet` or its numbered shards, in the folder or in its sub-folder `config`.
+    """Splits by file name, `SPLIT.parquet` or its numbered shards, in the folder or else in its sub-folder `config`.
 
-    Where the user names the sub-folder, in that alone.
+    If the user names the sub-folder, only that one is read.
 
     `datasets` would guess the splits from words in the names, and merge validation_matched with
     validation_mismatched into one.

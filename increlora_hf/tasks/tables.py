@@ -31,16 +31,25 @@ def read_table(
     is_typed: bool = True,
     ignore: Collection[str] = (),
 ) -> Dataset:
-    """The rows of a .csv, .json or .jsonl file, without the columns in `ignore` and those that hold lists or objects.
+    """The rows of a .csv, .json or .jsonl file, without columns that hold lists or objects. Blank lines are skipped.
 
-    Those are refused as `label` or `texts`.
-    Cells of a CSV file stay as they are spelled, but for the label of a file that is typed: that is int, float or
-    str, whichever holds all values. JSON says itself what is a number. Blank lines are skipped.
+    Args:
+        label: the column that needs a value in every row.
+        texts: columns that, like the label, are refused if they hold lists or objects.
+        is_typed: read the labels of a CSV file as int, or else as float, if all of them are. All other cells of a CSV
+            file stay text. JSON says itself what is a number.
+        ignore: columns to leave out.
+
+    Raises:
+        ValueError, FileNotFoundError: the file or one of its rows cannot be used. The message names the row.
     """
     path = Path(path)
     if path.suffix not in FORMATS:
         raise ValueError(f"{path}: the file format is unknown. Give a file that ends in {', '.join(FORMATS)}.")
-    rows = [(place, _without(row, ignore)) for place, row in FORMATS[path.suffix](path, read_text(path))]
+    rows = [
+        (place, {name: cell for name, cell in row.items() if name not in ignore})
+        for place, row in FORMATS[path.suffix](path, read_text(path))
+    ]
     if not rows:
         raise ValueError(f"{path} has no rows. Give a file with at least one row of data.")
     for place, row in rows:
@@ -51,10 +60,6 @@ def read_table(
             {name: as_numbers(cells) if is_typed and name == label else cells for name, cells in columns.items()}
         )
     return Dataset.from_dict({name: _json_column(cells) for name, cells in columns.items() if not _nested(cells)})
-
-
-def _without(row: dict[str, Any], ignore: Collection[str]) -> dict[str, Any]:
-    return {name: cell for name, cell in row.items() if name not in ignore}
 
 
 def _nested(cells: list[Any]) -> bool:

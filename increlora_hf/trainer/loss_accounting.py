@@ -30,9 +30,9 @@ class ItemCountsMixin(_Base):
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, *items: Any, **kwargs: Any
     ) -> Any:
-        """Compute the loss; find out whether the model divides it by ``num_items_in_batch``, once a loss can tell.
+        """Compute the loss. The first one that can tell shows whether the model divides by ``num_items_in_batch``.
 
-        That goes on by its name, where it came in: a Trainer class below may take ``**kwargs``.
+        That count is passed on by its name, and only if it was given: the Trainer class below may take ``**kwargs``.
         """
         if items:
             kwargs["num_items_in_batch"] = items[0]
@@ -45,7 +45,7 @@ class ItemCountsMixin(_Base):
         return super().compute_loss(model, inputs, return_outputs=return_outputs, **kwargs)
 
     def take_decision(self, loss_divides: bool | None) -> None:
-        """Take what was found out here, or in the run that is resumed."""
+        """Keep whether the loss divides by ``num_items_in_batch``, as found here or in the run that is resumed."""
         self.loss_divides = loss_divides
         if loss_divides is False:
             self.model_accepts_loss_kwargs = False

@@ -240,12 +240,11 @@ class IncreLoraTrainerMixin(ItemCountsMixin, PublishingMixin, SearchMixin):
         self.growth_run.start_at(self.state.global_step)
         self._frozen_norms = frozen_batch_norms(self.increlora.model)
         loader = self.callback_handler.train_dataloader
-        arguments = {
-            name: value
+        facts = {
+            f"the training argument {name}": value
             for name, value in type(self.args).to_dict(self.args).items()
             if name not in OWN_ARGUMENTS | OWN_OF_TRL
         }
-        facts = {f"the training argument {name}": value for name, value in arguments.items()}
         facts["the number of training batches"] = len(loader) if has_length(loader) else None
         sets = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"": self.eval_dataset}
         facts["the rows to evaluate"] = {name: len(rows) for name, rows in sets.items() if has_length(rows)}

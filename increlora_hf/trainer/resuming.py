@@ -42,7 +42,10 @@ def same_checkpoint(wanted: str | bool, output_dir: str) -> Path:
 
 
 def complete_state(folder: Path) -> tuple[dict[str, Any], str | None]:
-    """The state of growth in a checkpoint; with what is wrong with it in any process, so that all do the same."""
+    """The state of growth in a checkpoint, and the first error of any process in reading it, or None.
+
+    All processes get the same error.
+    """
     state: dict[str, Any] = {}
     problem = None
     try:

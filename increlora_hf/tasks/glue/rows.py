@@ -117,7 +117,7 @@ def prepare_rows(rows: Dataset, task: TextTask, where: str, *, labelled: bool = 
 
 
 def _label_names(rows: Dataset, task: TextTask, where: str) -> Iterable[object]:
-    """The labels; those of a column with the task's own class names, in whatever order, as names.
+    """The labels of the rows: as names, where the column has the task's own class names in any order.
 
     Raises:
         ValueError: the column has the class names of another task.

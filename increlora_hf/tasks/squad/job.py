@@ -67,7 +67,7 @@ class Answering:
         return EvalPrediction(predictions=rows, label_ids=golds)  # type: ignore[arg-type]
 
     def names(self, questions: Dataset) -> Iterator[str]:
-        """The names of the metrics that these questions have. They are found out where somebody asks."""
+        """The names of the metrics of these questions; a generator, so that nothing is read before it is used."""
         golds = {name: answer["text"] for name, answer in zip(questions["id"], questions["answers"], strict=True)}
         texts, odds = dict.fromkeys(golds, ""), dict.fromkeys(golds, 0.0)
         version_2 = self.settings.version_2_with_negative
