@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import arguments, tiny_bert, token_rows
+from conftest import arguments, tiny_bert, token_rows, with_random_values
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.helpers import rescale_adapter_scale
 from test_resume import assert_same_bits, bits
@@ -119,6 +119,20 @@ def test_peft_may_scale_a_model_with_layers_of_rank_0(tmp_path: Path) -> None:
     with rescale_adapter_scale(trainer.model, 0.5):
         assert not torch.equal(trainer.model(**BATCH).logits, expected)
     torch.testing.assert_close(trainer.model(**BATCH).logits, expected)
+
+
+def test_peft_combines_an_adapter_that_was_cut() -> None:
+    model = attach(tiny_bert().bert, replace(CUT, modules_to_save=[]))
+    growth = model.increlora
+    growth.begin_run(STEPS, 2)
+    growth.apply(Round(step=1, birth_step=0, layers=[], scores={}, removed={next(iter(growth.layers)): [0]}))
+    ids = BATCH["input_ids"]
+    expected = with_random_values(model, 0.1).eval()(ids).last_hidden_state
+    for combination_type in ("cat", "svd", "linear"):
+        model.add_weighted_adapter(["default"], [1.0], combination_type, combination_type=combination_type)
+        model.set_adapter(combination_type)
+        torch.testing.assert_close(model(ids).last_hidden_state, expected)
+        model.set_adapter("default")
 
 
 @pytest.mark.usefixtures("pictures")

@@ -18,7 +18,7 @@ def is_target(name: str, target: str) -> bool:
     return name == target or name.endswith("." + target)
 
 
-def exact_targets(wanted: Iterable[str], names: Iterable[str]) -> list[str] | str:
+def exact_targets(wanted: Iterable[str], names: Iterable[str]) -> set[str] | str:
     """``target_modules`` that match the modules ``wanted`` alone, out of all ``names``.
 
     Their full names; where one of these is the ending of another module's name, a regular expression.
@@ -27,7 +27,7 @@ def exact_targets(wanted: Iterable[str], names: Iterable[str]) -> list[str] | st
     parts = [name.split(".") for name in names if name not in listed]
     if any(".".join(one[i:]) in listed for one in parts for i in range(1, len(one))):
         return "|".join(map(re.escape, listed))
-    return list(listed)
+    return set(listed)  # as LoraConfig holds names
 
 
 def is_head(name: str, heads: Iterable[str]) -> bool:

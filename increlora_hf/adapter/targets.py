@@ -73,7 +73,7 @@ def resolve_targets(
     )
     wanted = _adapted_names(model, lora_config, config, ranks)
     if isinstance(lora_config.target_modules, str) and _is_converted(model, lora_config):
-        lora_config.target_modules = wanted  # PEFT would take the last parts of the names that the regex matches
+        lora_config.target_modules = set(wanted)  # PEFT would take the last parts of the names that the regex matches
     lora_config.fan_in_fan_out = all(isinstance(model.get_submodule(name), Conv1D) for name in wanted)
     return lora_config, wanted
 
