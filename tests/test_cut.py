@@ -18,7 +18,7 @@ from increlora_hf.growth.growth import Round
 from increlora_hf.method.allocation import make_plan, smallest
 from increlora_hf.method.reference import smallest as naively_smallest
 from increlora_hf.report.plots import budget_curve, learning_rates, score_history
-from increlora_hf.report.text import plan_line
+from increlora_hf.report.text import in_one_order, plan_line
 
 STEPS = 20
 BATCH = {name: torch.tensor(values) for name, values in token_rows()[:8].items()}
@@ -168,13 +168,31 @@ def test_forgotten_growth_is_told_above_the_budget_too(tmp_path: Path, caplog: p
     assert "IncreLoraConfig(r_avg=3, init_r=3, overshoot=0)" in caplog.text
 
 
-def test_adapter_above_the_budget_may_grow_to_the_peak() -> None:
+def test_adapter_above_the_budget_may_grow_to_the_peak_and_the_cut_is_announced(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     stock = get_peft_model(tiny_bert(), LoraConfig(r=3, target_modules=["query"], task_type="SEQ_CLS"))
     growth = attach(stock, IncreLoraConfig(r_avg=2, overshoot=2)).increlora
     assert (growth.total_rank, growth.peak_total_rank, growth.target_total_rank) == (6, 8, 4)
+    assert "total rank of 6 in 2 layers, above the budget of 4 (r_avg=2)" in caplog.text
+    assert "give r_avg=3" in caplog.text
+    caplog.clear()
+    stock = get_peft_model(tiny_bert(), LoraConfig(r=3, target_modules=["query"], task_type="SEQ_CLS"))
+    attach(stock, IncreLoraConfig(r_avg=3, overshoot=2))
+    assert not caplog.records
     stock = get_peft_model(tiny_bert(), LoraConfig(r=5, target_modules=["query"], task_type="SEQ_CLS"))
     with pytest.raises(ValueError, match="grow to a total rank of 8, but the model's adapter already has 10"):
         attach(stock, IncreLoraConfig(r_avg=2, overshoot=2))
+
+
+def test_layers_that_one_of_two_adapters_has_lost_keep_their_place_in_a_comparison() -> None:
+    order = list("abcdef")
+    for first, second in (("bcdf", "aef"), ("abc", "def"), ("adf", "abcdef"), ("acdef", "bdf")):
+        found = in_one_order(dict.fromkeys(first, 1), dict.fromkeys(second, 1))
+        assert sorted(found) == order
+        for one in (first, second):
+            assert [name for name in found if name in one] == list(one)
+    assert in_one_order(dict.fromkeys("acde", 1), dict.fromkeys("abe", 1)) == list("abcde")
 
 
 def test_ties_go_in_the_order_of_the_model() -> None:

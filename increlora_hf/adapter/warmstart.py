@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import math
 from dataclasses import replace
 from typing import Any, cast
 
@@ -15,6 +17,8 @@ from torch import Tensor, nn
 from ..config import IncreLoraConfig
 from .components import adapted_layers, budget
 from .inject import inject
+
+logger = logging.getLogger(__name__)
 
 KEEPS_BASE = ("true", "false", "gaussian", "orthogonal", "eva")  # init_lora_weights that leave the base weights alone
 PLAIN = {
@@ -54,12 +58,17 @@ def warm_start(model: Any, config: IncreLoraConfig) -> PeftModel:
             "product is beyond their precision. Load another adapter, or start from the base model."
         )
     limits = {name: min(rows_b.shape[1], rows_a.shape[1]) for name, (rows_b, _, rows_a) in factors.items()}
-    highest = budget(config, ranks, limits, config.overshoot)
-    if sum(ranks.values()) > highest:
+    total, target, peak = sum(ranks.values()), *(budget(config, ranks, limits, more) for more in (0, config.overshoot))
+    if total > peak:
         raise ValueError(
             f"r_avg={config.r_avg} and overshoot={config.overshoot} let {len(ranks)} layers grow to a total rank of "
-            f"{highest}, but the model's adapter already has {sum(ranks.values())}. Growth only adds rank. Raise "
-            "r_avg or overshoot."
+            f"{peak}, but the model's adapter already has {total}. Growth only adds rank. Raise r_avg or overshoot."
+        )
+    if total > target:
+        logger.warning(
+            "IncreLoRA: the model's adapter has a total rank of %d in %d layers, above the budget of %d (r_avg=%d). "
+            "The cut will remove trained components. To keep as many as there are, give r_avg=%d.",
+            *(total, len(ranks), target, config.r_avg, math.ceil(total / len(ranks))),
         )
     training = model.training
     carried = model.peft_config[adapter]

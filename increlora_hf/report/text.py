@@ -180,9 +180,16 @@ def final_ranks(growth: Growth) -> str:
 
 
 def in_one_order(a: Mapping[str, int], b: Mapping[str, int]) -> list[str]:
-    """The names in either, each once, in the order of the one that has more of them."""
-    more, fewer = (a, b) if len(a) >= len(b) else (b, a)
-    return list({**more, **fewer})
+    """The names in either, each once, in the order of the one that has more of them.
+
+    A name that it lacks stands behind its predecessor in the other one.
+    """
+    more, fewer = (list(a), list(b)) if len(a) >= len(b) else (list(b), list(a))
+    names = more.copy()
+    for place, name in enumerate(fewer):
+        if name not in names:
+            names.insert(names.index(fewer[place - 1]) + 1 if place else 0, name)
+    return names
 
 
 def rank_table(ranks: Mapping[str, int]) -> str:
