@@ -1,5 +1,6 @@
 """Growth past the budget, and the cut down to it: what goes, what stays, and what is saved."""
 
+import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -121,13 +122,28 @@ def test_peft_may_scale_a_model_with_layers_of_rank_0(tmp_path: Path) -> None:
     torch.testing.assert_close(trainer.model(**BATCH).logits, expected)
 
 
-def test_peft_combines_an_adapter_that_was_cut() -> None:
+def with_a_layer_of_rank_0() -> Any:
     model = attach(tiny_bert().bert, replace(CUT, modules_to_save=[]))
     growth = model.increlora
     growth.begin_run(STEPS, 2)
     growth.apply(Round(step=1, birth_step=0, layers=[], scores={}, removed={next(iter(growth.layers)): [0]}))
-    ids = BATCH["input_ids"]
-    expected = with_random_values(model, 0.1).eval()(ids).last_hidden_state
+    return with_random_values(model, 0.1).eval()
+
+
+def test_parameters_of_a_model_that_was_cut_all_have_elements_for_whoever_reads_them() -> None:
+    model = with_a_layer_of_rank_0()
+    for parameter in model.parameters():
+        parameter.detach().histc(3)  # fails without elements
+    expected = model(BATCH["input_ids"]).last_hidden_state
+    moved = copy.deepcopy(model).double()
+    assert {p.dtype for layer in moved.increlora.layers.values() for p in layer.parameters()} == {torch.float64}
+    found = moved.merge_and_unload()(BATCH["input_ids"]).last_hidden_state
+    torch.testing.assert_close(found, expected.double(), atol=1e-5, rtol=1e-5)
+
+
+def test_peft_combines_an_adapter_that_was_cut() -> None:
+    model, ids = with_a_layer_of_rank_0(), BATCH["input_ids"]
+    expected = model(ids).last_hidden_state
     for combination_type in ("cat", "svd", "linear"):
         model.add_weighted_adapter(["default"], [1.0], combination_type, combination_type=combination_type)
         model.set_adapter(combination_type)

@@ -268,6 +268,15 @@ def test_what_cannot_grow_is_refused_and_left_as_it_was() -> None:
     with pytest.raises(ValueError, match="LBFGS keeps the parameters"):
         GrowthRun(model, torch.optim.LBFGS(p for p in model.parameters() if p.requires_grad), total_steps=60)
     used = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    scheduled = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    torch.optim.lr_scheduler.LinearLR(scheduled)
+    with pytest.raises(
+        ValueError, match=r"scheduler was made for the AdamW.*give GrowthRun warmup_steps and schedule"
+    ):
+        GrowthRun(model, scheduled, total_steps=60)
+    matrices = torch.optim.SGD([p for p in model.parameters() if p.requires_grad and p.ndim > 1], lr=1e-2)
+    with pytest.raises(ValueError, match=r"(\d+) of \d+ are missing.*matrices and vectors"):
+        GrowthRun(model, matrices, total_steps=60)
     with pytest.raises(ValueError, match="does not hold the adapter's parameters"):
         GrowthRun(model, torch.optim.AdamW(model.classifier.parameters()), total_steps=60)
     groups = [dict(group) for group in used.param_groups]

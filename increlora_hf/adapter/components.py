@@ -11,6 +11,7 @@ import torch
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
+from torch.nn import Parameter
 
 from ..config import DEFAULT_SEED, UNIT_STD, IncreLoraConfig
 from ..method.allocation import highest_total
@@ -61,6 +62,10 @@ class AdaptedLayer:
         rows_a, rows_b = self.A.rows(with_reserve=with_reserve), self.B.rows(with_reserve=with_reserve)
         return self.scale * (rows_b.T * lam) @ rows_a  # (out, r) @ (r, in)
 
+    def parameters(self) -> list[Parameter]:
+        """A, λ and B, reserves included; with rank 0 they are empty."""
+        return [self.A.components, self.A.active_lam, self.B.components]
+
     def num_parameters(self, rank: int) -> int:
         """Adapter parameters of this layer at a rank: r · (in + out + 1)."""
         return rank * (self.A.features + self.B.features + 1)
@@ -103,10 +108,12 @@ class AdaptedLayer:
         return component_sizes(rows_a, rows_b, self.A.active_lam, self.scale).detach()
 
     def remove(self, places: Sequence[int]) -> None:
-        """Remove these active components."""
+        """Remove these active components; of a layer that keeps none, the model lists no parameters."""
         kept = [i for i in range(self.rank) if i not in places]
-        self.A.keep(kept)
-        self.B.keep(kept)
+        for factor in (self.A, self.B):
+            factor.keep(kept)
+            if not kept:
+                factor.hide()
 
     def drop_reserve(self) -> None:
         """Remove the reserve."""
@@ -160,7 +167,7 @@ def start_components(layers: Mapping[str, AdaptedLayer], ranks: Mapping[str, int
     grows = sum(ranks.values()) < budget(config, ranks, limits, config.overshoot)
     for layer in layers.values():
         module: Any = layer.module
-        like = next(module.lora_A[ADAPTER].parameters())  # of PEFT's factor, or of the growing one that was there
+        like = module.lora_A[ADAPTER].weight  # of PEFT's factor, or of the growing one that was there
         module.lora_A[ADAPTER] = GrowingA(module.in_features, like, config.reserve_lambda).train(module.training)
         module.lora_B[ADAPTER] = GrowingB(module.out_features, like).train(module.training)
         fuse(module)
@@ -189,7 +196,8 @@ def record_ranks(peft_model: PeftModel, config: IncreLoraConfig) -> None:
     saved.r, saved.lora_alpha = largest.rank, plain_alpha(alphas[largest.name])  # type: ignore[assignment]
     if not all(layer.rank for layer in layers):  # PEFT knows no rank 0: these layers are not adapted any more
         names = [name for name, _ in peft_model.get_base_model().named_modules()]
-        saved.target_modules = exact_targets([layer.name for layer in layers if layer.rank], names)
+        targets: Any = exact_targets([layer.name for layer in layers if layer.rank], names)
+        saved.target_modules = targets
     others = [layer for layer in layers if layer.rank not in (0, largest.rank)]
     saved.rank_pattern = {exact_pattern(layer.name): layer.rank for layer in others}
     saved.alpha_pattern = {

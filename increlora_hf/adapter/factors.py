@@ -54,6 +54,11 @@ class _GrowingFactor(nn.Module):
         self.components = Parameter(self.components.detach()[list(rows)])
         self.rank = len(rows)
 
+    def hide(self) -> None:
+        """Hold the parameters as buffers: with rank 0 they are empty, and histograms and maxima of these fail."""
+        for name in list(self._parameters):
+            self.register_buffer(name, self._parameters.pop(name), persistent=False)
+
     def rows(self, *, with_reserve: bool) -> Tensor:
         """The components as rows, shape (r, features); the reserve's last."""
         return self.components if with_reserve or not self.reserve else self.components[: self.rank]

@@ -6,7 +6,7 @@ import copy
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from peft import LoraConfig, TaskType
 from peft.tuners.tuners_utils import _check_lora_target_modules_mamba, check_target_module_exists
@@ -73,17 +73,18 @@ def resolve_targets(
     )
     wanted = _adapted_names(model, lora_config, config, ranks)
     if isinstance(lora_config.target_modules, str) and _is_converted(model, lora_config):
-        lora_config.target_modules = set(wanted)  # PEFT would take the last parts of the names that the regex matches
+        # PEFT would take the last parts of the names that the regex matches
+        lora_config.target_modules = set(wanted)  # type: ignore[assignment]
     lora_config.fan_in_fan_out = all(isinstance(model.get_submodule(name), Conv1D) for name in wanted)
     return lora_config, wanted
 
 
 def _target_modules(
     model: nn.Module, config: IncreLoraConfig, outside: Sequence[str], ranks: Mapping[str, int] | None
-) -> list[str] | str:
+) -> Any:
     """PEFT's ``target_modules`` for these settings; warns of linear layers that stay frozen by default."""
     names = [name for name, _ in model.named_modules()]
-    targets = config.target_modules
+    targets: Any = config.target_modules
     if isinstance(targets, str) and (wrong := fault([targets], names, WHOLE)):
         raise ValueError(
             f"target_modules: expected {wrong[0]}, found {wrong[1]}. Give a simpler regular expression, or a list of "

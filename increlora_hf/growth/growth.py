@@ -244,9 +244,8 @@ class Growth:
         record_ranks(self.model, config)
 
     def parameters(self) -> list[Parameter]:
-        """All λ, A and B, reserves included."""
-        layers = self.layers.values()
-        return [p for layer in layers for p in (*layer.A.parameters(), *layer.B.parameters())]
+        """All A, λ and B, reserves included; the model does not list those of layers of rank 0."""
+        return [parameter for layer in self.layers.values() for parameter in layer.parameters()]
 
     def removed_rows(self, record: Round) -> list[list[int]]:
         """For each of `parameters` the rows that a round cuts out of it."""

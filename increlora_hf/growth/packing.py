@@ -96,7 +96,7 @@ class Packing:
         Raises:
             ValueError: the optimizer does not hold them all, was used already, or cannot be followed.
         """
-        _require_new(optimizer, factors)
+        _require_new(optimizer, [factor for factor in factors if len(factor)])
         if multiplier != 1:
             _separate(optimizer, apart, multiplier)
         self._optimizer = optimizer
@@ -337,7 +337,7 @@ class Packing:
         for strip in self._strips:
             self._strips_by_group[strip.group].append(strip.parameter)
         for place, group in self._home.items():
-            self._factors_by_group[group].append(self._factors[place])
+            self._factors_by_group[group] += [self._factors[place]] if len(self._factors[place]) else []
 
     @torch.no_grad()
     def _table(self, strips: list[_Strip]) -> _Table:
@@ -437,16 +437,24 @@ def _require_new(optimizer: Optimizer, factors: Sequence[Parameter]) -> None:
             "trains A, B and λ of every layer. Unfreeze them, or leave those layers out of target_modules."
         )
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    if not {id(factor) for factor in factors} <= held:
+    missing = sum(id(factor) not in held for factor in factors)
+    if missing:
         raise ValueError(
-            "The optimizer does not hold the adapter's parameters. Build it from the model that `attach` returns, "
-            "or let the Trainer build it."
+            f"The optimizer does not hold the adapter's parameters: {missing} of {len(factors)} are missing. It needs "
+            "A, B and λ of every layer, matrices and vectors. Build it from all parameters that train of the model "
+            "that `attach` returns, or let the Trainer build it."
         )
     if any(optimizer.state.get(factor) for factor in factors):
         raise ValueError(
             f"The {type(optimizer).__name__} has a state before the first step. Either it was used before, or it "
             "creates its state when it is made and accepts no parameters later. Give a new optimizer, or one of "
             "another kind, such as torch.optim.AdamW."
+        )
+    if any("initial_lr" in group for group in optimizer.param_groups):
+        raise ValueError(
+            f"A learning-rate scheduler was made for the {type(optimizer).__name__}. It would not follow the groups that "
+            "growth adds. Make a new optimizer without one. Growth sets the rates itself: give GrowthRun "
+            "warmup_steps and schedule (the Trainer: lr_scheduler_type), and use run.lr_scheduler."
         )
 
 

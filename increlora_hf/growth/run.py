@@ -318,7 +318,7 @@ class GrowthRun:
     def _parameters(self) -> list[Parameter]:
         """The unsharded parameters that the optimizer holds."""
         held = (p for group in self.optimizer.param_groups for p in group["params"])
-        return [p for p in held if p.numel() and not is_sharded(p)]  # a layer that was cut to rank 0 has no elements
+        return [p for p in held if not is_sharded(p)]
 
     # ---- Several processes, and resuming ---------------------------------------------------------------------------
 
