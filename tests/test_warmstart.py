@@ -100,6 +100,21 @@ def test_components_are_orthonormal_and_sorted() -> None:
         assert lams == sorted(lams, reverse=True)
 
 
+def test_components_that_an_adapter_has_not_trained_start_as_new_ones() -> None:
+    stock = get_peft_model(tiny_bert(), LoraConfig(r=3, target_modules=["query"], task_type="SEQ_CLS"))
+    first = next(module for name, module in stock.named_modules() if name.endswith("query"))
+    with torch.no_grad():
+        first.lora_B["default"].weight[:, 0] = 1.0  # one component of rank 1, and nothing in the second layer
+    expected = logits(stock)
+    model = attach(stock, IncreLoraConfig(r_avg=3, overshoot=0))
+    torch.testing.assert_close(logits(model), expected)
+    new = attach(tiny_bert(), IncreLoraConfig(r_avg=3, overshoot=0, init_r=3, target_modules=["query"]))
+    pairs = zip(model.increlora.layers.values(), new.increlora.layers.values(), strict=True)
+    for (found, wanted), trained in zip(pairs, (1, 0), strict=True):
+        for mine, theirs in zip(found.parameters(), wanted.parameters(), strict=True):
+            assert torch.equal(mine[trained:], theirs[trained:])
+
+
 def test_decomposition_is_that_of_the_dense_matrix() -> None:
     generator = torch.Generator().manual_seed(0)
     b, a = torch.randn(9, 4, generator=generator), torch.randn(4, 6, generator=generator)

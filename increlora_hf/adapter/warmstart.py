@@ -38,6 +38,8 @@ def holds_adapter(model: nn.Module) -> bool:
 def warm_start(model: Any, config: IncreLoraConfig) -> PeftModel:
     """Replace the adapter's layers by growing ones that hold the same ΔW.
 
+    Components that add nothing to it, such as those of an untrained adapter, start as new ones do.
+
     ``config.target_modules`` gives way to the adapter's layers, and ``init_r`` to its ranks. What the adapter trained
     fully stays so, and heads that hold none of its layers join it.
 
@@ -67,7 +69,7 @@ def warm_start(model: Any, config: IncreLoraConfig) -> PeftModel:
     if total > target:
         logger.warning(
             "IncreLoRA: the model's adapter has a total rank of %d in %d layers, above the budget of %d (r_avg=%d). "
-            "The cut will remove trained components. To keep as many as there are, give r_avg=%d.",
+            "The cut will remove some of its components. To keep as many as there are, give r_avg=%d.",
             *(total, len(ranks), target, config.r_avg, math.ceil(total / len(ranks))),
         )
     training = model.training
@@ -77,9 +79,10 @@ def warm_start(model: Any, config: IncreLoraConfig) -> PeftModel:
     with torch.no_grad():
         for name, layer in adapted_layers(grown).items():
             rows_b, singular, rows_a = factors[name]
-            layer.A.components[: layer.rank].copy_(rows_a)
-            layer.B.components[: layer.rank].copy_(rows_b)
-            layer.A.active_lam.copy_(singular / layer.scale)
+            used = slice(int(singular.count_nonzero()))  # the others stay new: without a or b, λ alone would learn
+            layer.A.components[used] = rows_a[used]
+            layer.B.components[used] = rows_b[used]
+            layer.A.active_lam[used] = singular[used] / layer.scale
     return grown
 
 

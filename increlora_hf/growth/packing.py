@@ -452,8 +452,8 @@ def _require_new(optimizer: Optimizer, factors: Sequence[Parameter]) -> None:
         )
     if any("initial_lr" in group for group in optimizer.param_groups):
         raise ValueError(
-            f"A learning-rate scheduler was made for the {type(optimizer).__name__}. It would not follow the groups that "
-            "growth adds. Make a new optimizer without one. Growth sets the rates itself: give GrowthRun "
+            f"A learning-rate scheduler was made for the {type(optimizer).__name__}. It would not follow the groups "
+            "that growth adds. Make a new optimizer without one. Growth sets the rates itself: give GrowthRun "
             "warmup_steps and schedule (the Trainer: lr_scheduler_type), and use run.lr_scheduler."
         )
 
