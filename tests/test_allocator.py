@@ -105,6 +105,13 @@ def test_published_cola_settings_give_the_published_rounds() -> None:
     assert (plan.rounds, plan.first_step, plan.last_step) == (24, 200, 2500)
 
 
+@pytest.mark.parametrize("steps, cut", [(3900, 2340), (30, 18), (3, 1), (2, 1)])
+def test_layers_that_start_at_the_peak_are_cut_where_growth_would_end(steps: int, cut: int) -> None:
+    plan = plan_for(36, steps, 100, init_r=4, peak_total_rank=144, growth_fraction=0.6)
+    assert (plan.rounds, plan.cut_step) == (0, cut)
+    assert plan_for(36, 3900, 100, init_r=4, peak_total_rank=144, interval=50).cut_step == 50
+
+
 def test_defaults_come_from_the_warm_up_and_the_growth_fraction() -> None:
     plan = plan_for(36, 3900, 100)
     assert (plan.interval, plan.start, plan.top_h) == (100, 100, 3)

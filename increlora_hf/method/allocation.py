@@ -64,7 +64,8 @@ class Plan:
     def cut_step(self) -> int:
         """Step at which the model's smallest components go, down to the budget; 0 where nothing is cut.
 
-        An interval after the last round, or one step before the run's last.
+        An interval after the last round, or after the start if nothing grows; at the latest one step before the run's
+        last.
         """
         return min(self.last_step + self.interval, self.total_steps - 1) if self.is_cut else 0
 
@@ -130,6 +131,8 @@ def make_plan(
     is_default_interval = interval is None
     if interval is None:
         longest = warmup_steps or max(MIN_DEFAULT_INTERVAL, round(DEFAULT_INTERVAL_FRACTION * total_steps))
+        if not needed:  # the cut is then the only round, and comes where growth would end
+            longest = max(growth_end, 1)
         wanted = math.ceil(CHOSEN_SHARE * needed / (num_layers * increment))
         can_choose = wanted and top_h is None and num_layers > 1
         interval = _default_interval(longest, start, growth_end, wanted) if can_choose else longest
