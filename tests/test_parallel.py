@@ -178,7 +178,9 @@ def test_averages_travel_in_bounded_buckets(tmp_path: Path, monkeypatch: pytest.
     run(2, tmp_path, initialised, buckets, monkeypatch)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.uint8, torch.bool])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.float64, torch.complex128, torch.uint8, torch.bool]
+)
 def test_checksum_notices_any_changed_element(dtype: torch.dtype) -> None:
     tensor = torch.ones(5, 7).to(dtype)
     (before,) = checksums([tensor])
