@@ -112,8 +112,8 @@ def paired(ours: Mapping[int, float], theirs: Mapping[int, float], digits: int =
 
 def learning_rate(runs: Iterable[Mapping[str, Any]]) -> str:
     """The learning rates of some runs: the flag of their row, or else that of all rows."""
-    given = {str(line["flags"].get("learning_rate") or _flag(line["common"], "--learning_rate")) for line in runs}
-    return ", ".join(sorted(given))
+    given = {line["flags"].get("learning_rate") or _flag(line["common"], "--learning_rate") for line in runs}
+    return ", ".join(sorted({rate if rate == "default" else f"{float(rate):g}" for rate in given}))
 
 
 def _flag(argv: Sequence[str], name: str) -> str:
