@@ -47,7 +47,8 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_tiny_model(folder / "base")
     training = arguments(folder / "out", save_strategy="steps", save_steps=15)
     config = IncreLoraConfig(r_avg=2)
-    trainer = IncreLoraTrainer(model=tiny_bert(), args=training, train_dataset=token_rows(), increlora_config=config)
+    model = tiny_bert(layers=1)  # like the base
+    trainer = IncreLoraTrainer(model=model, args=training, train_dataset=token_rows(), increlora_config=config)
     trainer.train()
     trainer.save_model(str(folder / "adapter"))
     return folder
@@ -58,7 +59,7 @@ def names(finished_run: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     """What the pages take for granted; the working directory is a copy of the finished run."""
     shutil.copytree(finished_run, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
-    model, tokenizer = tiny_bert(), AutoTokenizer.from_pretrained("base")
+    model, tokenizer = tiny_bert(layers=1), AutoTokenizer.from_pretrained("base")
     return {
         "__name__": "page",
         "BASE": "base",
