@@ -337,7 +337,8 @@ class Packing:
         for strip in self._strips:
             self._strips_by_group[strip.group].append(strip.parameter)
         for place, group in self._home.items():
-            self._factors_by_group[group] += [self._factors[place]] if len(self._factors[place]) else []
+            if len(self._factors[place]):  # a layer of rank 0 has nothing to update
+                self._factors_by_group[group].append(self._factors[place])
 
     @torch.no_grad()
     def _table(self, strips: list[_Strip]) -> _Table:

@@ -64,7 +64,7 @@ class Plan:
     def cut_step(self) -> int:
         """Step at which the model's smallest components go, down to the budget; 0 where nothing is cut.
 
-        An interval after the last round, or after the start if nothing grows; at the latest one step before the run's
+        An interval after the last round, or after step 0 if nothing grows; at the latest one step before the run's
         last.
         """
         return min(self.last_step + self.interval, self.total_steps - 1) if self.is_cut else 0

@@ -67,26 +67,26 @@ def read_splits(
     return _read_hub(source, config if source.name == source.hub_dataset else source.dataset_config_name)
 
 
-def require_split(splits: Mapping[str, Dataset], name: str, source: DataSource) -> Dataset:
-    """That split, with at least one row, or an error that says where it should have been."""
+def require_split(splits: Mapping[str, Dataset], name: str, source: DataSource, why: str = "") -> Dataset:
+    """That split, with at least one row, or an error that says where it should have been, and why it is needed."""
     if name in splits:
         if not len(splits[name]):
             raise ValueError(f"{source.where(name)} has no rows. Give data with at least one row.")
         return splits[name]
     if source.files:
-        raise ValueError(f"--{name}_file is missing: the run needs a {name} set. Add it.")
+        raise ValueError(f"--{name}_file is missing: the run needs a {name} set{why}. Add it.")
     found = ", ".join(sorted(splits))
     raise ValueError(
         f"{source.name} has no split {name!r}, only: {found}. Add it, or leave out the step that needs it."
     )
 
 
-def require_columns(rows: Dataset, columns: Iterable[str], where: str) -> None:
+def require_columns(rows: Dataset, columns: Iterable[str], where: str, remedy: str = "Add or rename one.") -> None:
     """Refuse rows that lack one of the columns."""
     for column in columns:
         if column not in rows.column_names:
             names = ", ".join(rows.column_names)
-            raise ValueError(f"{where} has no column {column!r} (columns: {names}). Add or rename one.")
+            raise ValueError(f"{where} has no column {column!r} (columns: {names}). {remedy}")
 
 
 def each_row(rows: Dataset) -> Iterator[dict[str, Any]]:

@@ -22,11 +22,7 @@ def detect_task(rows: Dataset, where: str, columns: Sequence[str] = ()) -> TextT
     Args:
         columns: the text columns, where they are given.
     """
-    if LABEL not in rows.column_names:
-        names = ", ".join(rows.column_names)
-        raise ValueError(
-            f"{where} has no column {LABEL!r} (columns: {names}). Name the labels' column: --label_column."
-        )
+    require_columns(rows, [LABEL], where, "Name the labels' column: --label_column.")
     require_plain(rows, (*columns, LABEL), where)
     columns = tuple(columns) or _text_columns(rows)
     if not columns:

@@ -66,12 +66,8 @@ def load_task(
     found = read_splits(source, read_file, (task.data.config or task.name) if task else None)
     splits = {name: _with_label(rows, source, name) for name, rows in found.items()}
     if task is None:
-        if source.files and "train" not in splits:
-            raise ValueError(
-                "--train_file is missing: the run needs a train set, which says what the labels are. Add it, also to "
-                "evaluate or predict alone."
-            )
-        task = detect_task(require_split(splits, "train", source), source.where("train"), source.text_columns)
+        why = ", which says what the labels are, also to evaluate or predict alone"
+        task = detect_task(require_split(splits, "train", source, why), source.where("train"), source.text_columns)
     else:
         if source.files:
             task = replace(task, eval_splits=("validation",), test_splits=("test",))
