@@ -15,6 +15,7 @@ import torch.distributed as dist
 from peft import PeftModel
 from processes import Failed, run
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 from increlora_hf import GrowthRun, IncreLoraConfig, attach
 
@@ -377,6 +378,27 @@ def test_forgotten_growth_is_said_once(
     assert fixed.rank_pattern == model.increlora.rank_pattern
     assert fixed.begin_run(60, 6).rounds == 0
     assert not fixed.plan.is_cut
+
+
+def test_average_of_the_weights_after_the_cut_is_an_adapter(tmp_path: Path) -> None:
+    toy = loop("toy")
+    model = attach(toy.make_model(), DEFAULT)
+    growing = quick_run(model)
+    for batch in toy.batches(0, 60):
+        model(**batch).loss.backward()
+        growing.optimizer.step()
+        growing.after_step()
+        growing.optimizer.zero_grad()
+        if growing.step == model.increlora.plan.cut_step:
+            average = AveragedModel(model)
+        if growing.step > model.increlora.plan.cut_step:
+            average.update_parameters(model)
+    assert min(model.increlora.rank_pattern.values()) == 0  # such a layer lists no parameters
+    average.module.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(toy.make_model(), str(tmp_path)).eval()
+    logits = average.module.eval()(**batch).logits
+    torch.testing.assert_close(loaded(**batch).logits, logits)
+    assert not torch.allclose(model.eval()(**batch).logits, logits)
 
 
 def test_accelerate_saves_and_loads_the_other_models_as_always(tmp_path: Path) -> None:
