@@ -27,6 +27,7 @@ def line(row: str, seed: int, value: float, best: float | None = None, **more: A
         **{"key": run.key, **run._asdict(), "error": None, "seconds": 10.0},
         "metrics": {"eval_accuracy": value, "trainable_parameters": 100},
         "evaluations": [{"eval_accuracy": value if best is None else best}, {"eval_accuracy": value}],
+        "training": [{"step": 9, "loss": 0.7}, {"step": 10, "loss": value / 2}],
         **more,
     }
 
@@ -60,15 +61,15 @@ def test_table_holds_means_spreads_and_the_papers_column() -> None:
     rows = [line("increlora r=2", seed, 0.5 + seed / 10) for seed in (1, 2)]
     rows += [line("lora r=2", seed, 0.5) for seed in (1, 2)]
     first, second = table(rows, best=False).splitlines()[2:]
-    assert first == "| increlora r=2 | 65.00 ± 7.07 (2) |  | 88.52 | default | 100 | 10 |"
-    assert second == "| lora r=2 | 50.00 ± 0.00 (2) | +15.00 [+10.00, +20.00] | 85.56 | default | 100 | 10 |"
+    assert first == "| increlora r=2 | 65.00 ± 7.07 (2) |  | 88.52 | default | 0.325 | 100 | 10 |"
+    assert second == "| lora r=2 | 50.00 ± 0.00 (2) | +15.00 [+10.00, +20.00] | 85.56 | default | 0.250 | 100 | 10 |"
 
 
 def test_table_tells_what_failed_from_what_was_not_run() -> None:
     rows = [line("lora r=2", 1, 0.5), {**line("lora r=2", 1, 0.5), "task": "mrpc"}]
     rows += [{**line("head", 1, 0.5), "error": "out of memory"}]
     *_, head = table(rows, best=False).splitlines()
-    assert [cell.strip() for cell in head.split("|")[2:7:4]] == ["failed", "not run"]
+    assert [cell.strip() for cell in head.split("|")[2:8:5]] == ["failed", "not run"]
 
 
 def test_report_compares_with_the_row_that_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

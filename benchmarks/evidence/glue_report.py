@@ -86,6 +86,12 @@ def trained(line: Mapping[str, Any], *, best: bool) -> int:
     return int(line["metrics"]["trainable_parameters"] - top.get("ungrown", 0))
 
 
+def training_loss(line: Mapping[str, Any]) -> list[float]:
+    """The training losses that were logged in the last tenth of the run."""
+    logged = line["training"]
+    return [entry["loss"] for entry in logged if entry["step"] > 0.9 * logged[-1]["step"]]
+
+
 def lines(path: Path) -> list[dict[str, Any]]:
     """What is in the results; of a run that was repeated the last line."""
     if not path.exists():
@@ -122,7 +128,7 @@ def _flag(argv: Sequence[str], name: str) -> str:
 
 
 def table(of_study: Sequence[Mapping[str, Any]], *, best: bool) -> str:
-    """Rows of the study by task, differences to its first row, parameters and time."""
+    """Rows of the study by task, differences to its first row, training losses, parameters and time."""
     good = [line for line in of_study if line["error"] is None]
     names = list(dict.fromkeys(line["row"] for line in of_study))
     tasks = list(dict.fromkeys(line["task"] for line in of_study))
@@ -131,21 +137,26 @@ def table(of_study: Sequence[Mapping[str, Any]], *, best: bool) -> str:
         cell: {line["seed"]: score(line, best=best) for line in good if (line["row"], line["task"]) == cell}
         for cell in itertools.product(names, tasks)
     }
-    heads = [h for task in tasks for h in (task, f"first − this, {task}", f"paper, {task}", f"learning rate, {task}")]
+    of_task = ["{}", "first − this, {}", "paper, {}", "learning rate, {}", *([] if best else ["training loss, {}"])]
+    heads = [head.format(task) for task in tasks for head in of_task]
     when = "the best evaluation" if best else "the end"
     text = ["| | " + " | ".join(heads) + f" | trained at {when} | seconds |", "|---" * (len(heads) + 3) + "|"]
     for row in names:
         cells = []
         for task in tasks:
             own = scores[row, task]
+            runs = [line for line in of_study if (line["row"], line["task"]) == (row, task)]
             against = paired(scores[names[0], task], own) if own and row != names[0] else ""
             paper = PAPER.get(row, {}).get(task)
             cells += [
                 spread(list(own.values())) if own else "failed" if (row, task) in tried else "not run",
                 against,
                 "" if paper is None else f"{paper:.2f}",
-                learning_rate(line for line in of_study if (line["row"], line["task"]) == (row, task)),
+                learning_rate(runs),
             ]
+            if not best:
+                losses = [loss for line in runs if line["error"] is None for loss in training_loss(line)]
+                cells.append(f"{statistics.mean(losses):.3f}" if losses else "")
         mine = [line for line in good if line["row"] == row]
         counts = sorted({trained(line, best=best) for line in mine})
         count = f"{counts[0]:,}" + (f"-{counts[-1]:,}" if len(counts) > 1 else "") if counts else ""
