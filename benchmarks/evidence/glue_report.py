@@ -86,7 +86,7 @@ def trained(line: Mapping[str, Any], *, best: bool) -> int:
     return int(line["metrics"]["trainable_parameters"] - top.get("ungrown", 0))
 
 
-def training_loss(line: Mapping[str, Any]) -> list[float]:
+def final_losses(line: Mapping[str, Any]) -> list[float]:
     """The training losses that were logged in the last tenth of the run."""
     logged = line["training"]
     return [entry["loss"] for entry in logged if entry["step"] > 0.9 * logged[-1]["step"]]
@@ -155,7 +155,7 @@ def table(of_study: Sequence[Mapping[str, Any]], *, best: bool) -> str:
                 learning_rate(runs),
             ]
             if not best:
-                losses = [loss for line in runs if line["error"] is None for loss in training_loss(line)]
+                losses = [loss for line in runs if line["error"] is None for loss in final_losses(line)]
                 cells.append(f"{statistics.mean(losses):.3f}" if losses else "")
         mine = [line for line in good if line["row"] == row]
         counts = sorted({trained(line, best=best) for line in mine})
